@@ -1,0 +1,41 @@
+# make demo    the main job on a real MRI volume: routes compared, a small network trained
+# make test    lint, types and every test; what CI runs
+# make audit   the kernels' bytes, registers and vector widths, without a GPU
+# Each makes .venv if it is missing, with the versions pinned in .ci/constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+OLD_TRITON := .venv/triton-3.6
+
+.PHONY: demo test lint audit clean
+
+demo: .venv/installed
+	$(BIN)/python -m fastenc demo $(ARGS)
+
+test: lint $(OLD_TRITON)/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -n auto tests/test_compile.py
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+audit: .venv/installed
+	$(BIN)/python -m fastenc.bench audit $(ARGS)
+
+.venv/installed: pyproject.toml .ci/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+# The oldest triton supported, and a numpy that its interpreter works with, laid over the same environment.
+$(OLD_TRITON)/installed: .venv/installed
+	rm -rf $(OLD_TRITON)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD_TRITON) triton==3.6.0 numpy==2.3.5
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,202 @@
+"""Compile the kernels that the real launchers would launch, for GPUs that are not here, and read the machine code.
+
+recorded(90)          inside the block launchers run on CPU tensors; nothing is launched, every launch is recorded
+resources(cubin)      registers, stack and shared memory, as the driver would report them
+instructions(cubin)   counts of the instructions that decide speed
+streaming(launch)     bytes that accesses to x, y and their gradients move, by width
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from .interpret import kernel_modules
+
+SHARED_BYTES = 232448  # of a block on sm_90, the most that any target here offers
+
+PATTERNS = {
+    "load": re.compile(r"\bLDG\."),
+    "load128": re.compile(r"\bLDG\.E\S*\.128"),
+    "store": re.compile(r"\bSTG\."),
+    "store128": re.compile(r"\bSTG\.E\S*\.128"),
+    "spill": re.compile(r"\b(?:STL|LDL)\b"),
+    "atomic": re.compile(r"\bATOMG?\b|\bRED\b"),
+}
+
+# The pointers to tensors of x's size, by the names that the kernels give them.
+STREAMED = frozenset({"X", "Y", "DX", "DY"})
+PTX_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"(.*)"', re.MULTILINE)
+PTX_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
+PTX_ACCESS = re.compile(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z]+(\d+)\s")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that would have been made: the kernel's name, its grid, and what it compiled to."""
+
+    name: str
+    grid: tuple[int, int, int]
+    compiled: Any
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that run the same compiled variant."""
+        return self.compiled.hash
+
+    @property
+    def ttir(self) -> str:
+        """Triton's own intermediate code."""
+        return self.compiled.asm["ttir"]
+
+    @property
+    def num_warps(self) -> int:
+        return self.compiled.metadata.num_warps
+
+
+def target(architecture: int | str) -> GPUTarget:
+    """80, 90, 100, … for CUDA; "gfx942" and the like for ROCm."""
+    if isinstance(architecture, int):
+        return GPUTarget("cuda", architecture, 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+class _RecordingDriver:
+    """Stands in for triton's GPU driver: claims a target, compiles for it, launches nothing."""
+
+    def __init__(self, architecture: int | str) -> None:
+        self.target = target(architecture)
+        properties = {
+            "max_shared_mem": SHARED_BYTES,
+            "multiprocessor_count": 132,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+        }
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=lambda *arguments: (object(), object(), 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *arguments: None
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def recorded(architecture: int | str, *modules: ModuleType) -> Iterator[list[Launch]]:
+    """Let launchers run on CPU tensors and compile for `architecture`; yields the list of launches, in order."""
+    launches: list[Launch] = []
+    before = driver._active
+    driver.set_active(_RecordingDriver(architecture))
+    kernels = {
+        id(kernel): kernel
+        for module in (modules or kernel_modules())
+        for kernel in vars(module).values()
+        if isinstance(kernel, JITFunction)
+    }.values()
+    caches = [(kernel, dict(kernel.device_caches)) for kernel in kernels]
+    run = JITFunction.run
+
+    def run_and_record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
+        compiled = run(self, *arguments, grid=grid, warmup=warmup, **keywords)
+        launches.append(Launch(self.__name__, (*grid, 1, 1)[:3], compiled))
+        return compiled
+
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    JITFunction.run = run_and_record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+        driver._active = before
+        for kernel, saved in caches:
+            kernel.device_caches.clear()
+            kernel.device_caches.update(saved)
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG (registers per thread), STACK and LOCAL (bytes, where spills live), SHARED (bytes)."""
+    report = _cuobjdump("-res-usage", cubin)
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+
+
+def instructions(cubin: bytes) -> Counter[str]:
+    """Occurrences of each of PATTERNS in the machine code."""
+    sass = _cuobjdump("-sass", cubin)
+    return Counter({name: len(pattern.findall(sass)) for name, pattern in PATTERNS.items()})
+
+
+@lru_cache(maxsize=256)
+def _streaming_calls(kernel: Any) -> tuple[range, ...]:
+    """Of each tl.load and tl.store of a kernel whose address is in one of STREAMED: its lines in the kernel's file."""
+    source, first = inspect.getsourcelines(kernel)
+    return tuple(
+        range(first + call.lineno - 1, first + (call.end_lineno or call.lineno))
+        for call in ast.walk(ast.parse("".join(source)))
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) in ("tl.load", "tl.store")
+        and any(isinstance(node, ast.Name) and node.id in STREAMED for node in ast.walk(call.args[0]))
+    )
+
+
+def streaming(launch: Launch) -> Counter[int]:
+    """Bytes that a thread's accesses to STREAMED tensors move, by the width of the access in bytes.
+
+    Each access in the code counts once, in a loop or not. Read from PTX by its line numbers: for CUDA targets only.
+    """
+    kernel, ptx = launch.compiled.src.fn.fn, launch.compiled.asm["ptx"]
+    name = Path(inspect.getfile(kernel)).name
+    own = {number for number, path in PTX_FILE.findall(ptx) if Path(path).name == name}
+    moved: Counter[int] = Counter()
+    streams = False
+    for line in ptx.splitlines():
+        if place := PTX_LINE.match(line):
+            streams = place[1] in own and any(int(place[2]) in lines for lines in _streaming_calls(kernel))
+        elif streams and (access := PTX_ACCESS.search(line)):
+            width = int(access[1] or 1) * int(access[2]) // 8
+            moved[width] += width
+    return moved

@@ -1,0 +1,257 @@
+"""Run the kernels on CPU tensors, as strictly as a GPU would, and count the bytes they move.
+
+    interpreted()     kernels are interpreted inside the block, and compile as usual outside it
+    Traffic()         bytes that interpreted launches load and store
+    chosen_programs() run a few programs of a grid too large to interpret
+    sampled_programs() the same, chosen by kernel
+
+triton's own TRITON_INTERPRET=1 must be set before triton is imported and then forbids compiling in that process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+from triton import knobs
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.jit import JITFunction
+
+import fastenc.kernels
+
+# By id: hashing a kernel would compute its cache key, and kernels live as long as their module.
+_interpreted: dict[int, InterpretedFunction] = {}
+
+
+def fault() -> str | None:
+    """Why kernels cannot be interpreted in this environment; None where they can."""
+    versions = [tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, np)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        return f"the interpreter of triton {triton.__version__} needs numpy < 2.4, here is {np.__version__}"
+    return None
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every module of fastenc.kernels."""
+    names = [name for _, name, _ in pkgutil.iter_modules(fastenc.kernels.__path__)]
+    return [importlib.import_module(f"fastenc.kernels.{name}") for name in names]
+
+
+@contextmanager
+def interpreted(*modules: ModuleType) -> Iterator[None]:
+    """Interpret every kernel of `modules` (by default all of fastenc.kernels) inside the block.
+
+    The interpreter rewrites triton.language in place; the block puts it back. Inside, the interpreter is `faithful`.
+    """
+    language = [tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base, tl.core.tensor_descriptor]
+    attributes = [(owner, dict(vars(owner))) for owner in language]
+    swapped = []
+    for module in (tl, tl.core, tl.standard, tl.random, *(modules or kernel_modules())):
+        for name, kernel in list(vars(module).items()):
+            if isinstance(kernel, JITFunction):
+                swapped.append((module, name, kernel))
+                setattr(module, name, _interpreted.setdefault(id(kernel), InterpretedFunction(kernel.fn)))
+    before, knobs.runtime.interpret = knobs.runtime.interpret, True
+    try:
+        with faithful():
+            yield
+    finally:
+        knobs.runtime.interpret = before
+        for module, name, kernel in swapped:
+            setattr(module, name, kernel)
+        for owner, saved in attributes:
+            for name in set(vars(owner)) - set(saved):
+                delattr(owner, name)
+            for name, value in saved.items():
+                if vars(owner).get(name) is not value:
+                    setattr(owner, name, value)
+
+
+@contextmanager
+def _patched(owner: Any, **replacements: Callable[..., Any]) -> Iterator[None]:
+    saved = {name: getattr(owner, name) for name in replacements}
+    for name, replacement in replacements.items():
+        setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        for name, original in saved.items():
+            setattr(owner, name, original)
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 to the bits of the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), nearest.astype(np.uint16))
+
+
+@contextmanager
+def faithful() -> Iterator[None]:
+    """Mend the interpreter where it is kinder than a GPU, or wrong.
+
+    bfloat16 is stored rounded to nearest, and arithmetic in it is refused; masked lanes of a load without `other`
+    come back poisoned instead of 0; int32 overflow and device_assert raise; a sum is a tree, not one long chain.
+    """
+    cast, binary, load = (
+        InterpreterBuilder.cast_impl,
+        InterpreterBuilder.binary_op,
+        InterpreterBuilder.create_masked_load,
+    )
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.float32 and target == tl.bfloat16:
+            return TensorHandle(_to_bfloat16(src.data), target)
+        if source == tl.bfloat16 and target == tl.float32:
+            widened = np.ascontiguousarray(src.data).astype(np.uint32) << np.uint32(16)
+            return TensorHandle(widened.view(np.float32), target)
+        return cast(self, src, dst_type)
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        if lhs.dtype.scalar == tl.bfloat16:
+            raise TypeError("arithmetic in bfloat16: upcast to float32 first")
+        return binary(self, lhs, rhs, op)
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        if other is None and not np.all(mask.data):
+            element = ptrs.get_element_ty()
+            dtype = interpreter._get_np_dtype(element)
+            poison = np.nan if dtype.kind == "f" else 0x7FC0 if element == tl.bfloat16 else np.iinfo(dtype).max
+            other = TensorHandle(np.full(ptrs.data.shape, poison, dtype=dtype), element)
+        return load(self, ptrs, mask, other, *rest)
+
+    def tree_sum(self: Any, input: Any) -> Any:
+        data = input.handle.data if self.axis is not None else input.handle.data.ravel()
+        parts = np.moveaxis(data, self.axis or 0, 0)
+        while len(parts) > 1:
+            half = len(parts) // 2
+            parts = parts[:half] + parts[half:]
+        total = parts[0]
+        if self.keep_dims:
+            total = (
+                total.reshape([1] * input.handle.data.ndim) if self.axis is None else np.expand_dims(total, self.axis)
+            )
+        return self.to_tensor(total, input.dtype)
+
+    builder = interpreter.interpreter_builder
+    options = builder.options
+    builder.options = dataclasses.replace(options, debug=True)
+    try:
+        with (
+            _patched(
+                InterpreterBuilder, cast_impl=cast_impl, binary_op=binary_op, create_masked_load=create_masked_load
+            ),
+            _patched(interpreter.ReduceOps, sum=tree_sum),
+        ):
+            yield
+    finally:
+        builder.options = options
+
+
+class Traffic:
+    """Bytes moved by the launches interpreted inside the block, lanes masked off not counted.
+
+    loaded, stored: bytes asked for. loaded_sectors, stored_sectors: the same in whole 32-byte sectors, each counted
+    once per access of a program, which is how memory moves. launches: kernels started. atomics: atomic operations.
+    alike: how many programs each program stands for that runs from now on; 1 at first.
+    """
+
+    def __enter__(self) -> Traffic:
+        self.alike = 1
+        self.loaded = self.stored = self.loaded_sectors = self.stored_sectors = self.launches = self.atomics = 0
+        plain_load, plain_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+        rmw, cas = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
+        launch = interpreter.GridExecutor.__call__
+
+        def moved(ptrs: Any, mask: Any) -> tuple[int, int]:
+            size = ptrs.get_element_ty().primitive_bitwidth // 8
+            address = ptrs.data if mask is None else ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+            return self.alike * address.size * size, self.alike * np.unique(address // 32).size * 32
+
+        def load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+            asked, sectors = moved(ptrs, mask)
+            self.loaded, self.loaded_sectors = self.loaded + asked, self.loaded_sectors + sectors
+            return plain_load(builder, ptrs, mask, *rest)
+
+        def store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            asked, sectors = moved(ptrs, mask)
+            self.stored, self.stored_sectors = self.stored + asked, self.stored_sectors + sectors
+            return plain_store(builder, ptrs, value, mask, *rest)
+
+        def atomic(original: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(builder: Any, *rest: Any) -> Any:
+                self.atomics += 1
+                return original(builder, *rest)
+
+            return counted
+
+        def counted_launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.launches += 1
+            return launch(executor, *args, **kwargs)
+
+        self._patches = [
+            _patched(
+                InterpreterBuilder,
+                create_masked_load=load,
+                create_masked_store=store,
+                create_atomic_rmw=atomic(rmw),
+                create_atomic_cas=atomic(cas),
+            ),
+            _patched(interpreter.GridExecutor, __call__=counted_launch),
+        ]
+        for patch in self._patches:
+            patch.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for patch in reversed(self._patches):
+            patch.__exit__(None, None, None)
+
+    @property
+    def sectors(self) -> int:
+        """Bytes loaded and stored, in whole sectors."""
+        return self.loaded_sectors + self.stored_sectors
+
+
+@contextmanager
+def sampled_programs(choose: Callable[[str, tuple[int, int, int]], Iterable[tuple[int, int, int]]]) -> Iterator[None]:
+    """Of every launch inside the block, run only the program ids that choose(name of the kernel, grid) gives."""
+
+    def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
+        names = inspect.getfullargspec(executor.fn).args
+        scope = interpreter._patch_lang(executor.fn)
+        try:
+            bound = inspect.getcallargs(executor.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
+            grid = executor.grid(bound) if callable(executor.grid) else executor.grid
+            grid = (*grid, 1, 1)[:3]
+            bound = {k: v if k in executor.constexprs else interpreter._implicit_cvt(v) for k, v in bound.items()}
+            interpreter.interpreter_builder.set_grid_dim(*grid)
+            for program in choose(executor.fn.__name__, grid):
+                interpreter.interpreter_builder.set_grid_idx(*program)
+                executor.fn(**bound)
+        finally:
+            scope.restore()
+
+    with _patched(interpreter.GridExecutor, __call__=launch):
+        yield
+
+
+@contextmanager
+def chosen_programs(choose: Callable[[tuple[int, int, int]], list[tuple[int, int, int]]]) -> Iterator[None]:
+    """Of every launch inside the block, run only the program ids that choose(grid) returns.
+
+    Reaches the last programs of a tensor beyond 2³¹ elements, whose memory torch.empty hands out lazily.
+    """
+    with sampled_programs(lambda name, grid: choose(grid)):
+        yield

@@ -1,0 +1,27 @@
+"""fastenc: a drop-in EncoderNet3d whose InstanceNorm3d and PReLU run as fused Triton kernels on NVIDIA GPUs."""
+
+from . import reference
+from .encoder import EncoderNet1d, EncoderNet2d, EncoderNet3d, encnet12, encnet15, encnet17, encnet22
+from .explanation import explain
+from .functional import instance_norm_prelu
+from .layers import ConvModern1d, ConvModern2d, ConvModern3d
+from .route import backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvModern1d",
+    "ConvModern2d",
+    "ConvModern3d",
+    "EncoderNet1d",
+    "EncoderNet2d",
+    "EncoderNet3d",
+    "backend",
+    "encnet12",
+    "encnet15",
+    "encnet17",
+    "encnet22",
+    "explain",
+    "instance_norm_prelu",
+    "reference",
+]

@@ -1,0 +1,29 @@
+"""The command line: `python -m fastenc demo`, `python -m fastenc bench`, also as `fastenc`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="fastenc", description="A drop-in EncoderNet3d with fused Triton kernels.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("bench", help="benchmarks and proofs: python -m fastenc.bench", add_help=False)
+    demo_parser = commands.add_parser("demo", help="every route on a real MRI volume, compared; a network trained")
+    if arguments[:1] == ["bench"]:
+        from .bench.__main__ import main as bench
+
+        return bench(arguments[1:])
+
+    from . import demo
+
+    demo.add_arguments(demo_parser)
+    return demo.run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""EncoderNet3d, its 1-D and 2-D twins, and the presets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastenc.kernels.layout import MEMORY_FORMAT
+
+from . import route
+from .layers import CONVOLUTIONS, _BlockConvStkNd, integer, per_axis
+
+POOLS: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+
+
+class _EncoderNetNd(nn.Module):
+    """The network over `order` spatial axes. See `EncoderNet3d`."""
+
+    def __init__(
+        self,
+        order: int,
+        channel: int,
+        layers: Sequence[int],
+        kernel_size: int | Sequence[int] = 3,
+        in_planes: int = 1,
+        out_length: int | None = 2,
+    ) -> None:
+        super().__init__()
+        channel = integer("channel", channel, 1)
+        in_planes = integer("in_planes", in_planes, 1)
+        depths = _depths(layers)
+        length = 0 if out_length is None else integer("out_length", out_length)
+        kernel = tuple(max(1, k) for k in per_axis("kernel_size", kernel_size, order))
+        stride = tuple(2 if k > 1 else 1 for k in kernel)
+        padding = tuple(k // 2 if k > 1 else 0 for k in kernel)
+        stem = tuple(k + 2 if k > 1 else 1 for k in kernel)
+        stem_padding = tuple(k // 2 if k > 1 else 0 for k in stem)
+
+        convolution = CONVOLUTIONS[order]
+        widths = [channel] + [channel << i for i in range(len(depths))]
+        body: list[nn.Module] = [convolution(in_planes, channel, stem, 1, stem_padding, bias=False)]
+        body += [
+            _BlockConvStkNd(order, widths[i], widths[i + 1], depth, kernel, stride, padding)
+            for i, depth in enumerate(depths)
+        ]
+        body.append(convolution(widths[-1], widths[-1], kernel, 1, padding))
+        self.is_out_vector = length > 0
+        if self.is_out_vector:
+            body.append(POOLS[order](1))
+        self.netbody = nn.ModuleList(body)
+        if self.is_out_vector:
+            self.fc = nn.Linear(widths[-1], length)
+        self._order = order
+        self._nlayers = sum(depths) + 2
+
+    @property
+    def nlayers(self) -> int:
+        """Convolutional layers along the depth of the network; the fully connected layer does not count."""
+        return self._nlayers
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, in_planes, *spatial) → (N, out_length), or the map (N, channels, *smaller) where there is no vector."""
+        fused = route.reason(x) is None and x.dim() == self._order + 2
+        was_contiguous = fused and x.is_contiguous()
+        if fused:
+            x = _channels_last(x)
+        for layer in self.netbody[:-1] if self.is_out_vector else self.netbody:
+            x = layer(x)
+        if not self.is_out_vector:
+            return x.contiguous() if was_contiguous else x
+        pool = self.netbody[-1]
+        if fused and x.is_cuda and type(pool) is POOLS[self._order] and route.observed(pool) is None:
+            # The CUDA backward of adaptive pooling adds atomically and refuses deterministic mode.
+            return self.fc(x.flatten(2).mean(2))
+        return self.fc(pool(x).flatten(1))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x (N, C, *spatial) laid out as (N, *spatial, C), where torch's convolutions have that layout: 2-D and 3-D."""
+    memory_format = MEMORY_FORMAT.get(x.dim())
+    if memory_format is None:
+        return x
+    if x.shape[1] == 1:
+        # One channel is both layouts at once; cuDNN goes by the strides, so spell them out.
+        return x.squeeze(1).contiguous().unsqueeze(-1).movedim(-1, 1)
+    return x.contiguous(memory_format=memory_format)
+
+
+def _depths(layers: Any) -> list[int]:
+    """layers as a list of positive ints, at least two."""
+    if isinstance(layers, (str, bytes)) or not (isinstance(layers, Sized) and isinstance(layers, Iterable)):
+        raise TypeError(f"layers must be a sequence of ints, got {layers!r} of type {type(layers).__name__}")
+    if len(layers) < 2:
+        raise ValueError(f"layers must have at least 2 entries, one for each block, got {layers!r}")
+    return [integer(f"layers[{i}]", depth, 1) for i, depth in enumerate(layers)]
+
+
+class EncoderNet1d(_EncoderNetNd):
+    """`EncoderNet3d` over one spatial axis."""
+
+    def __init__(
+        self,
+        channel: int,
+        layers: Sequence[int],
+        kernel_size: int | Sequence[int] = 3,
+        in_planes: int = 1,
+        out_length: int | None = 2,
+    ) -> None:
+        super().__init__(1, channel, layers, kernel_size, in_planes, out_length)
+
+
+class EncoderNet2d(_EncoderNetNd):
+    """`EncoderNet3d` over two spatial axes."""
+
+    def __init__(
+        self,
+        channel: int,
+        layers: Sequence[int],
+        kernel_size: int | Sequence[int] = 3,
+        in_planes: int = 1,
+        out_length: int | None = 2,
+    ) -> None:
+        super().__init__(2, channel, layers, kernel_size, in_planes, out_length)
+
+
+class EncoderNet3d(_EncoderNetNd):
+    """A 3-D convolutional encoder: a stem, blocks of norm → PReLU → convolution that halve the map, a last convolution.
+
+    Args:
+        channel: channels of the first block; each further block doubles them.
+        layers: convolutions of each block, at least two blocks.
+        kernel_size: of every convolution but the stem, whose kernel is wider by 2; int or one per axis. An axis of
+            kernel size 1 or less is neither convolved nor strided along.
+        in_planes: channels of the input.
+        out_length: length of the output vector; None, 0 or a negative number returns the last map instead.
+
+    x (N, in_planes, D, H, W) → (N, out_length), or (N, channel·2^(len(layers)−1), d, h, w).
+
+    Attributes: netbody, fc (vector output only), is_out_vector, nlayers.
+
+    Raises:
+        TypeError, ValueError: at once, naming the argument, what came and what is needed.
+    """
+
+    def __init__(
+        self,
+        channel: int,
+        layers: Sequence[int],
+        kernel_size: int | Sequence[int] = 3,
+        in_planes: int = 1,
+        out_length: int | None = 2,
+    ) -> None:
+        super().__init__(3, channel, layers, kernel_size, in_planes, out_length)
+
+
+ENCODERS = {1: EncoderNet1d, 2: EncoderNet2d, 3: EncoderNet3d}
+
+
+def _preset(layers: list[int], order: int, **kwargs: Any) -> _EncoderNetNd:
+    if order not in ENCODERS:
+        raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
+    return ENCODERS[order](64, layers, **kwargs)
+
+
+def encnet12(order: int = 2, **kwargs: Any) -> _EncoderNetNd:
+    """EncoderNet of 12 convolutional layers over `order` axes; kwargs: kernel_size, in_planes, out_length."""
+    return _preset([2, 2, 2, 2, 2], order, **kwargs)
+
+
+def encnet15(order: int = 2, **kwargs: Any) -> _EncoderNetNd:
+    """EncoderNet of 15 convolutional layers over `order` axes; kwargs: kernel_size, in_planes, out_length."""
+    return _preset([2, 2, 3, 3, 3], order, **kwargs)
+
+
+def encnet17(order: int = 2, **kwargs: Any) -> _EncoderNetNd:
+    """EncoderNet of 17 convolutional layers over `order` axes; kwargs: kernel_size, in_planes, out_length."""
+    return _preset([3, 3, 3, 3, 3], order, **kwargs)
+
+
+def encnet22(order: int = 2, **kwargs: Any) -> _EncoderNetNd:
+    """EncoderNet of 22 convolutional layers over `order` axes; kwargs: kernel_size, in_planes, out_length."""
+    return _preset([4, 4, 4, 4, 4], order, **kwargs)

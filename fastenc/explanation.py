@@ -1,0 +1,71 @@
+"""Which route each unit of a network takes for an input, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import route
+from .layers import _ConvModernNd
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRoute:
+    """One call of one unit: its name in the model, the shape it saw, "triton" or "eager", and why not "triton"."""
+
+    name: str
+    shape: tuple[int, ...]
+    route: str
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What `explain` found, in the order of execution. Iterate over it, or print it."""
+
+    units: tuple[UnitRoute, ...]
+
+    def __iter__(self) -> Iterator[UnitRoute]:
+        return iter(self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __str__(self) -> str:
+        if not self.units:
+            return "no unit that could be fused was called"
+        cells = [(unit.name, "×".join(map(str, unit.shape)), unit.route, unit.reason or "") for unit in self.units]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        fused = sum(unit.route == "triton" for unit in self.units)
+        rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([*rows, f"{fused} of {len(cells)} units take the Triton route"])
+
+
+def explain(model: nn.Module, x: Tensor) -> Explanation:
+    """The route of each unit of `model` for x, with the reason where it is not Triton's.
+
+    Runs the model once on x, without gradients and on the eager route, and asks every unit as it is called.
+    """
+    found: list[UnitRoute] = []
+    chosen = route.chosen()
+
+    def ask(name: str, unit: Any, arguments: tuple[Any, ...]) -> None:
+        with route.backend(chosen):
+            reason = unit.why_eager(arguments[0])
+        shape = tuple(getattr(arguments[0], "shape", ()))
+        found.append(UnitRoute(name, shape, "triton" if reason is None else "eager", reason))
+
+    units = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvModernNd)]
+    hooks = [unit.register_forward_pre_hook(partial(ask, name)) for name, unit in units]
+    try:
+        with torch.no_grad(), route.backend("eager"):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Explanation(tuple(found))

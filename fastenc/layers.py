@@ -1,0 +1,214 @@
+"""The unit of the network, normalisation → activation → convolution, and the block that stacks units."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import route
+from .functional import fused
+
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+INSTANCE_NORMS: dict[int, Any] = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+UPSAMPLE_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+NORMS_BY_DIM = {order + 2: norm for order, norm in INSTANCE_NORMS.items()}
+NORMALIZERS = ("batch", "inst", "pinst", "null")
+
+
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """value as an int; TypeError or ValueError naming the argument where it is none, or below `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def per_axis(name: str, value: Any, order: int) -> tuple[int, ...]:
+    """value as one int for each of `order` spatial axes; an int counts for all of them."""
+    needed = f"{name} must be an int or a sequence of {order} ints"
+    if hasattr(value, "__index__"):
+        return (integer(name, value),) * order
+    if isinstance(value, (str, bytes)) or not (isinstance(value, Sized) and isinstance(value, Iterable)):
+        raise TypeError(f"{needed}, got {value!r} of type {type(value).__name__}")
+    if len(value) != order:
+        raise ValueError(f"{needed}, got {value!r}")
+    return tuple(integer(name, entry) for entry in value)
+
+
+class _ConvModernNd(nn.Module):
+    """A convolution with its normalisation and activation, over `order` spatial axes. See `ConvModern3d`."""
+
+    def __init__(
+        self,
+        order: int,
+        in_planes: int,
+        out_planes: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 1,
+        output_size: int | tuple[int, ...] | None = None,
+        normalizer: str = "pinst",
+        activator: str = "prelu",
+        layer_order: str = "new",
+        scaler: str = "down",
+    ) -> None:
+        super().__init__()
+        if normalizer not in NORMALIZERS:
+            raise ValueError(f"normalizer must be one of {', '.join(map(repr, NORMALIZERS))}, got {normalizer!r}")
+        steps = tuple(stride) if isinstance(stride, Iterable) else stride
+        strided = any(step > 1 for step in (steps if isinstance(steps, tuple) else (steps,)))
+        if strided and scaler not in ("down", "up"):
+            raise ValueError(f"a stride above 1 needs scaler 'down' or 'up', got {stride=} and {scaler=}")
+        resampling: list[nn.Module] = []
+        if scaler == "up" and (strided or output_size is not None):
+            factor = steps if output_size is None else None
+            resampling.append(nn.Upsample(output_size, factor, UPSAMPLE_MODES[order], align_corners=True))
+            stride = 1
+
+        plain = normalizer == "null"
+        ahead = layer_order == "new" and not plain
+        planes = in_planes if ahead else out_planes
+        convolution = CONVOLUTIONS[order](in_planes, out_planes, kernel_size, stride, padding, bias=plain)
+        pair: list[nn.Module] = []
+        if normalizer == "batch":
+            pair.append(BATCH_NORMS[order](planes))
+        elif not plain:
+            pair.append(INSTANCE_NORMS[order](planes, affine=normalizer == "pinst"))
+        if activator == "prelu":
+            pair.append(nn.PReLU(planes))
+        elif activator == "relu":
+            pair.append(nn.ReLU())
+        convolving = [*resampling, convolution]
+        self.mconv = nn.Sequential(*(pair + convolving if ahead else convolving + pair))
+
+        fusible = normalizer in ("inst", "pinst") and len(pair) == 2
+        self._norm_type = INSTANCE_NORMS[order]
+        self._norm_at = (0 if ahead else len(convolving)) if fusible else None
+
+    def why_eager(self, x: object) -> str | None:
+        """Why the unit runs its submodules one by one on x; None if its norm and activation run as one kernel."""
+        if self._norm_at is None:
+            return "the unit has no instance normalisation followed by an activation"
+        reason = route.reason(x)
+        if reason is not None:
+            return reason
+        layers = tuple(self.mconv._modules.values())
+        if len(layers) < self._norm_at + 2:
+            return "a submodule was removed"
+        norm, activation = layers[self._norm_at : self._norm_at + 2]
+        if type(norm) is not self._norm_type or norm.track_running_stats:
+            return f"its normalisation is {norm}, not a plain {self._norm_type.__name__}"
+        if type(activation) is not nn.PReLU and type(activation) is not nn.ReLU:
+            return f"its activation is {activation}, not a plain PReLU or ReLU"
+        return route.observed(self.mconv, *layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The submodules in turn; where nothing could notice, the pair norm → activation as one operation."""
+        at = self._norm_at
+        if at is None or route.eager(self.why_eager(x)):
+            return self.mconv(x)
+        layers = tuple(self.mconv._modules.values())
+        for layer in layers[:at]:
+            x = layer(x)
+        x = _normalize_and_activate(x, layers[at], layers[at + 1])
+        for layer in layers[at + 2 :]:
+            x = layer(x)
+        return x
+
+
+def _normalize_and_activate(x: Tensor, norm: Any, activation: Any) -> Tensor:
+    """norm and activation fused; one by one where x does not fit them, so that torch raises its own error."""
+    weight, bias = norm.weight, norm.bias
+    slope: Tensor | float = activation.weight if type(activation) is nn.PReLU else 0.0
+    C = norm.num_features
+    if (
+        NORMS_BY_DIM.get(x.dim()) is type(norm)
+        and x.shape[1] == C
+        and 0 < 2 * C * x.shape[0] <= x.numel()
+        and (weight is None or _fits(weight, x, C))
+        and (bias is None or _fits(bias, x, C))
+        and (not isinstance(slope, Tensor) or _fits(slope, x, C) or _fits(slope, x, 1))
+    ):
+        return fused(x, weight, bias, slope, norm.eps)
+    return activation(norm(x))
+
+
+def _fits(parameter: Tensor, x: Tensor, length: int) -> bool:
+    return (
+        parameter.shape == (length,)
+        and (parameter.dtype == torch.float32 or parameter.dtype == x.dtype)
+        and parameter.device == x.device
+    )
+
+
+class ConvModern1d(_ConvModernNd):
+    """`ConvModern3d` over one spatial axis."""
+
+    def __init__(self, in_planes: int, out_planes: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(1, in_planes, out_planes, *args, **kwargs)
+
+
+class ConvModern2d(_ConvModernNd):
+    """`ConvModern3d` over two spatial axes."""
+
+    def __init__(self, in_planes: int, out_planes: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(2, in_planes, out_planes, *args, **kwargs)
+
+
+class ConvModern3d(_ConvModernNd):
+    """A 3-D convolution with its normalisation and activation: the unit of the network.
+
+    Args:
+        in_planes, out_planes: channels of the input and of the output.
+        kernel_size, stride, padding: of the convolution; int or one per axis.
+        output_size: spatial size that scaler "up" resamples to.
+        normalizer: "pinst" InstanceNorm with parameters, "inst" without, "batch" BatchNorm, "null" none (the
+            convolution then has a bias, and the activation follows it whatever layer_order says).
+        activator: "prelu" with one slope a channel, "relu", or anything else for none.
+        layer_order: "new" norm → activation → convolution, "old" convolution → norm → activation.
+        scaler: "down" strides the convolution, "up" resamples (trilinear, corners aligned) by stride, or to
+            output_size, and convolves with stride 1.
+
+    The only child is `mconv`, an nn.Sequential. x (N, in_planes, D, H, W) → (N, out_planes, …).
+
+    Raises:
+        ValueError: an unknown normalizer; a stride above 1 with an unknown scaler.
+    """
+
+    def __init__(self, in_planes: int, out_planes: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(3, in_planes, out_planes, *args, **kwargs)
+
+
+class _BlockConvStkNd(nn.Module):
+    """`layers` units one after another: conv_list at stride 1, the first of them widening, then conv_scale."""
+
+    def __init__(
+        self,
+        order: int,
+        in_planes: int,
+        out_planes: int,
+        layers: int,
+        kernel_size: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        widths = [in_planes] + [out_planes] * (layers - 1)
+        self.conv_list = nn.ModuleList(
+            _ConvModernNd(order, widths[i], out_planes, kernel_size, 1, padding) for i in range(layers - 1)
+        )
+        self.conv_scale = _ConvModernNd(order, widths[layers - 1], out_planes, kernel_size, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x through all units."""
+        for layer in self.conv_list:
+            x = layer(x)
+        return self.conv_scale(x)

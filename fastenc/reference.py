@@ -1,0 +1,66 @@
+"""The formula in plain torch: the eager route, the oracle of the tests and the baseline of the benchmarks at once.
+
+With mean and variance of each (n, c) over its S spatial positions:
+    rstd = 1/√(variance + eps),  x̂ = (x − mean)·rstd,  z = x̂·weight + bias,  y = z where z > 0 else slope·z
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    slope: Tensor | float = 0.25,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y by torch's own two operations. x (N, C, *spatial); weight, bias (C,) or None; slope (C,), (1,) or a number."""
+    z = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+    if isinstance(slope, Tensor):
+        # instance_norm takes float32 parameters with a low-precision x; prelu wants one dtype.
+        return F.prelu(z, slope if slope.dtype == z.dtype else slope.to(z.dtype))
+    return F.leaky_relu(z, slope)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    slope: Tensor | float = 0.25,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight, dbias and dslope in closed form; None where there is no such parameter.
+
+    Plain differentiable operations of x, dy and the parameters, so that it has derivatives in its turn. Low precision
+    is computed in float32.
+    """
+    axes = tuple(range(2, x.dim()))
+    per_channel = (1, -1) + (1,) * len(axes)
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def wider(parameter: Tensor | None) -> Tensor | None:
+        return None if parameter is None else parameter.to(wide).reshape(per_channel)
+
+    x_wide, dy_wide, weight_wide, bias_wide = x.to(wide), dy.to(wide), wider(weight), wider(bias)
+    slope_wide = wider(slope) if isinstance(slope, Tensor) else slope
+    centered = x_wide - x_wide.mean(axes, keepdim=True)
+    rstd = torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
+    xhat = centered * rstd
+    z = xhat if weight_wide is None else xhat * weight_wide
+    z = z if bias_wide is None else z + bias_wide
+    dz = torch.where(z > 0, dy_wide, slope_wide * dy_wide)
+    dxhat = dz if weight_wide is None else dz * weight_wide
+    dx = rstd * (dxhat - dxhat.mean(axes, keepdim=True) - xhat * (dxhat * xhat).mean(axes, keepdim=True))
+    over = (0, *axes)
+    dweight = None if weight is None else (dz * xhat).sum(over).to(weight.dtype)
+    dbias = None if bias is None else dz.sum(over).to(bias.dtype)
+    dslope = None
+    if isinstance(slope, Tensor):
+        dslope = torch.where(z > 0, 0.0, z * dy_wide).sum(over).to(slope.dtype)
+        dslope = dslope.sum(0, True) if slope.numel() == 1 else dslope
+    return dx.to(x.dtype), dweight, dbias, dslope

@@ -1,0 +1,182 @@
+"""Which route a call takes, "triton" or "eager", and why not the other: one question, asked by everyone here.
+
+Under "auto", the default, the reason for eager is silent: ask `fastenc.explain`, or set the logger "fastenc" to DEBUG.
+Under "triton" a call that cannot take that route raises RuntimeError with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from functools import lru_cache
+
+import torch
+import torch.autograd.forward_ad
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.modules.module import _has_any_global_hook
+
+BACKENDS = ("auto", "triton", "eager")
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+OLDEST_ARCHITECTURE = (8, 0)  # the oldest that the kernels are compiled for in the tests: bfloat16 starts there
+
+logger = logging.getLogger("fastenc")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+_backend = _checked(os.environ.get("FASTENC_BACKEND", "auto"), "environment variable FASTENC_BACKEND")
+_faults: dict[torch.device, str] = {}
+
+
+class backend:
+    """Choose the route of all calls that follow, in all threads: "auto", "triton" or "eager".
+
+    Takes effect at once; as a context manager it puts the previous choice back::
+
+        fastenc.backend("eager")            # from here on
+        with fastenc.backend("triton"): ... # in this block
+
+    Raises ValueError for any other name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _backend
+        self.previous = _backend
+        _backend = _checked(name, "backend")
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        global _backend
+        _backend = self.previous
+
+
+def chosen() -> str:
+    """The backend in force: "auto", "triton" or "eager"."""
+    return _backend
+
+
+def eager(reason: str | None) -> bool:
+    """Whether to take the eager route, for `reason`; None, no reason, is the Triton route.
+
+    Raises RuntimeError with the reason where "triton" was asked for.
+    """
+    if reason is None:
+        return False
+    if _backend == "triton":
+        raise RuntimeError(f'backend "triton" was asked for, but {reason}')
+    if not torch.compiler.is_compiling():
+        logger.debug("eager route: %s", reason)
+    return True
+
+
+def reason(x: object) -> str | None:
+    """Why an operation on x takes the eager route; None if it takes the Triton route.
+
+    Looks at x and at what PyTorch is doing at this moment; raises nothing.
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export is tracing"
+    if _backend == "eager":
+        return 'backend "eager" was asked for'
+    if type(x) is not Tensor and type(x) is not Parameter:
+        return f"x is a {type(x).__name__}, not a plain torch.Tensor"
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return "torch.jit or the ONNX exporter is tracing"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform (grad, vmap, jvp, …) is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active, which sees aten operations only"
+    if x.dtype not in DTYPES:
+        return f"x is {_name(x.dtype)}; the kernels compute in float32, bfloat16 and float16"
+    return device_reason(x)
+
+
+def device_reason(x: Tensor) -> str | None:
+    """Why the kernels cannot run on x's device."""
+    if x.is_cuda:
+        return _cuda_reason(x.get_device()) or _faults.get(x.device)
+    if x.device.type != "cpu":
+        return f"x is on {x.device}; the kernels run on CUDA"
+    if _backend == "auto":
+        return "x is on the CPU; the kernels run on CUDA"
+    return _interpreter_reason()
+
+
+def observed(*modules: Module) -> str | None:
+    """What could notice that `modules` are not called one by one: hooks, or a forward put on an instance."""
+    if _has_any_global_hook():
+        return "a global module hook is registered"
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return f"a hook is registered on {type(module).__name__}"
+        if "forward" in own:
+            return f"the forward of {type(module).__name__} was replaced"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@lru_cache(maxsize=64)
+def _cuda_reason(index: int) -> str | None:
+    """Why GPU number `index` cannot run the kernels: asked once per process."""
+    if not has_triton():
+        return "triton is not installed"
+    if torch.version.hip is not None:
+        return "this is a ROCm build of torch, on which the kernels have not been run yet"
+    architecture = torch.cuda.get_device_capability(index)
+    if architecture < OLDEST_ARCHITECTURE:
+        found, needed = ("sm_{}{}".format(*pair) for pair in (architecture, OLDEST_ARCHITECTURE))
+        return f"GPU {index} is {found}; the kernels need {needed} or newer"
+    return None
+
+
+def _interpreter_reason() -> str | None:
+    if not has_triton():
+        return "triton is not installed"
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return None
+    return "x is on the CPU and the kernels are not interpreted (set TRITON_INTERPRET=1 before starting Python)"
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported; does not import it."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # sys.modules["triton"] is None: import blocked
+        return False
+
+
+def machine_fault(error: Exception, device: torch.device) -> bool:
+    """Whether a launch that raised `error` may be repeated on the eager route; warns, once for each device.
+
+    True under "auto", for what the machine lacks (a C compiler, a driver that knows the kernels' code, shared memory).
+    Out of memory and errors of earlier work on the GPU are not the kernels' fault: False.
+    """
+    if _backend == "triton" or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        return False
+    if device not in _faults:
+        cause = " ".join(str(error).split()) or "no message"
+        _faults[device] = f"a kernel could not be compiled or launched ({type(error).__name__}: {cause[:300]})"
+        warnings.warn(
+            f"fastenc takes the eager route on {device} from now on: {_faults[device]}. Triton needs a C compiler and "
+            'a CUDA driver; fastenc.backend("triton") raises the whole error.',
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return True

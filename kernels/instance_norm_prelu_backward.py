@@ -1,0 +1,263 @@
+"""The gradients of y = PReLU(z), z = x̂·weight + bias, x̂ = (x − mean)·rstd, from dy, x, mean and rstd.
+
+With dz = dy·PReLU'(z), and Σ over the S positions of an (n, c):
+    dx      = rstd·weight·(dz − (Σdz + x̂·Σdz·x̂)/S)
+    dweight = Σₙ Σ dz·x̂,   dbias = Σₙ Σ dz,   dslope = Σₙ Σ_{z ≤ 0} dy·z
+One pass where a row of x and dy fits on chip, split where it does not. No sum is atomic: results are repeatable.
+"""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .formula import divisible, locate, normalize, parameters, prelu_dslope, prelu_dz
+from .launch import device_guard, multiprocessors, slope_arguments
+from .layout import like, readable
+from .plan import SUM_N_C, SUM_N_N, make_plan
+
+
+@triton.jit
+def tile_terms(x, dy, mean, scale, bias, a):
+    """x − mean, dz and the slope's term of a tile [BLOCK_S, BLOCK_C]; dy is 0 on positions that do not exist."""
+    z = normalize(x, mean[None, :], scale[None, :], bias[None, :])
+    return x - mean[None, :], prelu_dz(dy, z, a[None, :]), prelu_dslope(dy, z)
+
+
+@triton.jit
+def tile_dx(centered, dz, scale, mean_dz, slant):
+    """dx of a tile [BLOCK_S, BLOCK_C], with mean_dz = Σdz/S and slant = rstd·Σdz·x̂/S of its rows."""
+    return scale[None, :] * (dz - mean_dz[None, :] - centered * slant[None, :])
+
+
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
+def backward_one_pass(
+    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Mean, Rstd, Sums, N, C, S,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    SLOPE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """dx and the three sums of BLOCK_C whole rows; DX or Sums is None where nobody asks for it."""
+    if CHANNELS_LAST:
+        C = divisible(C, VEC)
+    else:
+        S = divisible(S, VEC)
+    row, c, exists, base, start, step, _ = locate(tl.program_id(0), N, C, S, 1, BLOCK_C, CHANNELS_LAST)
+    s = tl.arange(0, BLOCK_S)
+    offset = start[None, :] + s[:, None] * step
+    valid = (s < S)[:, None] & exists[None, :]
+    x = tl.load(X + base + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
+    dy = tl.load(DY + base + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
+    mean = tl.load(Mean + row, mask=exists, other=0.0)  # [BLOCK_C]
+    rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
+    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
+    scale = rstd * weight
+    centered, dz, dslope = tile_terms(x, dy, mean, scale, bias, a)
+    sum_dz = tl.sum(dz, axis=0)
+    sum_dz_xhat = tl.sum(dz * centered, axis=0) * rstd
+    if DX is not None:
+        dx = tile_dx(centered, dz, scale, sum_dz / S, rstd * sum_dz_xhat / S)
+        tl.store(DX + base + offset, dx.to(DX.dtype.element_ty), mask=valid)
+    if Sums is not None:
+        rows = tl.cast(N, tl.int64) * C
+        tl.store(Sums + row, sum_dz, mask=exists)
+        tl.store(Sums + rows + row, sum_dz_xhat, mask=exists)
+        if SLOPE_GRAD:
+            tl.store(Sums + 2 * rows + row, tl.sum(dslope, axis=0), mask=exists)
+
+
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
+def backward_sums(
+    DY, X, Weight, Bias, Slope, slope, slope_step, Mean, Rstd, ChunkSums, N, C, S, chunks, tiles,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    SLOPE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """The three sums of one chunk of BLOCK_C rows, laid out as x would be with `chunks` elements a row."""
+    if CHANNELS_LAST:
+        C = divisible(C, VEC)
+    else:
+        S = divisible(S, VEC)
+    row, c, exists, base, start, step, chunk = locate(tl.program_id(0), N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
+    mean = tl.load(Mean + row, mask=exists, other=0.0)  # [BLOCK_C]
+    rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
+    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
+    scale = rstd * weight
+    first = chunk * (tiles * BLOCK_S)
+    last = tl.minimum(first + tiles * BLOCK_S, S)
+    sum_dz = tl.zeros([BLOCK_C], tl.float32)
+    sum_dz_xhat = tl.zeros([BLOCK_C], tl.float32)
+    sum_dslope = tl.zeros([BLOCK_C], tl.float32)
+    s = tl.arange(0, BLOCK_S)
+    offset = start[None, :] + s[:, None] * step
+    for s0 in range(first, last, BLOCK_S):
+        at = base + tl.cast(s0, tl.int64) * step
+        valid = (s < last - s0)[:, None] & exists[None, :]
+        x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
+        dy = tl.load(DY + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
+        centered, dz, dslope = tile_terms(x, dy, mean, scale, bias, a)
+        sum_dz += tl.sum(dz, axis=0)
+        sum_dz_xhat += tl.sum(dz * centered, axis=0) * rstd
+        if SLOPE_GRAD:
+            sum_dslope += tl.sum(dslope, axis=0)
+    _, _, exists, base, start, step, chunk = locate(tl.program_id(0), N, C, chunks, chunks, BLOCK_C, CHANNELS_LAST)
+    all_chunks = tl.cast(N, tl.int64) * C * chunks
+    here = ChunkSums + base + tl.cast(chunk, tl.int64) * step + start
+    tl.store(here, sum_dz, mask=exists)
+    tl.store(here + all_chunks, sum_dz_xhat, mask=exists)
+    if SLOPE_GRAD:
+        tl.store(here + 2 * all_chunks, sum_dslope, mask=exists)
+
+
+@triton.jit(do_not_specialize=["N", "C", "chunks"])
+def backward_combine(
+    ChunkSums, Sums, N, C, chunks,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """One of the three sums (the grid's second axis) of BLOCK_C rows over their chunks, in a fixed order."""
+    row, _, exists, base, start, step, _ = locate(tl.program_id(0), N, C, chunks, 1, BLOCK_C, CHANNELS_LAST)
+    rows = tl.cast(N, tl.int64) * C
+    which = tl.program_id(1)
+    ChunkSums += which * rows * chunks
+    total = tl.zeros([BLOCK_C], tl.float32)
+    for k0 in range(0, chunks, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        valid = (k < chunks)[:, None] & exists[None, :]
+        offset = base + start[None, :] + k[:, None] * tl.cast(step, tl.int64)
+        part = tl.load(ChunkSums + offset, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_C]
+        total += tl.sum(part, axis=0)
+    tl.store(Sums + which * rows + row, total, mask=exists)
+
+
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
+def backward_apply(
+    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Mean, Rstd, Sums, N, C, S, chunks, tiles,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """dx of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2."""
+    if CHANNELS_LAST:
+        C = divisible(C, VEC)
+    else:
+        S = divisible(S, VEC)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    row, c, exists, base, start, step, chunk = locate(block, N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
+    mean = tl.load(Mean + row, mask=exists, other=0.0)  # [BLOCK_C]
+    rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
+    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
+    mean_dz = tl.load(Sums + row, mask=exists, other=0.0) / S  # [BLOCK_C]
+    slant = rstd * tl.load(Sums + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0) / S  # [BLOCK_C]
+    scale = rstd * weight
+    first = chunk * (tiles * BLOCK_S)
+    last = tl.minimum(first + tiles * BLOCK_S, S)
+    s = tl.arange(0, BLOCK_S)
+    offset = start[None, :] + s[:, None] * step
+    for s0 in range(first, last, BLOCK_S):
+        at = base + tl.cast(s0, tl.int64) * step
+        valid = (s < last - s0)[:, None] & exists[None, :]
+        x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
+        dy = tl.load(DY + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
+        centered, dz, _ = tile_terms(x, dy, mean, scale, bias, a)
+        dx = tile_dx(centered, dz, scale, mean_dz, slant)
+        tl.store(DX + at + offset, dx.to(DX.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["N", "C"])
+def backward_sum_n(Sums, Total, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One of the three sums (the grid's second axis) of BLOCK_C channels over n, in a fixed order."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    which = tl.program_id(1)
+    Sums += which * tl.cast(N, tl.int64) * C
+    total = tl.zeros([BLOCK_C], tl.float32)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        offset = n.to(tl.int64)[:, None] * C + c[None, :]
+        part = tl.load(Sums + offset, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)  # [BLOCK_N, BLOCK_C]
+        total += tl.sum(part, axis=0)
+    tl.store(Total + which * C + c, total.to(Total.dtype.element_ty), mask=c < C)
+
+
+def instance_norm_prelu_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | float,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Launch the backward of `instance_norm_prelu_forward`, whose x, mean and rstd it takes.
+
+    dy of y's shape, any strides. needs: which of dx, dweight, dbias, dslope to compute; the others come back None.
+    dx is in x's layout and dtype, the others in their parameter's shape and dtype.
+    """
+    x, channels_last = readable(x)
+    dy = like(dy, x, channels_last)
+    N, C = x.shape[0], x.shape[1]
+    rows = N * C
+    S = x.numel() // rows
+    wanted = (
+        bias if needs[2] else None,
+        weight if needs[1] else None,
+        slope if needs[3] and isinstance(slope, Tensor) else None,
+    )
+    need_dx, need_dslope = needs[0], wanted[2] is not None
+    need_sums = any(parameter is not None for parameter in wanted)
+    if not (need_dx or need_sums):
+        return None, None, None, None
+    plan = make_plan(N, C, S, x.itemsize, channels_last, multiprocessors(x), True)
+    kinds = 3 if need_dslope else 2
+    dx = torch.empty_like(x) if need_dx else None
+    pointer, number, slope_step = slope_arguments(slope)
+    tile = {
+        "BLOCK_S": plan.BLOCK_S,
+        "BLOCK_C": plan.BLOCK_C,
+        "VEC": plan.VEC,
+        "CHANNELS_LAST": channels_last,
+        "num_warps": plan.num_warps,
+    }
+    with device_guard(x):
+        if plan.chunks == 1:
+            sums = torch.empty((kinds, rows), dtype=torch.float32, device=x.device) if need_sums else None
+            backward_one_pass[(plan.grid,)](
+                dy, x, dx, weight, bias, pointer, number, slope_step, mean, rstd, sums, N, C, S,
+                SLOPE_GRAD=need_dslope, **tile,
+            )  # fmt: skip
+        else:
+            sums = torch.empty((kinds, rows), dtype=torch.float32, device=x.device)
+            chunk_sums = torch.empty((kinds, rows * plan.chunks), dtype=torch.float32, device=x.device)
+            backward_sums[(plan.grid,)](
+                dy, x, weight, bias, pointer, number, slope_step, mean, rstd, chunk_sums, N, C, S,
+                plan.chunks, plan.tiles, SLOPE_GRAD=need_dslope, **tile,
+            )  # fmt: skip
+            backward_combine[(plan.combine_grid, kinds)](
+                chunk_sums, sums, N, C, plan.chunks,
+                BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last
+            )  # fmt: skip
+            if dx is not None:
+                backward_apply[(plan.grid,)](
+                    dy, x, dx, weight, bias, pointer, number, slope_step, mean, rstd, sums, N, C, S,
+                    plan.chunks, plan.tiles, **tile,
+                )  # fmt: skip
+        if sums is None or not need_sums:
+            return dx, None, None, None
+        dbias, dweight, dslope = _parameter_gradients(sums, N, C, wanted)
+    return dx, dweight, dbias, dslope
+
+
+def _parameter_gradients(sums: Tensor, N: int, C: int, wanted: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The sums (kinds, N·C) over n, and over c for a slope that the channels share, as gradients of `wanted`."""
+    dtypes = {parameter.dtype for parameter in wanted if parameter is not None and parameter.numel() == C}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    if N > 1 or dtype != torch.float32:
+        total = torch.empty((sums.shape[0], C), dtype=dtype, device=sums.device)
+        backward_sum_n[(triton.cdiv(C, SUM_N_C), sums.shape[0])](
+            sums, total, N, C, BLOCK_N=SUM_N_N, BLOCK_C=SUM_N_C, num_warps=4
+        )
+        sums = total
+    return [
+        None if parameter is None else (part if parameter.numel() == C else part.sum(0, True)).to(parameter.dtype)
+        for parameter, part in zip_longest(wanted, sums)
+    ]

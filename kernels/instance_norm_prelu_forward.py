@@ -1,0 +1,190 @@
+"""y = PReLU((x − mean)·rstd·weight + bias), with mean and rstd of each (n, c) over its S positions.
+
+One pass where a row fits on chip: x is read once, y written once. Split where it does not: partial statistics of each
+chunk, one tiny launch that combines them, and a second reading of x.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .formula import (
+    combined_statistics,
+    divisible,
+    locate,
+    merge,
+    normalize,
+    parameters,
+    prelu,
+    reciprocal_deviation,
+    tile_statistics,
+)
+from .launch import device_guard, multiprocessors, slope_arguments
+from .layout import readable
+from .plan import make_plan
+
+
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
+def forward_one_pass(
+    X, Y, Weight, Bias, Slope, slope, slope_step, Mean, Rstd, N, C, S, eps,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Statistics, normalisation and activation of BLOCK_C whole rows."""
+    if CHANNELS_LAST:
+        C = divisible(C, VEC)
+    else:
+        S = divisible(S, VEC)
+    row, c, exists, base, start, step, _ = locate(tl.program_id(0), N, C, S, 1, BLOCK_C, CHANNELS_LAST)
+    s = tl.arange(0, BLOCK_S)
+    offset = start[None, :] + s[:, None] * step
+    valid = (s < S)[:, None] & exists[None, :]
+    x = tl.load(X + base + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
+    mean, m2 = tile_statistics(x, valid, S)
+    rstd = reciprocal_deviation(m2, S, eps)
+    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
+    z = normalize(x, mean[None, :], (rstd * weight)[None, :], bias[None, :])
+    tl.store(Y + base + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
+    tl.store(Mean + row, mean, mask=exists)
+    tl.store(Rstd + row, rstd, mask=exists)
+
+
+@triton.jit(do_not_specialize=["N", "C", "S", "chunks", "tiles"])
+def forward_statistics(
+    X, Center, Mean, M2, N, C, S, chunks, tiles,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Mean and M2 of one chunk of BLOCK_C rows, laid out as x would be with `chunks` elements a row.
+
+    The mean is kept as the chunk's first element and the distance from it, so that merging rounds small numbers.
+    """
+    if CHANNELS_LAST:
+        C = divisible(C, VEC)
+    else:
+        S = divisible(S, VEC)
+    _, _, exists, base, start, step, chunk = locate(tl.program_id(0), N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
+    first = chunk * (tiles * BLOCK_S)
+    last = tl.minimum(first + tiles * BLOCK_S, S)
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    count = 0.0
+    s = tl.arange(0, BLOCK_S)
+    offset = start[None, :] + s[:, None] * step
+    at = base + tl.cast(first, tl.int64) * step
+    center = tl.load(X + at + start, mask=exists, other=0.0).to(tl.float32)  # [BLOCK_C]
+    for s0 in range(first, last, BLOCK_S):
+        at = base + tl.cast(s0, tl.int64) * step
+        valid = (s < last - s0)[:, None] & exists[None, :]
+        x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
+        size = tl.minimum(last - s0, BLOCK_S).to(tl.float32)
+        tile_mean, tile_m2 = tile_statistics(tl.where(valid, x - center[None, :], 0.0), valid, size)
+        mean, m2, count = merge(mean, m2, count, tile_mean, tile_m2, size)
+    _, _, exists, base, start, step, chunk = locate(tl.program_id(0), N, C, chunks, chunks, BLOCK_C, CHANNELS_LAST)
+    at = base + tl.cast(chunk, tl.int64) * step
+    tl.store(Center + at + start, center, mask=exists)
+    tl.store(Mean + at + start, mean, mask=exists)
+    tl.store(M2 + at + start, m2, mask=exists)
+
+
+@triton.jit(do_not_specialize=["N", "C", "S", "chunks", "chunk_size"])
+def forward_combine(
+    ChunkCenter, ChunkMean, ChunkM2, Mean, Rstd, N, C, S, chunks, chunk_size, eps,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """mean and rstd of BLOCK_C rows from their chunks' statistics, in a fixed order."""
+    row, _, exists, base, start, step, _ = locate(tl.program_id(0), N, C, chunks, 1, BLOCK_C, CHANNELS_LAST)
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    count = 0.0
+    center = tl.load(ChunkCenter + base + start, mask=exists, other=0.0)  # [BLOCK_C]
+    for k0 in range(0, chunks, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        offset = base + start[None, :] + k[:, None] * tl.cast(step, tl.int64)
+        valid = (k < chunks)[:, None] & exists[None, :]
+        size = tl.maximum(tl.minimum(S - k * chunk_size, chunk_size), 0).to(tl.float32)  # [BLOCK_K]
+        total = tl.sum(size, axis=0)
+        chunk_center = tl.load(ChunkCenter + offset, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_C]
+        chunk_mean = tl.load(ChunkMean + offset, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_C]
+        chunk_m2 = tl.load(ChunkM2 + offset, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_C]
+        tile_mean, tile_m2 = combined_statistics(
+            chunk_center - center[None, :] + chunk_mean, chunk_m2, size[:, None], total
+        )
+        mean, m2, count = merge(mean, m2, count, tile_mean, tile_m2, total)
+    tl.store(Mean + row, center + mean, mask=exists)
+    tl.store(Rstd + row, reciprocal_deviation(m2, S, eps), mask=exists)
+
+
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
+def forward_apply(
+    X, Y, Weight, Bias, Slope, slope, slope_step, Mean, Rstd, N, C, S, chunks, tiles,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """y of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2."""
+    if CHANNELS_LAST:
+        C = divisible(C, VEC)
+    else:
+        S = divisible(S, VEC)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    row, c, exists, base, start, step, chunk = locate(block, N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
+    mean = tl.load(Mean + row, mask=exists, other=0.0)  # [BLOCK_C]
+    rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
+    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
+    scale = rstd * weight
+    first = chunk * (tiles * BLOCK_S)
+    last = tl.minimum(first + tiles * BLOCK_S, S)
+    s = tl.arange(0, BLOCK_S)
+    offset = start[None, :] + s[:, None] * step
+    for s0 in range(first, last, BLOCK_S):
+        at = base + tl.cast(s0, tl.int64) * step
+        valid = (s < last - s0)[:, None] & exists[None, :]
+        x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
+        z = normalize(x, mean[None, :], scale[None, :], bias[None, :])
+        tl.store(Y + at + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
+
+
+def instance_norm_prelu_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | float,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch y = PReLU(norm(x)).
+
+    x (N, C, *spatial) of float32, bfloat16 or float16, S ≥ 2 positions, N, C ≥ 1; weight, bias (C,) or None; slope
+    (C,), (1,) or a number; dtype of y, x's where None. Returns y, in x's layout where that is readable, and
+    mean and rstd, float32 of N·C elements.
+    """
+    x, channels_last = readable(x)
+    N, C = x.shape[0], x.shape[1]
+    S = x.numel() // (N * C)
+    plan = make_plan(N, C, S, x.itemsize, channels_last, multiprocessors(x), False)
+    y = torch.empty_like(x, dtype=dtype)
+    mean, rstd = torch.empty((2, N * C), dtype=torch.float32, device=x.device).unbind()
+    pointer, number, slope_step = slope_arguments(slope)
+    tile = {
+        "BLOCK_S": plan.BLOCK_S,
+        "BLOCK_C": plan.BLOCK_C,
+        "VEC": plan.VEC,
+        "CHANNELS_LAST": channels_last,
+        "num_warps": plan.num_warps,
+    }
+    with device_guard(x):
+        if plan.chunks == 1:
+            forward_one_pass[(plan.grid,)](
+                x, y, weight, bias, pointer, number, slope_step, mean, rstd, N, C, S, eps, **tile
+            )
+            return y, mean, rstd
+        parts = torch.empty((3, N * C * plan.chunks), dtype=torch.float32, device=x.device).unbind()
+        forward_statistics[(plan.grid,)](x, *parts, N, C, S, plan.chunks, plan.tiles, **tile)
+        forward_combine[(plan.combine_grid,)](
+            *parts, mean, rstd, N, C, S, plan.chunks, plan.tiles * plan.BLOCK_S, eps,
+            BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last
+        )  # fmt: skip
+        forward_apply[(plan.grid,)](
+            x, y, weight, bias, pointer, number, slope_step, mean, rstd, N, C, S, plan.chunks, plan.tiles, **tile
+        )
+    return y, mean, rstd

@@ -1,0 +1,140 @@
+"""Launch plans: pure arithmetic from shapes to block sizes, warps and grid. The launchers obey.
+
+Block sizes depend on C, S, the element size and the layout but never on N, so that another batch size compiles
+nothing; N and the number of SMs decide only run-time integers (how many programs, how many chunks a row).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+VECTOR_BYTES = 16  # the widest load or store of a thread
+SECTOR_BYTES = 32  # the unit in which memory moves
+LINE_BYTES = 128  # an L2 line: a wider slice of channels gains nothing
+
+# (elements of a tile, most warps) of the one-pass kernels by (channels_last, backward): the largest that compile for
+# sm_80, sm_90 and sm_100 without spilling. 32 warps leave a thread 64 registers, 16 leave it 128; channels-last
+# threads hold five values for each of up to 8 channels besides their elements, the backward two tensors.
+ONE_PASS = {
+    (False, False): (32768, 32),
+    (False, True): (16384, 32),
+    (True, False): (16384, 16),
+    (True, True): (16384, 16),
+}
+
+# (elements of a tile, warps) of the streaming kernels by backward: at least two programs to an SM, two or more 16-byte
+# loads in flight per thread.
+STREAM = {False: (8192, 8), True: (4096, 8)}
+
+# One-pass tiles of short rows are widened to this many elements; more would leave SMs without a program.
+SHORT_ROWS_TILE = 2048
+ELEMENTS_PER_THREAD = 16
+
+# Programs per SM of a split launch: 8 programs of 8 warps fill the 64 warps of an SM.
+PROGRAMS_PER_SM = 8
+
+# A chunk's fixed cost is up to 72 bytes a row (partials written and read, parameters loaded): (bytes of x, least bytes
+# of a row's chunk) keep it under the excess that each size class allows over the ideal (0.02, 0.13, 0.5 of x).
+CHUNK_BYTES = ((8_000_000, 2048), (1_000_000, 512), (0, 128))
+
+# Partials that one program of the combining launch holds at a time; the tile of the launch that sums over n.
+COMBINE_TILE = 4096
+SUM_N_N, SUM_N_C = 16, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one direction of the op is launched on x of N·C rows of S elements.
+
+    BLOCK_S, BLOCK_C, num_warps: the tile [positions, rows] of a program, and its warps. VEC: elements by which the
+    contiguous axis is known divisible. chunks: pieces a row is cut into, 1 meaning one pass. tiles: tiles of a piece.
+    grid: programs of the one-pass kernel or of each streaming kernel. COMBINE_K, COMBINE_C, combine_grid: tile and
+    programs of the launch that combines the chunks' partials.
+    """
+
+    BLOCK_S: int
+    BLOCK_C: int
+    VEC: int
+    num_warps: int
+    chunks: int
+    tiles: int
+    grid: int
+    COMBINE_K: int
+    COMBINE_C: int
+    combine_grid: int
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two ≥ n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def blocks(N: int, C: int, BLOCK_C: int, channels_last: bool) -> int:
+    """Programs needed to cover all rows: blocks of channels within an n, or of rows across all n."""
+    return N * ceil_div(C, BLOCK_C) if channels_last else ceil_div(N * C, BLOCK_C)
+
+
+def least_width(C: int, itemsize: int, channels_last: bool) -> int:
+    """The narrowest BLOCK_C that moves whole sectors: a slice of channels, or, where C breaks sectors, all of them."""
+    if not channels_last:
+        return 1
+    whole = power_of_2(C)
+    sector = SECTOR_BYTES // itemsize
+    return min(whole, sector) if C % sector == 0 or sector > C else whole
+
+
+@lru_cache(maxsize=4096)
+def make_plan(N: int, C: int, S: int, itemsize: int, channels_last: bool, sms: int, backward: bool) -> Plan:
+    """The plan for x (N, C, S) of `itemsize`-byte elements on a GPU with `sms` multiprocessors.
+
+    Raises ValueError when a size is not positive: an empty grid must never be launched.
+    """
+    if min(N, C, S, itemsize, sms) < 1:
+        raise ValueError(f"a plan needs positive sizes, got {N=}, {C=}, {S=}, {itemsize=}, {sms=}")
+    VEC = gcd(C if channels_last else S, VECTOR_BYTES // itemsize)
+    least = least_width(C, itemsize, channels_last)
+    rows = power_of_2(S)
+    if rows * least <= ONE_PASS[channels_last, backward][0]:
+        return one_pass(N, C, S, itemsize, channels_last, backward, VEC, least, rows)
+    return split(N, C, S, itemsize, channels_last, backward, VEC, least, sms)
+
+
+def one_pass(
+    N: int, C: int, S: int, itemsize: int, channels_last: bool, backward: bool, VEC: int, least: int, rows: int
+) -> Plan:
+    """Whole rows held on chip: x is read once."""
+    widest = power_of_2(C) if channels_last else SHORT_ROWS_TILE
+    if channels_last:
+        widest = min(widest, max(least, LINE_BYTES // itemsize))
+    BLOCK_C = max(least, min(widest, SHORT_ROWS_TILE // rows))
+    most_warps = ONE_PASS[channels_last, backward][1]
+    num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD)))
+    return Plan(rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, 1, 0)
+
+
+def split(
+    N: int, C: int, S: int, itemsize: int, channels_last: bool, backward: bool, VEC: int, least: int, sms: int
+) -> Plan:
+    """Rows cut into chunks: partials per chunk, combined in a fixed order, then a second reading of x."""
+    tile, num_warps = STREAM[backward]
+    BLOCK_C = max(least, min(power_of_2(C), LINE_BYTES // itemsize)) if channels_last else 1
+    BLOCK_S = max(1, tile // BLOCK_C)
+    across = blocks(N, C, BLOCK_C, channels_last)
+    volume = N * C * S * itemsize
+    chunk_bytes = next(least_bytes for size, least_bytes in CHUNK_BYTES if volume >= size)
+    most = max(1, S // max(BLOCK_S, chunk_bytes // itemsize))
+    chunks = min(most, max(1, ceil_div(sms * PROGRAMS_PER_SM, across)))
+    tiles = ceil_div(ceil_div(S, chunks), BLOCK_S)
+    chunks = ceil_div(S, tiles * BLOCK_S)
+    # Channels-last partials are combined a sector of channels at a time, contiguous ones a row at a time.
+    COMBINE_C = min(power_of_2(C), SECTOR_BYTES // 4) if channels_last else 1
+    return Plan(
+        BLOCK_S, BLOCK_C, VEC, num_warps, chunks, tiles, across * chunks,
+        COMBINE_TILE // COMBINE_C, COMBINE_C, blocks(N, C, COMBINE_C, channels_last),
+    )  # fmt: skip

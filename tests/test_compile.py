@@ -1,0 +1,79 @@
+"""Every kernel variant that the launchers make compiles for the GPUs it is meant for, without one being here."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastenc.bench.compile import Launch, instructions, recorded, resources
+from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
+from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
+from fastenc.kernels.layout import MEMORY_FORMAT
+
+ARCHITECTURES = (80, 90, 100)
+SPATIAL = {2: (2, 1, 1), 3: (3, 1, 1), 7: (7, 1, 1), 120: (4, 5, 6), 1000: (10, 10, 10), 4097: (17, 241, 1)}
+# Example 1's layers at batch 2: (C, spatial).
+EXAMPLE_1 = [
+    (64, (31, 32, 30)), (64, (16, 16, 15)), (128, (16, 16, 15)), (128, (8, 8, 8)), (256, (8, 8, 8)),
+    (256, (4, 4, 4)), (512, (4, 4, 4)), (512, (2, 2, 2)), (1024, (2, 2, 2)),
+]  # fmt: skip
+
+
+def launches(
+    architecture: int | str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    channels_last: bool,
+    affine: bool = True,
+    slope: torch.Tensor | float | None = None,
+) -> list[Launch]:
+    """What the forward and the backward of one call would launch."""
+    C = shape[1]
+    memory_format = MEMORY_FORMAT[5] if channels_last else torch.contiguous_format
+    x, dy = (torch.empty(shape, dtype=dtype, memory_format=memory_format) for _ in range(2))
+    weight, bias = (torch.ones(C) if affine else None for _ in range(2))
+    slope = torch.ones(C) if slope is None else slope
+    with recorded(architecture) as found:
+        _, mean, rstd = instance_norm_prelu_forward(x, weight, bias, slope, 1e-5)
+        instance_norm_prelu_backward(dy, x, weight, bias, slope, mean, rstd)
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_variant_compiles(dtype: torch.dtype, channels_last: bool, architecture: int) -> None:
+    shapes = [(3, C, *SPATIAL[S]) for S, C in itertools.product(SPATIAL, (1, 3, 8, 24, 64))] + [(2, 3, 33, 33, 37)]
+    found = {launch.key: launch for shape in shapes for launch in launches(architecture, shape, dtype, channels_last)}
+    assert {launch.name for launch in found.values()} == {
+        "forward_one_pass", "forward_statistics", "forward_combine", "forward_apply",
+        "backward_one_pass", "backward_sums", "backward_combine", "backward_apply", "backward_sum_n",
+    }  # fmt: skip
+    for launch in found.values():
+        assert "atomic" not in launch.ttir, launch.name
+        assert "xi64>" in launch.ttir or "i64" in launch.ttir, f"{launch.name} has no 64-bit offset"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("slope", [torch.ones(1), 0.01], ids=["shared", "number"])
+def test_other_parameters_compile(affine: bool, slope: torch.Tensor | float) -> None:
+    for spatial in ((4, 5, 6), (17, 241, 1)):
+        assert launches(90, (2, 8, *spatial), torch.bfloat16, True, affine, slope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_example_1_does_not_spill(dtype: torch.dtype) -> None:
+    checked = set()
+    for C, spatial in EXAMPLE_1:
+        for launch in launches(90, (2, C, *spatial), dtype, True):
+            if launch.key not in checked:
+                checked.add(launch.key)
+                cubin = launch.compiled.asm["cubin"]
+                assert resources(cubin)["STACK"] == 0, (launch.name, C, spatial)
+                assert instructions(cubin)["spill"] == 0, (launch.name, C, spatial)
+
+
+def test_compiles_for_rocm() -> None:
+    for spatial in ((4, 5, 6), (17, 241, 1)):
+        for channels_last in (False, True):
+            assert launches("gfx942", (2, 8, *spatial), torch.bfloat16, channels_last)

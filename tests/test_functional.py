@@ -1,0 +1,127 @@
+"""instance_norm_prelu: what it refuses, and what it does on the eager route."""
+
+import re
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import fastenc
+from fastenc import functional, route
+from fastenc.bench.interpret import interpreted
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        (
+            {"x": torch.randn(2, 3)},
+            ValueError,
+            "x must be (N, C, *spatial) with at least one spatial axis, got shape (2, 3)",
+        ),
+        ({"x": torch.randn(0, 3, 4)}, ValueError, "at least one sample and one channel, got shape (0, 3, 4)"),
+        ({"x": torch.randn(2, 0, 4)}, ValueError, "at least one sample and one channel, got shape (2, 0, 4)"),
+        ({"x": torch.randn(2, 3, 1)}, ValueError, "Expected more than 1 spatial element when training, got input size"),
+        ({"weight": torch.ones(4)}, ValueError, "weight must have shape (3,) for x of shape (2, 3, 4, 4), got (4,)"),
+        ({"bias": torch.ones(1)}, ValueError, "bias must have shape (3,) for x of shape (2, 3, 4, 4), got (1,)"),
+        (
+            {"slope": torch.ones(2)},
+            ValueError,
+            "slope must have shape (3,) or (1,) for x of shape (2, 3, 4, 4), got (2,)",
+        ),
+        ({"slope": torch.tensor(0.1)}, ValueError, "slope must have shape (3,) or (1,)"),
+        ({"slope": "0.1"}, TypeError, "slope must be a torch.Tensor or a number, got str"),
+        ({"weight": 1.0}, TypeError, "weight must be a torch.Tensor, got float"),
+        ({"bias": torch.ones(3).double()}, ValueError, "bias must be torch.float32 (x's dtype) or torch.float32, got"),
+        ({"weight": torch.ones(3, device="meta")}, ValueError, "weight must be on x's device cpu, got meta"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
+def test_bad_arguments(change: dict[str, object], error: type[Exception], message: str, backend: str) -> None:
+    arguments = {"x": torch.randn(2, 3, 4, 4), "weight": torch.ones(3), "bias": torch.ones(3), "slope": 0.1} | change
+    with interpreted(), fastenc.backend(backend), pytest.raises(error, match=re.escape(message)):
+        fastenc.instance_norm_prelu(**arguments)
+
+
+def test_no_spatial_position_is_what_torch_does() -> None:
+    x = torch.randn(2, 3, 0, 4)
+    with interpreted(), fastenc.backend("triton"):
+        assert fastenc.instance_norm_prelu(x).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_eager_route_is_torchs_two_operations(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 4, 5).to(dtype)
+    weight, bias, slope = (torch.rand(3).to(dtype) for _ in range(3))
+    expected = torch.nn.functional.prelu(torch.nn.functional.instance_norm(x, weight=weight, bias=bias), slope)
+    assert torch.equal(fastenc.instance_norm_prelu(x, weight, bias, slope), expected)
+
+
+def test_parameters_in_float32_on_the_eager_route() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16)
+    y = fastenc.instance_norm_prelu(x, torch.ones(3), torch.zeros(3), torch.rand(3))
+    assert y.dtype == torch.bfloat16
+
+
+def failing(error: Exception) -> Callable[..., object]:
+    def launcher(*args: object) -> object:
+        raise error
+
+    return launcher
+
+
+@pytest.fixture
+def _a_gpu_that_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under "auto", CPU tensors are taken for CUDA ones, so that the fallback can be watched."""
+    monkeypatch.setattr(route, "device_reason", lambda x: route._faults.get(x.device))
+    monkeypatch.setattr(route, "_faults", {})
+
+
+@pytest.mark.usefixtures("_a_gpu_that_is_a_cpu")
+def test_a_kernel_that_cannot_run_here_falls_back_and_warns_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    forward, backward = functional._launchers()
+    broken = failing(RuntimeError("Failed to find C compiler."))
+    x, weight, bias, slope = torch.randn(2, 3, 4, 5), torch.ones(3), torch.zeros(3), torch.rand(3)
+
+    def result() -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, slope)]
+        y = fastenc.instance_norm_prelu(*leaves)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    with fastenc.backend("eager"):
+        expected = result()
+    for launchers in ((broken, broken), (forward, broken)):
+        route._faults.clear()
+        monkeypatch.setattr(functional, "_launchers", lambda pair=launchers: pair)
+        recwarn.clear()
+        with interpreted():
+            for found in (result(), result()):
+                for mine, theirs in zip(found, expected, strict=True):
+                    torch.testing.assert_close(mine, theirs)
+        warned = [str(w.message) for w in recwarn if "fastenc" in str(w.message)]
+        assert len(warned) == 1
+        assert "RuntimeError: Failed to find C compiler." in warned[0]
+        with interpreted(), fastenc.backend("triton"), pytest.raises(RuntimeError, match="C compiler"):
+            result()
+
+
+@pytest.mark.usefixtures("_a_gpu_that_is_a_cpu")
+def test_out_of_memory_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = failing(torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr(functional, "_launchers", lambda: (broken, broken))
+    with pytest.raises(torch.OutOfMemoryError):
+        fastenc.instance_norm_prelu(torch.randn(2, 3, 4))
+    assert not route._faults
+
+
+def test_triton_is_imported_at_the_first_fused_call_only() -> None:
+    import subprocess
+
+    code = (
+        "import sys, torch, fastenc; fastenc.instance_norm_prelu(torch.randn(2, 3, 4)); print('triton' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1] == "False"

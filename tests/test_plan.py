@@ -1,0 +1,51 @@
+"""Launch plans: every row covered, nothing empty, the shapes that must be one pass, and no size of N in a constexpr."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastenc.kernels.plan import ONE_PASS, Plan, blocks, make_plan
+
+SMS = 132
+shapes = st.tuples(
+    st.integers(1, 64), st.integers(1, 2100), st.integers(2, 3_000_000), st.sampled_from([2, 4]), st.booleans()
+)
+
+
+@given(shapes, st.booleans())
+def test_covers_everything_once(shape: tuple[int, int, int, int, bool], backward: bool) -> None:
+    N, C, S, itemsize, channels_last = shape
+    plan = make_plan(N, C, S, itemsize, channels_last, SMS, backward)
+    assert plan.grid == blocks(N, C, plan.BLOCK_C, channels_last) * plan.chunks
+    chunk = plan.tiles * plan.BLOCK_S
+    assert (plan.chunks - 1) * chunk < S <= plan.chunks * chunk
+    assert ONE_PASS[channels_last, backward][0] >= plan.BLOCK_S * plan.BLOCK_C
+    assert all(size & (size - 1) == 0 for size in (plan.BLOCK_S, plan.BLOCK_C, plan.VEC, plan.num_warps))
+    assert (C if channels_last else S) % plan.VEC == 0
+
+
+@given(shapes, st.booleans())
+def test_batch_decides_no_constexpr(shape: tuple[int, int, int, int, bool], backward: bool) -> None:
+    N, C, S, itemsize, channels_last = shape
+
+    def constexprs(plan: Plan) -> tuple[int, ...]:
+        return plan.BLOCK_S, plan.BLOCK_C, plan.VEC, plan.num_warps, plan.COMBINE_K, plan.COMBINE_C
+
+    plans = (make_plan(n, C, S, itemsize, channels_last, SMS, backward) for n in (N, 2 * N + 1))
+    assert len({constexprs(plan) for plan in plans}) == 1
+
+
+@pytest.mark.parametrize(
+    ("S", "C", "channels_last", "backward"),
+    [(1024, 64, True, False), (1024, 64, True, True), (32768, 8, False, False), (4096, 8, False, True)],
+)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_must_be_one_pass(S: int, C: int, channels_last: bool, backward: bool, itemsize: int) -> None:
+    assert make_plan(2, C, S, itemsize, channels_last, SMS, backward).chunks == 1
+
+
+@pytest.mark.parametrize("size", ["N", "C", "S"])
+def test_refuses_an_empty_grid(size: str) -> None:
+    sizes = {"N": 2, "C": 3, "S": 4} | {size: 0}
+    with pytest.raises(ValueError, match=f"{size}=0"):
+        make_plan(*sizes.values(), 4, True, SMS, False)
