@@ -3,13 +3,10 @@
 recorded(90)          inside the block launchers run on CPU tensors; nothing is launched, every launch is recorded
 resources(cubin)      registers, stack and shared memory, as the driver would report them
 instructions(cubin)   counts of the instructions that decide speed
-streaming(launch)     bytes that accesses to x, y and their gradients move, by width
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 import subprocess
 import tempfile
@@ -17,8 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -40,12 +35,6 @@ PATTERNS = {
     "spill": re.compile(r"\b(?:STL|LDL)\b"),
     "atomic": re.compile(r"\bATOMG?\b|\bRED\b"),
 }
-
-# The pointers to tensors of x's size, by the names that the kernels give them.
-STREAMED = frozenset({"X", "Y", "DX", "DY"})
-PTX_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"(.*)"', re.MULTILINE)
-PTX_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
-PTX_ACCESS = re.compile(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z]+(\d+)\s")
 
 
 @dataclass(frozen=True)
@@ -168,35 +157,3 @@ def instructions(cubin: bytes) -> Counter[str]:
     """Occurrences of each of PATTERNS in the machine code."""
     sass = _cuobjdump("-sass", cubin)
     return Counter({name: len(pattern.findall(sass)) for name, pattern in PATTERNS.items()})
-
-
-@lru_cache(maxsize=256)
-def _streaming_calls(kernel: Any) -> tuple[range, ...]:
-    """Of each tl.load and tl.store of a kernel whose address is in one of STREAMED: its lines in the kernel's file."""
-    source, first = inspect.getsourcelines(kernel)
-    return tuple(
-        range(first + call.lineno - 1, first + (call.end_lineno or call.lineno))
-        for call in ast.walk(ast.parse("".join(source)))
-        if isinstance(call, ast.Call)
-        and ast.unparse(call.func) in ("tl.load", "tl.store")
-        and any(isinstance(node, ast.Name) and node.id in STREAMED for node in ast.walk(call.args[0]))
-    )
-
-
-def streaming(launch: Launch) -> Counter[int]:
-    """Bytes that a thread's accesses to STREAMED tensors move, by the width of the access in bytes.
-
-    Each access in the code counts once, in a loop or not. Read from PTX by its line numbers: for CUDA targets only.
-    """
-    kernel, ptx = launch.compiled.src.fn.fn, launch.compiled.asm["ptx"]
-    name = Path(inspect.getfile(kernel)).name
-    own = {number for number, path in PTX_FILE.findall(ptx) if Path(path).name == name}
-    moved: Counter[int] = Counter()
-    streams = False
-    for line in ptx.splitlines():
-        if place := PTX_LINE.match(line):
-            streams = place[1] in own and any(int(place[2]) in lines for lines in _streaming_calls(kernel))
-        elif streams and (access := PTX_ACCESS.search(line)):
-            width = int(access[1] or 1) * int(access[2]) // 8
-            moved[width] += width
-    return moved

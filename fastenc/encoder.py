@@ -66,15 +66,16 @@ class _EncoderNetNd(nn.Module):
         was_contiguous = fused and x.is_contiguous()
         if fused:
             x = _channels_last(x)
-        for layer in self.netbody[:-1] if self.is_out_vector else self.netbody:
+        *layers, last = self.netbody
+        for layer in layers:
             x = layer(x)
         if not self.is_out_vector:
+            x = last(x)
             return x.contiguous() if was_contiguous else x
-        pool = self.netbody[-1]
-        if fused and x.is_cuda and type(pool) is POOLS[self._order] and route.observed(pool) is None:
+        if fused and x.is_cuda and type(last) is POOLS[self._order] and route.observed(last) is None:
             # The CUDA backward of adaptive pooling adds atomically and refuses deterministic mode.
             return self.fc(x.flatten(2).mean(2))
-        return self.fc(pool(x).flatten(1))
+        return self.fc(last(x).flatten(1))
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import route
 from .layers import _ConvModernNd
@@ -49,22 +50,24 @@ class Explanation:
 def explain(model: nn.Module, x: Tensor) -> Explanation:
     """The route of each unit of `model` for x, with the reason where it is not Triton's.
 
-    Runs the model once on x, without gradients and on the eager route, and asks every unit as it is called.
+    Runs the model once on x, without gradients, on the eager route and on copies of its buffers, and asks every unit as
+    it is called.
     """
     found: list[UnitRoute] = []
     chosen = route.chosen()
 
-    def ask(name: str, unit: Any, arguments: tuple[Any, ...]) -> None:
+    def ask(name: str, unit: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        seen = arguments[0] if arguments else keywords["x"]
         with route.backend(chosen):
-            reason = unit.why_eager(arguments[0])
-        shape = tuple(getattr(arguments[0], "shape", ()))
+            reason = unit.why_eager(seen)
+        shape = tuple(getattr(seen, "shape", ()))
         found.append(UnitRoute(name, shape, "triton" if reason is None else "eager", reason))
 
     units = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvModernNd)]
-    hooks = [unit.register_forward_pre_hook(partial(ask, name)) for name, unit in units]
+    hooks = [unit.register_forward_pre_hook(partial(ask, name), with_kwargs=True) for name, unit in units]
     try:
         with torch.no_grad(), route.backend("eager"):
-            model(x)
+            functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (x,))
     finally:
         for hook in hooks:
             hook.remove()

@@ -101,8 +101,8 @@ class InstanceNormPReLU(torch.autograd.Function):
         (dy,) = grad_outputs
         x, weight, bias, slope, mean, rstd = ctx.saved_tensors
         slope = ctx.slope if slope is None else slope
-        # Where the backward itself is to be differentiated, kernels would end the graph: the closed form continues it.
-        if mean is None or torch.is_grad_enabled():
+        # Where the backward itself is differentiated, or vectorised, a kernel would end the graph: the formula goes on.
+        if mean is None or torch.is_grad_enabled() or route.vectorised(dy):
             return (*reference.backward(dy, x, weight, bias, slope, ctx.eps), None, None)
         needs = ctx.needs_input_grad[:4]
         try:

@@ -90,6 +90,7 @@ class _ConvModernNd(nn.Module):
         self.mconv = nn.Sequential(*(pair + convolving if ahead else convolving + pair))
 
         fusible = normalizer in ("inst", "pinst") and len(pair) == 2
+        self._order = order
         self._norm_type = INSTANCE_NORMS[order]
         self._norm_at = (0 if ahead else len(convolving)) if fusible else None
 
@@ -112,6 +113,7 @@ class _ConvModernNd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The submodules in turn; where nothing could notice, the pair norm → activation as one operation."""
+        self._refuse_unbatched(x)
         at = self._norm_at
         if at is None or route.eager(self.why_eager(x)):
             return self.mconv(x)
@@ -122,6 +124,11 @@ class _ConvModernNd(nn.Module):
         for layer in layers[at + 2 :]:
             x = layer(x)
         return x
+
+    def _refuse_unbatched(self, x: object) -> None:
+        """Without a batch axis PReLU takes the first spatial axis for the channels: an error, or silently wrong."""
+        if type(x) is Tensor and x.dim() == self._order + 1 and any(type(m) is nn.PReLU for m in self.mconv):
+            raise RuntimeError(f"x must have {self._order + 2} axes, a batch of samples, got shape {tuple(x.shape)}")
 
 
 def _normalize_and_activate(x: Tensor, norm: Any, activation: Any) -> Tensor:
@@ -152,15 +159,45 @@ def _fits(parameter: Tensor, x: Tensor, length: int) -> bool:
 class ConvModern1d(_ConvModernNd):
     """`ConvModern3d` over one spatial axis."""
 
-    def __init__(self, in_planes: int, out_planes: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(1, in_planes, out_planes, *args, **kwargs)
+    def __init__(
+        self,
+        in_planes: int,
+        out_planes: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 1,
+        output_size: int | tuple[int, ...] | None = None,
+        normalizer: str = "pinst",
+        activator: str = "prelu",
+        layer_order: str = "new",
+        scaler: str = "down",
+    ) -> None:
+        super().__init__(
+            1, in_planes, out_planes, kernel_size, stride, padding,
+            output_size, normalizer, activator, layer_order, scaler,
+        )  # fmt: skip
 
 
 class ConvModern2d(_ConvModernNd):
     """`ConvModern3d` over two spatial axes."""
 
-    def __init__(self, in_planes: int, out_planes: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(2, in_planes, out_planes, *args, **kwargs)
+    def __init__(
+        self,
+        in_planes: int,
+        out_planes: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 1,
+        output_size: int | tuple[int, ...] | None = None,
+        normalizer: str = "pinst",
+        activator: str = "prelu",
+        layer_order: str = "new",
+        scaler: str = "down",
+    ) -> None:
+        super().__init__(
+            2, in_planes, out_planes, kernel_size, stride, padding,
+            output_size, normalizer, activator, layer_order, scaler,
+        )  # fmt: skip
 
 
 class ConvModern3d(_ConvModernNd):
@@ -183,8 +220,23 @@ class ConvModern3d(_ConvModernNd):
         ValueError: an unknown normalizer; a stride above 1 with an unknown scaler.
     """
 
-    def __init__(self, in_planes: int, out_planes: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(3, in_planes, out_planes, *args, **kwargs)
+    def __init__(
+        self,
+        in_planes: int,
+        out_planes: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 1,
+        output_size: int | tuple[int, ...] | None = None,
+        normalizer: str = "pinst",
+        activator: str = "prelu",
+        layer_order: str = "new",
+        scaler: str = "down",
+    ) -> None:
+        super().__init__(
+            3, in_planes, out_planes, kernel_size, stride, padding,
+            output_size, normalizer, activator, layer_order, scaler,
+        )  # fmt: skip
 
 
 class _BlockConvStkNd(nn.Module):

@@ -43,18 +43,18 @@ def backward(
     per_channel = (1, -1) + (1,) * len(axes)
     wide = torch.promote_types(x.dtype, torch.float32)
 
-    def wider(parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else parameter.to(wide).reshape(per_channel)
+    def wider(parameter: Tensor) -> Tensor:
+        return parameter.to(wide).reshape(per_channel)
 
-    x_wide, dy_wide, weight_wide, bias_wide = x.to(wide), dy.to(wide), wider(weight), wider(bias)
+    x_wide, dy_wide = x.to(wide), dy.to(wide)
     slope_wide = wider(slope) if isinstance(slope, Tensor) else slope
     centered = x_wide - x_wide.mean(axes, keepdim=True)
     rstd = torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
     xhat = centered * rstd
-    z = xhat if weight_wide is None else xhat * weight_wide
-    z = z if bias_wide is None else z + bias_wide
+    z = xhat if weight is None else xhat * wider(weight)
+    z = z if bias is None else z + wider(bias)
     dz = torch.where(z > 0, dy_wide, slope_wide * dy_wide)
-    dxhat = dz if weight_wide is None else dz * weight_wide
+    dxhat = dz if weight is None else dz * wider(weight)
     dx = rstd * (dxhat - dxhat.mean(axes, keepdim=True) - xhat * (dxhat * xhat).mean(axes, keepdim=True))
     over = (0, *axes)
     dweight = None if weight is None else (dz * xhat).sum(over).to(weight.dtype)

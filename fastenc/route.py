@@ -102,6 +102,11 @@ def reason(x: object) -> str | None:
     return device_reason(x)
 
 
+def vectorised(dy: Tensor) -> bool:
+    """Whether a gradient stands for many at once: torch.vmap, `is_grads_batched`, `jacobian(vectorize=True)`."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 def device_reason(x: Tensor) -> str | None:
     """Why the kernels cannot run on x's device."""
     if x.is_cuda:

@@ -1,0 +1,248 @@
+"""The backend that is asked for, the route a call takes, and the reason given for it."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from plain import twins
+from routes import eager_norms, taken
+from torch import Tensor, nn
+
+import fastenc
+from fastenc import backend, explain
+
+UNITS = ["netbody.1.conv_list.0", "netbody.1.conv_scale", "netbody.2.conv_scale"]
+
+
+@pytest.fixture(autouse=True)
+def _backend_is_put_back() -> Iterator[None]:
+    with backend("auto"):
+        yield
+
+
+def volume(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 1, 6, 5, 7, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def route() -> str:
+    """The route the first unit of a small network takes for float32 on the CPU, seen by what runs."""
+    net, _ = twins(2, [2, 1], dtype=torch.float32)
+    with eager_norms() as calls:
+        net(volume())
+    return "eager" if calls.call_count else "triton"
+
+
+def test_backend_sets_at_once() -> None:
+    with taken("auto"):
+        backend("eager")
+        assert route() == "eager"
+    with taken("triton"):
+        assert route() == "triton"
+        backend("eager")
+        assert route() == "eager"
+        backend("triton")
+        assert route() == "triton"
+
+
+def test_backend_restores_what_was_before() -> None:
+    with taken("triton"):
+        with backend("eager"):
+            assert route() == "eager"
+            with backend("triton"):
+                assert route() == "triton"
+                with backend("auto"):
+                    assert route() == "eager"
+                assert route() == "triton"
+            assert route() == "eager"
+        assert route() == "triton"
+        with pytest.raises(KeyError), backend("eager"):
+            raise KeyError
+        assert route() == "triton"
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Triton", None, 3])
+def test_unknown_backend(name: Any) -> None:
+    with taken("triton"):
+        with pytest.raises(ValueError, match="auto") as error:
+            backend(name)
+        for word in ("triton", "eager", repr(name)):
+            assert word in str(error.value)
+        assert route() == "triton"  # nothing changed
+
+
+def test_triton_refuses_float64_and_says_so() -> None:
+    net, _ = twins(2, [2, 1])
+    x = volume(torch.float64)
+    with taken("triton"):
+        with pytest.raises(RuntimeError, match="float64"):
+            net(x)
+        with pytest.raises(RuntimeError, match="float64"):
+            fastenc.instance_norm_prelu(x, None, None, 0.25)
+        found = list(explain(net, x))
+    assert [row.route for row in found] == ["eager"] * 3
+    assert all("float64" in row.reason for row in found)
+
+
+def test_triton_on_a_cpu_tensor_needs_the_interpreter() -> None:
+    net, _ = twins(2, [2, 1], dtype=torch.float32)
+    with backend("triton"), pytest.raises(RuntimeError):
+        net(volume())
+
+
+def test_auto_on_a_cpu_is_eager_and_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    net, plain = twins(2, [2, 1], dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with eager_norms() as calls:
+            y = net(volume())
+    assert calls.call_count == 3
+    assert torch.equal(y, plain(volume()))
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.parametrize(("name", "words"), [("auto", "CUDA"), ("eager", "eager")])
+def test_explain_and_the_log_give_the_reason(name: str, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    net, _ = twins(2, [2, 1], dtype=torch.float32)
+    with backend(name):
+        text, found = str(explain(net, volume())), list(explain(net, volume()))
+        with caplog.at_level(logging.DEBUG, logger="fastenc"):
+            net(volume())
+    assert [row.name for row in found] == UNITS
+    logged_text = "\n".join(r.getMessage() for r in caplog.records if r.name.split(".")[0] == "fastenc")
+    for row in found:
+        assert row.route == "eager"
+        assert words in row.reason
+        assert row.name in text
+        assert row.reason in text
+        assert row.reason in logged_text
+
+
+def test_explain_on_the_triton_route() -> None:
+    net, _ = twins(2, [2, 1], dtype=torch.float32)
+    with taken("triton"):
+        explained = explain(net, volume())
+        assert [(row.name, row.route, row.reason) for row in explained] == [(name, "triton", None) for name in UNITS]
+        assert all(name in str(explained) for name in UNITS)
+
+
+def test_explain_leaves_no_trace() -> None:
+    net, _ = twins(2, [2, 1], dtype=torch.float32)
+    before = copy.deepcopy(net.state_dict())
+    x = volume().requires_grad_()
+    net.eval()
+    explain(net, x)
+    assert not net.training
+    assert x.grad is None
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert torch.equal(x.detach(), volume())
+
+
+def test_explain_leaves_the_running_statistics() -> None:
+    unit = fastenc.ConvModern3d(2, 2, normalizer="batch")
+    before = copy.deepcopy(unit.state_dict())
+    explain(unit, torch.randn(2, 2, 4, 4, 4) + 1)
+    assert all(torch.equal(value, before[key]) for key, value in unit.state_dict().items())
+
+
+def test_explain_a_model_that_calls_a_unit_by_keyword() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unit = fastenc.ConvModern3d(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.unit(x=x)
+
+    (row,) = explain(Model(), torch.randn(2, 2, 4, 4, 4))
+    assert (row.name, row.route) == ("unit", "eager")
+
+
+# A process of its own: the environment, and what an import brings along
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if k not in ("FASTENC_BACKEND", "TRITON_INTERPRET")}
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    variables["PYTHONPATH"] = os.pathsep.join([folder, variables.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code], env=variables | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+NETWORK = """
+import torch, fastenc
+net, x = fastenc.EncoderNet3d(2, [1, 1]), torch.randn(1, 1, 6, 6, 6)
+"""
+
+
+def test_import_brings_no_triton_no_plots_no_tables_and_no_cuda() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastenc
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+assert not new & {"triton", "matplotlib", "rich", "numpy", "nibabel", "nilearn", "pytest"}, new
+assert not torch.cuda.is_initialized()
+net = fastenc.EncoderNet3d(2, [1, 1])
+net(torch.randn(1, 1, 6, 6, 6)).sum().backward()
+str(fastenc.explain(net, torch.randn(1, 1, 6, 6, 6)))
+assert "triton" not in sys.modules
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""
+
+
+def test_without_triton() -> None:
+    code = f"""
+import sys
+sys.modules["triton"] = None
+{NETWORK}
+net(x).sum().backward()
+str(fastenc.explain(net, x))
+fastenc.backend("triton")
+try:
+    net(x)
+except RuntimeError as error:
+    assert "triton" in str(error), error
+else:
+    raise SystemExit("ran without triton")
+assert all(row.route == "eager" and "triton" in row.reason for row in fastenc.explain(net, x))
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("value", "reason"), [("eager", "eager"), ("auto", "CUDA")])
+def test_environment_chooses_the_backend(value: str, reason: str) -> None:
+    code = (
+        f"{NETWORK}\nassert all({reason!r} in row.reason for row in fastenc.explain(net, x)), fastenc.explain(net, x)"
+    )
+    done = run(code, FASTENC_BACKEND=value)
+    assert done.returncode == 0, done.stderr
+
+
+def test_environment_asks_for_triton() -> None:
+    code = f"{NETWORK}\nprint([row.route for row in fastenc.explain(net, x)])\nnet(x)\nprint('ran')"
+    done = run(code, FASTENC_BACKEND="triton", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["['triton', 'triton']", "ran"]
+
+
+def test_environment_is_checked() -> None:
+    done = run(NETWORK + "net(x)", FASTENC_BACKEND="cudnn")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError")
+    for word in ("FASTENC_BACKEND", "cudnn", "auto", "triton", "eager"):
+        assert word in last

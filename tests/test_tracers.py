@@ -1,0 +1,109 @@
+"""Tracers and exporters: what they write down is the plain network, right at every size and free of fastenc.
+
+"auto" is what every user without a GPU meets: the eager route, in float64 here. "fused" is the same as on a GPU, in
+float32: there too what is traced is the eager route.
+"""
+
+import io
+import shutil
+import warnings
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from plain import assert_near, assert_same, small_twins, volume
+from routes import taken
+from torch import fx
+
+OTHER_SIZE = (9, 8, 11)
+vector_and_map = pytest.mark.parametrize("out_length", [2, None])
+either_route = pytest.mark.parametrize("route", ["auto", "fused"])
+
+
+@either_route
+@vector_and_map
+def test_jit_trace_runs_at_another_size(out_length: int | None, route: str) -> None:
+    """Traced where the deep maps are 2 and 1 elements wide: a kernel cut to that size would be wrong at the other."""
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype, out_length=out_length)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            traced = torch.jit.trace(net, volume((4, 4, 4), dtype=dtype))
+            buffer = io.BytesIO()
+            torch.jit.save(traced, buffer)
+            buffer.seek(0)
+            loaded = torch.jit.load(buffer)
+        for x in (volume((4, 4, 4), dtype=dtype), volume(OTHER_SIZE, batch=3, dtype=dtype)):
+            assert_same(traced, plain, x)
+            assert_near(loaded(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("route", "dynamic", "out_length"),
+    [("auto", False, 2), ("auto", True, None), ("fused", None, 2)],
+)
+def test_compile(route: str, dynamic: bool | None, out_length: int | None) -> None:
+    """Dynamo and AOTAutograd trace forward and backward; a graph break is an error."""
+    torch.compiler.reset()
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype, out_length=out_length)
+        compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for x in (volume(dtype=dtype), volume(OTHER_SIZE, batch=3, dtype=dtype)):
+            assert_same(compiled, plain, x)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="Inductor needs a C++ compiler")
+def test_compile_with_inductor() -> None:
+    """Forward only: half a minute of C++ already, and the backward is that of test_compile."""
+    torch.compiler.reset()
+    net, plain = small_twins(layers=[1, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(net, fullgraph=True)(volume()), plain(volume()))
+
+
+@pytest.mark.parametrize(("route", "out_length"), [("auto", 2), ("fused", None)])
+def test_export_holds_aten_only(route: str, out_length: int | None, tmp_path: Path) -> None:
+    axes = {0: torch.export.Dim("batch", min=2), **dict.fromkeys((2, 3, 4), torch.export.Dim.AUTO)}
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype, out_length=out_length)
+        program = torch.export.export(net, (volume((8, 7, 9), dtype=dtype),), dynamic_shapes=(axes,))
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls
+    for target in calls:
+        if isinstance(target, torch._ops.OpOverload):
+            assert target.namespace == "aten", target
+    torch.export.save(program, tmp_path / "net.pt2")
+    module = torch.export.load(tmp_path / "net.pt2").module()
+    for x in (volume((8, 7, 9), dtype=dtype), volume((12, 13, 11), batch=4, dtype=dtype)):
+        assert_near(module(x), plain(x))
+
+
+@either_route
+@vector_and_map
+def test_fx_symbolic_trace(out_length: int | None, route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype, out_length=out_length)
+        graph = fx.symbolic_trace(net)
+        leaves = {node.target for node in graph.graph.nodes if node.op == "call_module"}
+        assert {"netbody.0", "netbody.1.conv_list.0.mconv.0", "netbody.1.conv_list.0.mconv.1"} <= leaves
+        for x in (volume(dtype=dtype), volume(OTHER_SIZE, dtype=dtype)):
+            assert_same(graph, plain, x)
+
+
+@pytest.mark.parametrize(("route", "out_length"), [("auto", 2), ("fused", None)])
+def test_onnx(route: str, out_length: int | None, tmp_path: Path) -> None:
+    axes = {0: torch.export.Dim("batch", min=2), **dict.fromkeys((2, 3, 4), torch.export.Dim.DYNAMIC)}
+    path = tmp_path / "net.onnx"
+    with taken(route):
+        net, plain = small_twins(torch.float32, out_length=out_length)
+        sample = volume((8, 7, 9), dtype=torch.float32)
+        torch.onnx.export(net.eval(), (sample,), path, dynamic_shapes=(axes,), dynamo=True, verbose=False)
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for x in (sample, volume((12, 13, 11), batch=4, dtype=torch.float32)):
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert_near(torch.from_numpy(found), plain(x))

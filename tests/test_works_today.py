@@ -1,0 +1,370 @@
+"""Everything PyTorch lets one do with the reference network, done with EncoderNet3d and compared with its plain twin.
+
+"auto" is what every user without a GPU meets: the eager route, in float64 here. "fused" is the same as on a GPU, its
+kernels interpreted, in float32: fused where that is possible, eager where PyTorch is tracing or transforming.
+"""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from plain import SMALL, PlainEncoder, assert_all_near, assert_near, assert_same, gradients, small_twins, volume
+from routes import taken
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastenc import EncoderNet3d
+
+either_route = pytest.mark.parametrize("route", ["auto", "fused"])
+
+
+# Copies and files
+
+
+def test_pickle() -> None:
+    net, plain = small_twins()
+    assert_same(pickle.loads(pickle.dumps(net)), plain, volume())
+
+
+@either_route
+def test_deepcopy_shares_nothing(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        net(volume(dtype=dtype))  # a call first, so that anything kept from it would be copied too
+        twin = copy.deepcopy(net)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+        assert_same(twin, plain, volume(dtype=dtype))
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    net, plain = small_twins()
+    net(volume())
+    torch.save(net, tmp_path / "net.pt")
+    assert_same(torch.load(tmp_path / "net.pt", weights_only=False), plain, volume())
+    torch.save(net.state_dict(), tmp_path / "state.pt")
+    other = EncoderNet3d(**SMALL).double()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_same(other, plain, volume())
+
+
+@pytest.mark.parametrize("out_length", [2, None])
+def test_checkpoints_go_both_ways(out_length: int | None) -> None:
+    """Strictly: every key there, none beside, also by assignment and from a meta network."""
+    net, plain = small_twins(out_length=out_length)
+    for assign in (False, True):
+        with torch.device("meta" if assign else "cpu"):
+            other = PlainEncoder(**{**SMALL, "out_length": out_length}).double()
+            another = EncoderNet3d(**{**SMALL, "out_length": out_length}).double()
+        other.load_state_dict(net.state_dict(), assign=assign)
+        another.load_state_dict(plain.state_dict(), assign=assign)
+        assert_same(other, net, volume())
+        assert_same(another, plain, volume())
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    net, plain = small_twins()
+    safetensors.torch.save_model(net, tmp_path / "net.safetensors")
+    assert safetensors.torch.load_file(tmp_path / "net.safetensors").keys() == plain.state_dict().keys()
+    other = EncoderNet3d(**SMALL).double()
+    assert safetensors.torch.load_model(other, tmp_path / "net.safetensors") == (set(), [])
+    assert_same(other, plain, volume())
+
+
+# Function transforms
+
+
+@either_route
+def test_functional_call(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        other = {name: 1.5 * parameter.detach() for name, parameter in plain.named_parameters()}
+        x = volume(dtype=dtype)
+        assert_near(functional_call(net, other, (x,)), functional_call(plain, other, (x,)))
+        assert_near(net(x), plain(x))
+
+
+@either_route
+def test_vmap_over_samples(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        x = volume(batch=3, dtype=dtype)
+        assert_near(vmap(lambda sample: net(sample[None])[0])(x), plain(x))
+
+
+@either_route
+def test_vmap_over_ensembles(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        state = {name: torch.stack([p.detach(), 0.5 * p.detach()]) for name, p in plain.named_parameters()}
+        x = volume(dtype=dtype)
+        found = vmap(lambda parameters: functional_call(net, parameters, (x,)))(state)
+        expected = [functional_call(plain, {n: p[i] for n, p in state.items()}, (x,)) for i in (0, 1)]
+        assert_near(found, torch.stack(expected))
+
+
+@either_route
+def test_grad_of_each_sample(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        x = volume(batch=3, dtype=dtype)
+        state = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+        def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+            return functional_call(net, parameters, (sample[None],)).square().sum()
+
+        found = vmap(grad(loss), in_dims=(None, 0))(state, x)
+        for i, sample in enumerate(x):
+            assert_all_near([g[i] for g in found.values()], gradients(plain, sample[None])[2:])
+
+
+@either_route
+def test_jacrev(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype, layers=[1, 1])
+        x = volume((4, 3, 4), batch=1, dtype=dtype)
+        assert_near(jacrev(net)(x), torch.autograd.functional.jacobian(plain, x))
+
+
+@either_route
+def test_jvp(route: str) -> None:
+    """Forward mode against the derivative in backward mode, so that a silent zero shows."""
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        x, tangent = volume(dtype=dtype), volume(dtype=dtype).flip(2)
+        y, moved = jvp(net, (x,), (tangent,))
+        assert_near(y, plain(x))
+        jacobian = torch.autograd.functional.jacobian(plain, x)
+        assert_near(moved, torch.einsum("nkmcdhw,mcdhw->nk", jacobian, tangent))
+
+
+@either_route
+def test_dual_numbers(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        x, tangent = volume(dtype=dtype), volume(dtype=dtype).flip(3)
+        with torch.autograd.forward_ad.dual_level():
+            found = torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, tangent)))
+        expected = jvp(plain, (x,), (tangent,))
+        assert_all_near(found, expected)
+
+
+# Autograd
+
+
+@either_route
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant: bool, route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        x = volume(dtype=dtype).requires_grad_()
+        y = checkpoint(net, x, use_reentrant=use_reentrant)
+        y.square().sum().backward()
+        found = [y.detach(), x.grad, *(p.grad for p in net.parameters())]
+        expected = gradients(plain, x.detach())
+        assert_all_near(found, expected)
+
+
+def test_gradcheck() -> None:
+    net, _ = small_twins(channel=1, layers=[1, 1])
+    names, values = zip(*net.named_parameters(), strict=True)
+    inputs = (volume((4, 3, 4)).requires_grad_(), *(v.detach().clone().requires_grad_() for v in values))
+
+    def network(x: Tensor, *parameters: Tensor) -> Tensor:
+        return functional_call(net, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(network, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(network, inputs, fast_mode=True)
+
+
+def test_gradcheck_slow_in_the_input() -> None:
+    net, _ = small_twins(channel=1, layers=[1, 1])
+    x = volume((3, 3, 4), batch=1).requires_grad_()
+    assert torch.autograd.gradcheck(net, (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(net, (x,))
+
+
+@either_route
+def test_gradient_penalty(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        found = []
+        for network in (net, plain.double()):
+            x = volume(dtype=next(network.parameters()).dtype).requires_grad_()
+            (slope,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+            penalty = (slope.square().sum() - 1).square()
+            found.append([penalty.detach(), *torch.autograd.grad(penalty, [x, *network.parameters()])])
+        assert_all_near(*found)
+
+
+@either_route
+def test_batched_gradients(route: str) -> None:
+    """The forward runs as ever, the backward under vmap: what a vectorized Jacobian does."""
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        x = volume(dtype=dtype)
+        expected = torch.autograd.functional.jacobian(plain, x)
+        assert_near(torch.autograd.functional.jacobian(net, x, vectorize=True), expected)
+
+
+@either_route
+def test_saved_tensors_may_travel(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        with torch.autograd.graph.save_on_cpu():
+            found = gradients(net, volume(dtype=dtype))
+        assert_all_near(found, gradients(plain, volume(dtype=dtype)))
+
+
+@either_route
+def test_backward_twice(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        loss = net(volume(dtype=dtype)).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found = [parameter.grad / 2 for parameter in net.parameters()]
+        assert_all_near(found, gradients(plain, volume(dtype=dtype))[2:])
+
+
+@either_route
+def test_flops_are_counted(route: str) -> None:
+    with taken(route) as dtype:
+        counts = []
+        for network in small_twins(dtype):
+            with FlopCounterMode(display=False) as counter:
+                network(volume(dtype=dtype)).sum().backward()
+            counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@either_route
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference(mode: type, route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        x = volume(dtype=dtype)
+        with mode():
+            found = [net(x), net.eval()(x)]
+        expected = plain(x)
+        for y in found:
+            assert not y.requires_grad
+            assert_near(y, expected)
+
+
+@either_route
+def test_frozen_parameters(route: str) -> None:
+    """Only what requires a gradient gets one, whichever that is."""
+    with taken(route) as dtype:
+        for kept in ("netbody.0.weight", "conv_scale.mconv.0.bias", "mconv.1.weight", "mconv.2.weight", "fc.bias", "x"):
+            net, plain = small_twins(dtype)
+            found = []
+            for network in (net, plain):
+                for name, parameter in network.named_parameters():
+                    parameter.requires_grad_(kept in name)
+                x = volume(dtype=dtype).requires_grad_(kept == "x")
+                network(x).square().sum().backward()
+                found.append([x.grad, *(p.grad for p in network.parameters())])
+            for a, b in zip(*found, strict=True):
+                assert (a is None) == (b is None)
+                if b is not None:
+                    assert_near(a, b)
+
+
+@either_route
+def test_weights_changed_behind_autograd_count(route: str) -> None:
+    """An average through .data or a numpy view leaves no version number: nothing may be kept from a call."""
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        x = volume(dtype=dtype)
+        net(x)
+        for network in (net, plain):
+            for parameter in network.parameters():
+                parameter.data.mul_(0.7)
+                parameter.detach().numpy()[...] += 0.1
+        assert_near(net(x), plain(x))
+
+
+# Training
+
+
+def test_parameters_to_vector() -> None:
+    net, plain = small_twins()
+    vector = nn.utils.parameters_to_vector(net.parameters())
+    assert torch.equal(vector, nn.utils.parameters_to_vector(plain.parameters()))
+    nn.utils.vector_to_parameters(2 * vector, net.parameters())
+    nn.utils.vector_to_parameters(2 * vector, plain.parameters())
+    assert_same(net, plain, volume())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.SGD, torch.optim.AdamW])
+def test_optimizers(optimizer: type[torch.optim.Optimizer]) -> None:
+    net, plain = small_twins()
+    losses: list[list[float]] = []
+    for network in (net, plain):
+        steps, network_losses = optimizer(network.parameters(), lr=0.01), []
+
+        def closure(network: nn.Module = network, steps: torch.optim.Optimizer = steps) -> Tensor:
+            steps.zero_grad()
+            loss = (network(volume()) - 1).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            network_losses.append(steps.step(closure).item())
+        losses.append(network_losses)
+    assert losses[0][2] < losses[0][0]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-9)
+
+
+def test_data_parallel() -> None:
+    """Over all GPUs; without one it passes the call on."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net, plain = small_twins()
+    assert_same(nn.DataParallel(net.to(device)), plain.to(device), volume().to(device))
+
+
+def one_of_the_processes(rank: int, world: int, folder: str) -> None:
+    """Its share of the batch through DDP, then through FSDP2, on both routes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    for route in ("auto", "fused"):
+        with taken(route) as dtype:
+            whole = volume(batch=2 * world, dtype=dtype)
+            share = whole.chunk(world)[rank]
+            _, plain = small_twins(dtype)
+            expected = [gradient / world for gradient in gradients(plain, whole)[2:]]  # the loss sums, DDP averages
+
+            net, _ = small_twins(dtype)
+            parallel = nn.parallel.DistributedDataParallel(net)
+            parallel(share).square().sum().backward()
+            assert_all_near([p.grad for p in net.parameters()], expected)
+
+            net, _ = small_twins(dtype)
+            for block in net.netbody[1:3]:
+                fully_shard(block, mesh=mesh)
+            fully_shard(net, mesh=mesh)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            net(share).square().sum().backward()
+            assert_all_near([p.grad.full_tensor() for p in net.parameters()], expected)
+            optimizer.step()
+            stepped = [p - 0.1 * gradient for p, gradient in zip(plain.parameters(), expected, strict=True)]
+            assert_all_near([p.full_tensor() for p in net.parameters()], stepped)
+    dist.destroy_process_group()
+    Path(folder, f"done {rank}").touch()
+
+
+def test_distributed(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_the_processes, args=(2, str(tmp_path)), nprocs=2)
+    assert (tmp_path / "done 0").exists()
+    assert (tmp_path / "done 1").exists()
