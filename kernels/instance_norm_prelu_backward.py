@@ -94,7 +94,7 @@ def backward_sums(
     rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     scale = rstd * weight
-    first = chunk * (tiles * BLOCK_S)
+    first = tl.cast(chunk, tl.int64) * (tiles * BLOCK_S)
     last = tl.minimum(first + tiles * BLOCK_S, S)
     sum_dz = tl.zeros([BLOCK_C], tl.float32)
     sum_dz_xhat = tl.zeros([BLOCK_C], tl.float32)
@@ -102,7 +102,7 @@ def backward_sums(
     s = tl.arange(0, BLOCK_S)
     offset = start[None, :] + s[:, None] * step
     for s0 in range(first, last, BLOCK_S):
-        at = base + tl.cast(s0, tl.int64) * step
+        at = base + s0 * step
         valid = (s < last - s0)[:, None] & exists[None, :]
         x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
         dy = tl.load(DY + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
@@ -158,12 +158,12 @@ def backward_apply(
     mean_dz = tl.load(Sums + row, mask=exists, other=0.0) / S  # [BLOCK_C]
     slant = rstd * tl.load(Sums + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0) / S  # [BLOCK_C]
     scale = rstd * weight
-    first = chunk * (tiles * BLOCK_S)
+    first = tl.cast(chunk, tl.int64) * (tiles * BLOCK_S)
     last = tl.minimum(first + tiles * BLOCK_S, S)
     s = tl.arange(0, BLOCK_S)
     offset = start[None, :] + s[:, None] * step
     for s0 in range(first, last, BLOCK_S):
-        at = base + tl.cast(s0, tl.int64) * step
+        at = base + s0 * step
         valid = (s < last - s0)[:, None] & exists[None, :]
         x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
         dy = tl.load(DY + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
@@ -228,7 +228,7 @@ def instance_norm_prelu_backward(
         "num_warps": plan.num_warps,
     }
     with device_guard(x):
-        if plan.chunks == 1:
+        if plan.one_pass:
             sums = torch.empty((kinds, rows), dtype=torch.float32, device=x.device) if need_sums else None
             backward_one_pass[(plan.grid,)](
                 dy, x, dx, weight, bias, pointer, number, slope_step, mean, rstd, sums, N, C, S,

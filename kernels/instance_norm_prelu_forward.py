@@ -65,17 +65,17 @@ def forward_statistics(
     else:
         S = divisible(S, VEC)
     _, _, exists, base, start, step, chunk = locate(tl.program_id(0), N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
-    first = chunk * (tiles * BLOCK_S)
+    first = tl.cast(chunk, tl.int64) * (tiles * BLOCK_S)
     last = tl.minimum(first + tiles * BLOCK_S, S)
     mean = tl.zeros([BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_C], tl.float32)
     count = 0.0
     s = tl.arange(0, BLOCK_S)
     offset = start[None, :] + s[:, None] * step
-    at = base + tl.cast(first, tl.int64) * step
+    at = base + first * step
     center = tl.load(X + at + start, mask=exists, other=0.0).to(tl.float32)  # [BLOCK_C]
     for s0 in range(first, last, BLOCK_S):
-        at = base + tl.cast(s0, tl.int64) * step
+        at = base + s0 * step
         valid = (s < last - s0)[:, None] & exists[None, :]
         x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
         size = tl.minimum(last - s0, BLOCK_S).to(tl.float32)
@@ -103,7 +103,8 @@ def forward_combine(
         k = k0 + tl.arange(0, BLOCK_K)
         offset = base + start[None, :] + k[:, None] * tl.cast(step, tl.int64)
         valid = (k < chunks)[:, None] & exists[None, :]
-        size = tl.maximum(tl.minimum(S - k * chunk_size, chunk_size), 0).to(tl.float32)  # [BLOCK_K]
+        rest = S - k.to(tl.int64) * chunk_size
+        size = tl.maximum(tl.minimum(rest, chunk_size), 0).to(tl.float32)  # [BLOCK_K]
         total = tl.sum(size, axis=0)
         chunk_center = tl.load(ChunkCenter + offset, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_C]
         chunk_mean = tl.load(ChunkMean + offset, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_C]
@@ -132,12 +133,12 @@ def forward_apply(
     rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     scale = rstd * weight
-    first = chunk * (tiles * BLOCK_S)
+    first = tl.cast(chunk, tl.int64) * (tiles * BLOCK_S)
     last = tl.minimum(first + tiles * BLOCK_S, S)
     s = tl.arange(0, BLOCK_S)
     offset = start[None, :] + s[:, None] * step
     for s0 in range(first, last, BLOCK_S):
-        at = base + tl.cast(s0, tl.int64) * step
+        at = base + s0 * step
         valid = (s < last - s0)[:, None] & exists[None, :]
         x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
         z = normalize(x, mean[None, :], scale[None, :], bias[None, :])
@@ -173,7 +174,7 @@ def instance_norm_prelu_forward(
         "num_warps": plan.num_warps,
     }
     with device_guard(x):
-        if plan.chunks == 1:
+        if plan.one_pass:
             forward_one_pass[(plan.grid,)](
                 x, y, weight, bias, pointer, number, slope_step, mean, rstd, N, C, S, eps, **tile
             )

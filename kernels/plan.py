@@ -48,12 +48,14 @@ SUM_N_N, SUM_N_C = 16, 64
 class Plan:
     """How one direction of the op is launched on x of N·C rows of S elements.
 
+    one_pass: a program holds whole rows. Otherwise rows are split: streamed twice, tile by tile.
     BLOCK_S, BLOCK_C, num_warps: the tile [positions, rows] of a program, and its warps. VEC: elements by which the
-    contiguous axis is known divisible. chunks: pieces a row is cut into, 1 meaning one pass. tiles: tiles of a piece.
+    contiguous axis is known divisible. chunks: pieces a row is cut into. tiles: tiles of a piece.
     grid: programs of the one-pass kernel or of each streaming kernel. COMBINE_K, COMBINE_C, combine_grid: tile and
     programs of the launch that combines the chunks' partials.
     """
 
+    one_pass: bool
     BLOCK_S: int
     BLOCK_C: int
     VEC: int
@@ -115,7 +117,7 @@ def one_pass(
     BLOCK_C = max(least, min(widest, SHORT_ROWS_TILE // rows))
     most_warps = ONE_PASS[channels_last, backward][1]
     num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD)))
-    return Plan(rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, 1, 0)
+    return Plan(True, rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, 1, 0)
 
 
 def split(
@@ -135,6 +137,6 @@ def split(
     # Channels-last partials are combined a sector of channels at a time, contiguous ones a row at a time.
     COMBINE_C = min(power_of_2(C), SECTOR_BYTES // 4) if channels_last else 1
     return Plan(
-        BLOCK_S, BLOCK_C, VEC, num_warps, chunks, tiles, across * chunks,
+        False, BLOCK_S, BLOCK_C, VEC, num_warps, chunks, tiles, across * chunks,
         COMBINE_TILE // COMBINE_C, COMBINE_C, blocks(N, C, COMBINE_C, channels_last),
     )  # fmt: skip

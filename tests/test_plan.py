@@ -19,6 +19,7 @@ def test_covers_everything_once(shape: tuple[int, int, int, int, bool], backward
     assert plan.grid == blocks(N, C, plan.BLOCK_C, channels_last) * plan.chunks
     chunk = plan.tiles * plan.BLOCK_S
     assert (plan.chunks - 1) * chunk < S <= plan.chunks * chunk
+    assert plan.BLOCK_S >= S if plan.one_pass else plan.chunks >= 1
     assert ONE_PASS[channels_last, backward][0] >= plan.BLOCK_S * plan.BLOCK_C
     assert all(size & (size - 1) == 0 for size in (plan.BLOCK_S, plan.BLOCK_C, plan.VEC, plan.num_warps))
     assert (C if channels_last else S) % plan.VEC == 0
@@ -41,7 +42,7 @@ def test_batch_decides_no_constexpr(shape: tuple[int, int, int, int, bool], back
 )
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_must_be_one_pass(S: int, C: int, channels_last: bool, backward: bool, itemsize: int) -> None:
-    assert make_plan(2, C, S, itemsize, channels_last, SMS, backward).chunks == 1
+    assert make_plan(2, C, S, itemsize, channels_last, SMS, backward).one_pass
 
 
 @pytest.mark.parametrize("size", ["N", "C", "S"])
