@@ -18,11 +18,9 @@ from torch import Tensor
 from .formula import divisible, locate, normalize, parameters, prelu_dslope, prelu_dz
 from .launch import device_guard, multiprocessors, slope_arguments
 from .layout import like, readable
-from .plan import SUM_N_C, SUM_N_N, make_plan
+from .plan import COMBINE_WARPS, RELOAD_BLOCK_S, SUM_N_C, SUM_N_N, make_plan
 
-# From this many positions on, rstd and weight are read again (from L1) after the sums: waiting in registers, they made
-# the widest tiles spill on sm_80, sm_90 and sm_100. Below it eight more bytes a row would show in the traffic.
-RELOAD_BLOCK_S = tl.constexpr(512)
+_RELOAD_BLOCK_S = tl.constexpr(RELOAD_BLOCK_S)
 
 
 @triton.jit
@@ -66,7 +64,7 @@ def backward_one_pass(
         if SLOPE_GRAD:
             tl.store(Sums + 2 * rows + row, tl.sum(dslope, axis=0), mask=exists)
         tl.store(Sums + row, sum_dz, mask=exists)
-    if BLOCK_S >= RELOAD_BLOCK_S:
+    if BLOCK_S >= _RELOAD_BLOCK_S:
         rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
         if Weight is not None:
             weight = tl.load(Weight + c, mask=exists, other=0.0).to(tl.float32)  # [BLOCK_C]
@@ -243,7 +241,8 @@ def instance_norm_prelu_backward(
             )  # fmt: skip
             backward_combine[(plan.combine_grid, kinds)](
                 chunk_sums, sums, N, C, plan.chunks,
-                BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last
+                BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last,
+                num_warps=COMBINE_WARPS,
             )  # fmt: skip
             if dx is not None:
                 backward_apply[(plan.grid,)](

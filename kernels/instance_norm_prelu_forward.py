@@ -24,7 +24,7 @@ from .formula import (
 )
 from .launch import device_guard, multiprocessors, slope_arguments
 from .layout import readable
-from .plan import make_plan
+from .plan import COMBINE_WARPS, make_plan
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
@@ -183,7 +183,8 @@ def instance_norm_prelu_forward(
         forward_statistics[(plan.grid,)](x, *parts, N, C, S, plan.chunks, plan.tiles, **tile)
         forward_combine[(plan.combine_grid,)](
             *parts, mean, rstd, N, C, S, plan.chunks, plan.tiles * plan.BLOCK_S, eps,
-            BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last
+            BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last,
+            num_warps=COMBINE_WARPS,
         )  # fmt: skip
         forward_apply[(plan.grid,)](
             x, y, weight, bias, pointer, number, slope_step, mean, rstd, N, C, S, plan.chunks, plan.tiles, **tile

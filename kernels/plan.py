@@ -28,8 +28,16 @@ ONE_PASS = {
 # loads in flight per thread.
 STREAM = {False: (8192, 8), True: (4096, 8)}
 
-# One-pass tiles of short rows are widened to this many elements; more would leave SMs without a program.
-SHORT_ROWS_TILE = 2048
+# Rows of at most this many positions share one tile height: the deep ends of all volumes compile the same variants.
+SHORTEST_ROW = 8
+
+# From this many positions on, the one-pass backward reads rstd and weight again (from L1) after its sums: waiting in
+# registers, they made the widest tiles spill. Below it, eight more bytes a row would show in the traffic.
+RELOAD_BLOCK_S = 512
+
+# One-pass tiles of short rows are widened to this many elements, by channels_last; more would leave SMs idle.
+# Contiguous rows need more: four rows to a program, or their statistics move mostly empty sectors.
+SHORT_ROWS_TILE = {False: 2048, True: 1024}
 ELEMENTS_PER_THREAD = 16
 
 # Programs per SM of a split launch: 8 programs of 8 warps fill the 64 warps of an SM.
@@ -38,9 +46,12 @@ PROGRAMS_PER_SM = 8
 # A chunk's fixed cost is up to 72 bytes a row (partials written and read, parameters loaded): (bytes of x, least bytes
 # of a row's chunk) keep it under the excess that each size class allows over the ideal (0.02, 0.13, 0.5 of x).
 CHUNK_BYTES = ((8_000_000, 2048), (1_000_000, 512), (0, 128))
+# A contiguous row's partials and parameters are single floats, each a sector: about 480 bytes instead of 72.
+CONTIGUOUS_CHUNK_FACTOR = 6
 
-# Partials that one program of the combining launch holds at a time; the tile of the launch that sums over n.
-COMBINE_TILE = 4096
+# Partials that one program of the combining launch holds at a time, and its warps: 16 of each kind to a thread.
+COMBINE_TILE, COMBINE_WARPS = 4096, 8
+# The tile of the launch that sums over n.
 SUM_N_N, SUM_N_C = 16, 64
 
 
@@ -101,7 +112,7 @@ def make_plan(N: int, C: int, S: int, itemsize: int, channels_last: bool, sms: i
         raise ValueError(f"a plan needs positive sizes, got {N=}, {C=}, {S=}, {itemsize=}, {sms=}")
     VEC = gcd(C if channels_last else S, VECTOR_BYTES // itemsize)
     least = least_width(C, itemsize, channels_last)
-    rows = power_of_2(S)
+    rows = max(SHORTEST_ROW, power_of_2(S))
     if rows * least <= ONE_PASS[channels_last, backward][0]:
         return one_pass(N, C, S, itemsize, channels_last, backward, VEC, least, rows)
     return split(N, C, S, itemsize, channels_last, backward, VEC, least, sms)
@@ -111,10 +122,11 @@ def one_pass(
     N: int, C: int, S: int, itemsize: int, channels_last: bool, backward: bool, VEC: int, least: int, rows: int
 ) -> Plan:
     """Whole rows held on chip: x is read once."""
-    widest = power_of_2(C) if channels_last else SHORT_ROWS_TILE
+    tile = SHORT_ROWS_TILE[channels_last]
+    widest = power_of_2(C) if channels_last else tile
     if channels_last:
         widest = min(widest, max(least, LINE_BYTES // itemsize))
-    BLOCK_C = max(least, min(widest, SHORT_ROWS_TILE // rows))
+    BLOCK_C = max(least, min(widest, tile // rows))
     most_warps = ONE_PASS[channels_last, backward][1]
     num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD)))
     return Plan(True, rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, 1, 0)
@@ -130,6 +142,7 @@ def split(
     across = blocks(N, C, BLOCK_C, channels_last)
     volume = N * C * S * itemsize
     chunk_bytes = next(least_bytes for size, least_bytes in CHUNK_BYTES if volume >= size)
+    chunk_bytes *= 1 if channels_last else CONTIGUOUS_CHUNK_FACTOR
     most = max(1, S // max(BLOCK_S, chunk_bytes // itemsize))
     chunks = min(most, max(1, ceil_div(sms * PROGRAMS_PER_SM, across)))
     tiles = ceil_div(ceil_div(S, chunks), BLOCK_S)

@@ -3,7 +3,7 @@
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -99,7 +99,7 @@ def test_backward(shape: tuple[int, int, int, bool]) -> None:
 
 
 @pytest.fixture
-def _offsets_in_int32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _offsets_in_int32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernels with `locate` made 32-bit."""
     source = Path(formula.__file__).read_text(encoding="utf-8")
     narrow = source.replace(".to(tl.int64)", "").replace("tl.int64", "tl.int32")
@@ -114,7 +114,6 @@ def _offsets_in_int32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     spec.loader.exec_module(module)
     for room in (forward_room, backward_room):
         monkeypatch.setattr(room, "locate", module.locate)
-    yield
 
 
 @pytest.mark.usefixtures("_offsets_in_int32")

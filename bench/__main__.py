@@ -1,0 +1,40 @@
+"""`python -m fastenc.bench SUBCOMMAND`: what fastenc costs and gains on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from . import audit, gpu
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """What one subcommand is for, its arguments, and its body, which returns the exit status."""
+
+    purpose: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+SUBCOMMANDS = {
+    "audit": Subcommand(audit.PURPOSE, audit.add_arguments, audit.run),
+    "gpu": Subcommand(gpu.PURPOSE, gpu.add_arguments, gpu.run),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (by default the process's own) and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fastenc.bench", description=__doc__)
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    for name, subcommand in SUBCOMMANDS.items():
+        child = subparsers.add_parser(name, help=subcommand.purpose, description=subcommand.purpose)
+        subcommand.add_arguments(child)
+    parsed = parser.parse_args(arguments)
+    return SUBCOMMANDS[parsed.subcommand].run(parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What the audit looks at: the seed's network, a bigger one, and shapes that are awkward. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Literal
+
+Precision = Literal["float32", "bfloat16"]
+ITEMSIZE: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
+
+EXAMPLE_1 = (64, (3, 3, 3, 3, 3), (31, 32, 30))
+BIGGER = (32, (2, 2, 2, 2, 2), (128, 128, 128))
+AWKWARD = ((24, 1000), (20, 1000), (3, 1000), (32, 4097), (48, 33**3), (64, 1024), (32, 4096), (32, 32768))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One direction of the op on x (N, C, S), and where such an x is met."""
+
+    origin: str
+    N: int
+    C: int
+    S: int
+    dtype: Precision
+    channels_last: bool
+    backward: bool
+
+    def __str__(self) -> str:
+        return f"{self.N}×{self.C}×{self.S} {self.dtype} {layout(self.channels_last)} {direction(self.backward)}"
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def volume(self) -> int:
+        """Bytes of x."""
+        return self.N * self.C * self.S * self.itemsize
+
+
+def layout(channels_last: bool) -> str:
+    """The layout's name."""
+    return "channels-last" if channels_last else "contiguous"
+
+
+def direction(backward: bool) -> str:
+    """The direction's name."""
+    return "backward" if backward else "forward"
+
+
+def unit_inputs(channel: int, layers: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:
+    """(C, S) of what each unit of EncoderNet3d(channel, layers) normalises, for an input of spatial `size`; no doubles.
+
+    The first unit of a block widens, the last one halves the map, rounding up.
+    """
+    inputs = []
+    C = channel
+    for block, count in enumerate(layers):
+        for unit in range(count):
+            inputs.append((C, prod(size)))
+            if unit == 0 and block > 0:
+                C *= 2
+        size = [(length + 1) // 2 for length in size]
+    return list(dict.fromkeys(inputs))
+
+
+def shapes() -> list[tuple[str, int, int, int]]:
+    """(origin, N, C, S) of everything audited."""
+    return [
+        *(("Example 1", N, C, S) for N in (1, 8) for C, S in unit_inputs(*EXAMPLE_1)),
+        *(("32 channels, 128³", 2, C, S) for C, S in unit_inputs(*BIGGER)),
+        *(("awkward", 2, C, S) for C, S in AWKWARD),
+    ]
+
+
+def cases(shapes: Sequence[tuple[str, int, int, int]]) -> list[Case]:
+    """Each shape in both layouts, both precisions and both directions."""
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    return [
+        Case(origin, N, C, S, dtype, channels_last, backward)
+        for origin, N, C, S in shapes
+        for channels_last, dtype, backward in product((True, False), precisions, (False, True))
+    ]

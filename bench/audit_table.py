@@ -1,0 +1,91 @@
+"""The audit's rows as a table, with rich where it is installed and as aligned text where it is not."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from .audit_cases import direction, layout
+from .audit_rows import Row, violations
+from .ceilings import SHARED_BYTES
+
+if TYPE_CHECKING:
+    from .audit_findings import Variants
+
+HEADINGS = (
+    "N×C×S", "layout", "dtype", "direction", "x read", "launches", "bytes/x", "ceiling", "counted on",
+    "registers", "spills", "16-byte", "shared",
+)  # fmt: skip
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text, in the order of HEADINGS."""
+    case = row.case
+    compiled = [one for target, one in row.compiled.items() if target in SHARED_BYTES]
+    registers = "/".join("–" if each.registers is None else str(each.registers) for each in compiled)
+    shares = [each.vector_share for each in compiled if each.vector_share is not None]
+    return (
+        f"{case.N}×{case.C}×{case.S}",
+        layout(case.channels_last),
+        case.dtype,
+        direction(case.backward),
+        "once" if row.one_pass else "twice*" if row.split_excused else "twice",
+        str(max(len(each.launches) for each in compiled)),
+        f"{row.moved:.4f}",
+        f"{row.ceiling:.4f}",
+        f"{row.interpreted} of {row.programs}" if row.programs else "predicted",
+        registers,
+        str(max(each.spills or 0 for each in compiled)),
+        f"{100 * min(shares):.0f} %" if shares else "–",
+        str(max(each.shared or 0 for each in compiled)),
+    )
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print the rows, those that break a ceiling in red, under where their shape is met."""
+    groups = [(origin, list(group)) for origin, group in groupby(rows, lambda row: row.case.origin)]
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        lines = [HEADINGS, *(cells(row) for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for origin, group in groups:
+            print(f"{origin}:")
+            for line in [HEADINGS, *(cells(row) for row in group)]:
+                print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
+    table = Table(*HEADINGS, box=SIMPLE_HEAD)
+    for origin, group in groups:
+        table.add_section()
+        table.add_row(f"[bold]{origin}[/bold]")
+        for row in group:
+            table.add_row(*cells(row), style="red" if violations(row) else None)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[str]) -> list[str]:
+    """What the table does not say, and at the end every broken ceiling in words."""
+    lines = [
+        f"registers a thread on {', '.join(SHARED_BYTES)}; spills in bytes a thread, shared memory in bytes a block: "
+        "the most of these; 16-byte: share of the bytes of accesses to x, y and their gradients, the least of these",
+        "counted on: programs interpreted, one for all that move the same, of those launched at full size",
+    ]
+    if any(row.split_excused for row in rows):
+        lines.append("twice*: the row is short, but slices of its channels would move partial sectors")
+    for target in (target for target in rows[0].compiled if target not in SHARED_BYTES):
+        failures = Counter(row.compiled[target].failure for row in rows)
+        lines.append(f"{target}: {failures.pop(None, 0)} of {len(rows)} rows compile")
+        lines += [f"  {count}: {why}" for why, count in failures.items()]
+    lines += [
+        f"Example 1 {each.dtype} {layout(each.channels_last)}: {each.example} compiled variants, "
+        f"{each.other_batch} more for other batch sizes, {each.other_volume} more for another volume"
+        for each in variants
+    ]
+    count = len(broken)
+    lines.append(f"{count} broken ceiling{'s' if count > 1 else ''}:" if broken else "every ceiling holds")
+    return [*lines, *broken]

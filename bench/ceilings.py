@@ -1,0 +1,53 @@
+"""What the kernels may cost: bytes moved, launches that must be one, widths, shared memory, compiled variants. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+# Bytes loaded and stored, in whole sectors, over the bytes of x, by (backward, split) and by the bytes of x: under
+# 1 MB, from 1 to 8 MB, over 8 MB, with 1 MB = 10⁶ bytes.
+SIZE_CLASSES = (1_000_000, 8_000_000)
+TRAFFIC = {
+    (False, False): (2.3, 2.05, 2.02),
+    (False, True): (3.5, 3.15, 3.03),
+    (True, False): (3.5, 3.1, 3.03),
+    (True, True): (6.0, 5.3, 5.05),
+}
+
+# Positions up to which a row must be read once, by (channels_last, backward).
+ONE_PASS_POSITIONS = {(True, False): 1024, (True, True): 1024, (False, False): 32768, (False, True): 4096}
+
+# Of the streaming accesses' bytes, the least share that moves 16 bytes at a time, where divisibility allows any.
+VECTOR_SHARE = 0.95
+
+# Shared memory that a block can have, by target: those that the ceilings are for.
+SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
+
+# Compiled variants of Example 1, forward and backward; more for another batch size above 1; more for another volume.
+VARIANTS, VARIANTS_OTHER_BATCH, VARIANTS_OTHER_VOLUME = 40, 0, 6
+
+
+def traffic_ceiling(N: int, C: int, S: int, itemsize: int, backward: bool, split: bool) -> float:
+    """The most that may be moved for x (N, C, S) of `itemsize`-byte elements, in bytes of x.
+
+    What every row costs besides its elements comes on top: five float32 forward, eleven and a share of the launch that
+    sums over n backward.
+    """
+    size_class = bisect_right(SIZE_CLASSES, N * C * S * itemsize)
+    row_bytes = 44 + 12 / N if backward else 20
+    return TRAFFIC[backward, split][size_class] + row_bytes / (S * itemsize)
+
+
+def one_pass_required(S: int, channels_last: bool, backward: bool) -> bool:
+    """Whether rows of S positions must be read once."""
+    return ONE_PASS_POSITIONS[channels_last, backward] >= S
+
+
+def breaks_sectors(C: int, itemsize: int, channels_last: bool) -> bool:
+    """Whether a slice of channels would move partial sectors: such C may be split where others must not."""
+    return channels_last and C * itemsize % 32 != 0
+
+
+def vectors_required(C: int, S: int, itemsize: int, channels_last: bool) -> bool:
+    """Whether x's contiguous axis allows 16-byte accesses everywhere."""
+    return (C if channels_last else S) * itemsize % 16 == 0

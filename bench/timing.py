@@ -1,0 +1,90 @@
+"""Timing one call: CUDA events on a GPU, the wall clock on a CPU; and its peak memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+SAMPLE_SECONDS = 0.02  # long against the resolution of an event, short against a change of the clock rate
+MOST_CALLS = 16  # the inputs of that many calls are in memory at once
+CYCLES_PER_SECOND = 2e9  # no slower than any GPU's clock, so that a pause asked for in cycles is never too short
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: `call(*prepare())`, of which `prepare` is off the clock.
+
+    With `queued`, the device is kept busy while the calls of a sample are put in its queue, so that the sample is the
+    device's own time. Without, it is what a user waits for: the host's share is in it wherever the device idles.
+    """
+
+    call: Callable[..., object]
+    prepare: Callable[[], tuple[Any, ...]] = tuple
+    queued: bool = False
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def sample(work: Work, calls: int, device: torch.device) -> float:
+    """Seconds per call over `calls` calls in a row, whose results stay alive: each is written to memory of its own."""
+    inputs = [work.prepare() for _ in range(calls)]
+    synchronize(device)
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        results = [work.call(*arguments) for arguments in inputs]
+        seconds = time.perf_counter() - begin
+        del results
+        return seconds / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if work.queued:
+        torch.cuda._sleep(int(_host_seconds(work, device) * calls * 2 * CYCLES_PER_SECOND))
+    start.record()
+    results = [work.call(*arguments) for arguments in inputs]
+    end.record()
+    end.synchronize()
+    del results
+    return start.elapsed_time(end) * 1e-3 / calls
+
+
+def _host_seconds(work: Work, device: torch.device) -> float:
+    """Seconds the host takes to put one call in the queue."""
+    arguments = work.prepare()
+    synchronize(device)
+    begin = time.perf_counter()
+    work.call(*arguments)
+    seconds = time.perf_counter() - begin
+    synchronize(device)
+    return seconds
+
+
+def calls_per_sample(work: Work, device: torch.device) -> int:
+    """Warm `work` up until a call is no faster than the one before it, then say how many calls make one sample."""
+    seconds, before = sample(work, 1, device), math.inf
+    for _ in range(10):
+        if seconds > 0.95 * before:
+            break
+        before, seconds = seconds, sample(work, 1, device)
+    calls = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
+    sample(work, calls, device)  # grows the allocator's pool to what that many calls need
+    return calls
+
+
+def peak_memory(work: Work, device: torch.device) -> int | None:
+    """Bytes allocated at most above what there was before, by preparing and making one call; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work.call(*work.prepare())
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,0 +1,57 @@
+"""Tests that need a GPU. They import torch, triton, numpy, pytest, fastenc alone: a failing import stops them all."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Read by cuBLAS when it starts: without it, matrix products refuse deterministic mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+import fastenc
+
+FOLDER = Path(__file__).parent
+
+
+def _lacking() -> str | None:
+    """What this machine lacks to run these tests."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    lacking = _lacking()
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if lacking is not None:
+                item.add_marker(pytest.mark.skip(reason=lacking))
+
+
+@pytest.fixture(autouse=True)
+def exact_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No TF32, and the Triton route by name: a kernel that fails raises, where "auto" would fall back in silence."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    with fastenc.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms only; torch then fills fresh tensors with NaN, so that what is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
