@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import audit, gpu
+from . import audit, gpu, tune
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Subcommand:
 SUBCOMMANDS = {
     "audit": Subcommand(audit.PURPOSE, audit.add_arguments, audit.run),
     "gpu": Subcommand(gpu.PURPOSE, gpu.add_arguments, gpu.run),
+    "tune": Subcommand(tune.PURPOSE, tune.add_arguments, tune.run),
 }
 
 

@@ -114,7 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
             rows += [Row(name, note=f"did not run: {reason}") for name, reason in missing.items()]
             rows.append(interpreted(held_out.inputs[INTERPRETED], SEED))
         _print_table(console, rows, arguments.batch)
-        learned = _train(console, routes, training, held_out, arguments, device)
+        ran = [route for route, row in zip(routes, rows, strict=False) if row.difference is not None]
+        learned = _train(console, ran, training, held_out, arguments, device)
     _print_learned(console, learned, demo_data.TISSUES)
 
     agree = all(row.agrees is not False for row in rows)

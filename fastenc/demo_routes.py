@@ -123,7 +123,7 @@ class Row:
 
     milliseconds: median of a forward of the whole batch. peak_bytes: what that forward allocates at most, parameters
     and input not counted. difference: the largest relative L2 distance from plain PyTorch (`WHY`).
-    agrees: None where the route did not run; `note` says why.
+    agrees: None where the machine lacks the route, False where it failed; `note` says why.
     """
 
     route: str
@@ -138,27 +138,36 @@ def encode(
     available: Sequence[Route], arguments: dict[str, Any], x: Tensor, device: torch.device, seed: int
 ) -> list[Row]:
     """Encode x (N, in_planes, 31, 32, 30) by each route with the same parameters; the first route is the measure."""
-    model = fastenc.EncoderNet3d
     torch.manual_seed(seed)
-    parameters = model(**arguments).to(device).state_dict()
+    parameters = fastenc.EncoderNet3d(**arguments).to(device).state_dict()
     calls: dict[str, Callable[[], Tensor]] = {}
     outputs: dict[str, Tensor] = {}
-    rows: dict[str, Row] = {}
+    failed: list[Row] = []
     for route in available:
         with torch.device("meta"):
-            network = PlainEncoder(**arguments) if route.backend is None else model(**arguments)
+            network = PlainEncoder(**arguments) if route.backend is None else fastenc.EncoderNet3d(**arguments)
         network.load_state_dict(parameters, assign=True)
-        network, placed = route.place(network, device), route.place(x, device)
-        calls[route.name] = _inference(route, network, placed)
-        outputs[route.name] = calls[route.name]()
+        call = _inference(route, route.place(network, device), route.place(x, device))
+        try:
+            outputs[route.name] = call()
+        except Exception as error:  # what stops one route is its row of the table, not the end of the others
+            if route is available[0]:
+                raise
+            failed.append(_failed(route.name, error))
+        else:
+            calls[route.name] = call
     expected = outputs[available[0].name]
     seconds = _take_turns(list(calls.values()), device)
+    rows = []
     for (name, call), samples in zip(calls.items(), seconds, strict=True):
         difference = max(map(distance, outputs[name], expected))
-        rows[name] = Row(
-            name, 1e3 * median(samples), peak_bytes(call, device), difference, difference <= OUTPUT_TOLERANCE
-        )
-    return list(rows.values())
+        agrees = difference <= OUTPUT_TOLERANCE
+        rows.append(Row(name, 1e3 * median(samples), peak_bytes(call, device), difference, agrees))
+    return rows + failed
+
+
+def _failed(name: str, error: Exception) -> Row:
+    return Row(name, agrees=False, note=f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _inference(route: Route, network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -219,8 +228,11 @@ def interpreted(patches: Tensor, seed: int) -> Row:
     arguments = {"channel": 4, "layers": [2, 1], "in_planes": patches.shape[1], "out_length": 2}
     plain, triton = Route("", None), Route(name, "triton")
     expected = _output_and_gradients(plain, plain.network(arguments, seed), patches)
-    with kernels_interpreted(), Traffic() as traffic:
-        found = _output_and_gradients(triton, triton.network(arguments, seed), patches)
+    try:
+        with kernels_interpreted(), Traffic() as traffic:
+            found = _output_and_gradients(triton, triton.network(arguments, seed), patches)
+    except Exception as error:  # the table and the record still tell of the other routes
+        return _failed(name, error)
     apart = distances(found, expected)
     output = apart.pop("output")
     gradient = max(apart, key=lambda key: apart[key])
