@@ -107,15 +107,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     with settings(tf32=False, benchmark=False) as used:
         machine = describe(device)
-        console.print(f"{machine.name}, torch {machine.torch}, {used.threads} CPU threads, float32 without TF32")
+        console.print(f"{machine.name}, torch {machine.torch}, float32 without TF32", soft_wrap=True)
         routes, missing = available(device)
         with console.status("Encoding"):
             rows = encode(routes, EXAMPLE_1, encoded.volumes, device, SEED)
             rows += [Row(name, note=f"did not run: {reason}") for name, reason in missing.items()]
             rows.append(interpreted(held_out.inputs[INTERPRETED], SEED))
         _print_table(console, rows, arguments.batch)
-        ran = [route for route, row in zip(routes, rows, strict=False) if row.difference is not None]
-        learned = _train(console, ran, training, held_out, arguments, device)
+        ran = {row.route for row in rows if row.difference is not None}
+        learned = _train(
+            console, [route for route in routes if route.name in ran], training, held_out, arguments, device
+        )
     _print_learned(console, learned, demo_data.TISSUES)
 
     agree = all(row.agrees is not False for row in rows)
@@ -177,10 +179,11 @@ def _print_table(console: Console, rows: Sequence[Row], batch: int) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"Example 1, {batch} patches of 31×32×30 encoded",
-        caption="Peak memory: what PyTorch allocates during the call, parameters and input not counted. Difference: "
-        f"relative L2 from plain PyTorch, largest of all patches; up to {OUTPUT_TOLERANCE:g} is rounding. Interpreted: "
-        "output and all gradients of a tiny network; an interpreter's time and memory say nothing of a GPU's.",
+        title=f"Example 1 encodes a batch of {batch}, each 3×31×32×30",
+        caption="Channels: T1 and the maps of grey and white matter. Peak memory: what PyTorch allocates during the "
+        "call, parameters and input not counted. Difference: relative L2 from plain PyTorch, the largest of all "
+        f"patches; up to {OUTPUT_TOLERANCE:g} is rounding. Interpreted: output and all gradients of a tiny network, "
+        f"gradients up to {GRADIENT_TOLERANCE:g}; an interpreter's time and memory say nothing of a GPU's.",
         caption_justify="left",
     )
     table.add_column("route")
@@ -191,13 +194,13 @@ def _print_table(console: Console, rows: Sequence[Row], batch: int) -> None:
             row.route,
             "–" if row.milliseconds is None else f"{row.milliseconds:.4g}",
             "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f} MB",
-            "–" if row.difference is None else f"{row.difference:.1e}",
+            "–" if row.difference is None else f"{row.difference:.1e}" if row.difference else "0",
             {True: "yes", False: "NO", None: "–"}[row.agrees],
         )
     console.print(table)
     for row in rows:
         if row.note:
-            console.print(f"{row.route}: {row.note}")
+            console.print(f"{row.route}: {row.note}", markup=False)
 
 
 def _train(
