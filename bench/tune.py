@@ -57,7 +57,6 @@ CONSTANTS = (
     Constant("STREAM", False, TILES, backward=False, long_rows=True),
     Constant("STREAM", True, TILES, backward=True, long_rows=True),
     Constant("PROGRAMS_PER_SM", None, (4, 8, 16, 32), backward=False, long_rows=True),
-    Constant("SHORT_ROWS_TILE", True, (512, 1024, 2048, 4096), backward=False, long_rows=False),
     Constant("ELEMENTS_PER_THREAD", None, (8, 16, 32), backward=False, long_rows=False),
 )
 

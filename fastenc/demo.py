@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compare; train a small network to tell how much of a patch is grey and white matter; write a PNG and a JSON."
     )
     parser.add_argument(
-        "--steps", type=_positive, default=300, metavar="N", help="training steps (default: %(default)s)"
+        "--steps", type=_positive, default=250, metavar="N", help="training steps (default: %(default)s)"
     )
     parser.add_argument(
         "--batch",

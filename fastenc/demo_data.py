@@ -15,7 +15,7 @@ from torch import Tensor
 CHANNELS = ("T1", "grey matter", "white matter")
 TISSUES = CHANNELS[1:]
 PATCH_SHAPE = (31, 32, 30)
-LEAST_BRAIN = 0.15  # of a patch's voxels
+LEAST_BRAIN = 0.1  # of a patch's voxels
 BRAIN_MEAN, BRAIN_SPREAD = 0.69, 0.2  # of T1, roughly, inside the brain
 
 

@@ -35,9 +35,10 @@ SHORTEST_ROW = 8
 # registers, they made the widest tiles spill. Below it, eight more bytes a row would show in the traffic.
 RELOAD_BLOCK_S = 512
 
-# One-pass tiles of short rows are widened to this many elements, by channels_last; more would leave SMs idle.
-# Contiguous rows need more: four rows to a program, or their statistics move mostly empty sectors.
-SHORT_ROWS_TILE = {False: 2048, True: 1024}
+# Contiguous one-pass tiles are widened to this many elements: with fewer than four short rows to a program, their
+# statistics would move mostly empty sectors. Channels-last tiles stay as narrow as whole sectors, and a 16-byte access
+# for each lane of a warp, allow: the most programs, two to each of 132 SMs from about 4,000 rows (bfloat16) on.
+SHORT_ROWS_TILE = 2048
 ELEMENTS_PER_THREAD = 16
 
 # Programs per SM of a split launch: 8 programs of 8 warps fill the 64 warps of an SM.
@@ -122,11 +123,11 @@ def one_pass(
     N: int, C: int, S: int, itemsize: int, channels_last: bool, backward: bool, VEC: int, least: int, rows: int
 ) -> Plan:
     """Whole rows held on chip: x is read once."""
-    tile = SHORT_ROWS_TILE[channels_last]
-    widest = power_of_2(C) if channels_last else tile
     if channels_last:
-        widest = min(widest, max(least, LINE_BYTES // itemsize))
-    BLOCK_C = max(least, min(widest, tile // rows))
+        a_warp = 32 * VECTOR_BYTES // itemsize
+        BLOCK_C = max(least, min(power_of_2(C), a_warp // rows))
+    else:
+        BLOCK_C = max(1, SHORT_ROWS_TILE // rows)
     most_warps = ONE_PASS[channels_last, backward][1]
     num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD)))
     return Plan(True, rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, 1, 0)
