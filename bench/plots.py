@@ -1,0 +1,279 @@
+"""Pictures of records by matplotlib, sized for a README column, in a light and a dark theme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from .floor import ITEMSIZE
+from .record import Record, Result, Workload
+from .session import bare
+
+WIDTH = 8.3  # inches: a README column of 830 pixels shows a 9-point font at about 12 pixels
+DPI = 200
+THEMES = {
+    "light": {"ink": "#1f2328", "paper": "#ffffff", "grid": "#d8dee4"},
+    "dark": {"ink": "#e6edf3", "paper": "#0d1117", "grid": "#30363d"},
+}
+GREYS, BLUES, BROWNS, ORANGES = (
+    ("#8c959f", "#656d76"),
+    ("#54aeff", "#0969da", "#79c0ff", "#218bff", "#a5d6ff", "#1f6feb"),
+    ("#bf8700", "#9a6700"),
+    ("#fb6a22", "#d1242f", "#fd8c73", "#bc4c00", "#e16f24"),
+)
+MARKERS = "osD^vPX<>*"
+
+
+def colours(peers: Iterable[str]) -> dict[str, str]:
+    """fastenc's in orange, compiled ones in blue, GroupNorm in brown, eager in grey."""
+    used: dict[tuple[str, ...], int] = {}
+    found: dict[str, str] = {}
+    for peer in peers:
+        if peer.startswith("fastenc"):
+            family = ORANGES
+        elif "GroupNorm" in peer:
+            family = BROWNS
+        elif peer.startswith("torch.compile"):
+            family = BLUES
+        else:
+            family = GREYS
+        found[peer] = family[used.get(family, 0) % len(family)]
+        used[family] = used.get(family, 0) + 1
+    return found
+
+
+def latest(records: Iterable[Record]) -> dict[str, list[Workload]]:
+    """By machine name: the newest measurement of every workload, GPUs first."""
+    found: dict[str, dict[Workload, Workload]] = {}
+    for record in sorted(records, key=lambda record: (record.machine.device == "cpu", record.date)):
+        measured = (each for each in record.workloads if any(result.time is not None for result in each.results))
+        found.setdefault(record.machine.name, {}).update((bare(each), each) for each in measured)
+    return {name: list(workloads.values()) for name, workloads in found.items()}
+
+
+def draw(records: Sequence[Record], folder: Path, stem: str, themes: Sequence[str] = ("light",)) -> list[Path]:
+    """Every picture that the records have figures for, as `{stem}-{picture}-{theme}.png` in `folder`.
+
+    The records are of one machine.
+    """
+    (workloads,) = latest(records).values() or ([],)
+    written = []
+    for name, picture in PICTURES.items():
+        for theme in themes:
+            with matplotlib.rc_context(style(THEMES[theme])):
+                figure = picture(workloads, THEMES[theme])
+                if figure is None:
+                    continue
+                written.append(folder / f"{stem}-{name}-{theme}.png")
+                figure.savefig(written[-1], metadata={"Software": None})
+    return written
+
+
+def style(theme: dict[str, str]) -> dict[str, Any]:
+    """matplotlib's settings for a theme."""
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
+    return {
+        **dict.fromkeys(inked, theme["ink"]),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme["paper"]),
+        "grid.color": theme["grid"],
+        "grid.linewidth": 0.6,
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.titlelocation": "left",
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "savefig.dpi": DPI,
+    }
+
+
+def timed(workload: Workload) -> list[Result]:
+    """The peers that have a time."""
+    return [result for result in workload.results if result.time is not None]
+
+
+def _networks(workloads: Iterable[Workload]) -> list[Workload]:
+    return [each for each in workloads if each.kind == "network" and timed(each)]
+
+
+def _title(workload: Workload) -> str:
+    network = workload.network
+    assert network is not None
+    size = "×".join(map(str, workload.shape[2:]))
+    return (
+        f"{workload.mode}, batch {workload.shape[0]}, {workload.precision}\n"
+        f"channel {network.channel}, layers {' '.join(map(str, network.layers))}, {size}"
+    )
+
+
+def _panels(
+    workloads: Sequence[Workload], fill: Callable[[Any, Workload], None], xlabel: str
+) -> Figure | None:
+    """A panel of horizontal bars for every workload, two abreast."""
+    if not workloads:
+        return None
+    across = min(2, len(workloads))
+    lines = [workloads[i : i + across] for i in range(0, len(workloads), across)]
+    heights = [0.24 * max(len(timed(each)) for each in line) + 0.75 for line in lines]
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    axes = figure.subplots(ceil(len(workloads) / across), across, squeeze=False, height_ratios=heights)
+    for panel, workload in zip(axes.flat, workloads, strict=False):
+        fill(panel, workload)
+        panel.invert_yaxis()
+        panel.set_title(_title(workload))
+        panel.tick_params(axis="y", length=0)
+        panel.grid(axis="x")
+    for panel in axes.flat[len(workloads) :]:
+        panel.set_axis_off()
+    for panel in axes[-1]:
+        panel.set_xlabel(xlabel)
+    return figure
+
+
+def speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+    """Speed-up over eager of every peer of every network, and where the physical floor lies."""
+
+    def fill(panel: Any, workload: Workload) -> None:
+        results = timed(workload)
+        shades = colours(result.peer for result in workload.results)
+        eager = next((result.time.median for result in results if result.peer == "eager" and result.time), None)
+        if eager is None:
+            return
+        names = [result.peer for result in results]
+        times = [result.time.median for result in results if result.time is not None]
+        values = [eager / time for time in times]
+        spread = [
+            [value - (r.over_eager.p20 if r.over_eager else 1.0) for value, r in zip(values, results, strict=True)],
+            [(r.over_eager.p80 if r.over_eager else 1.0) - value for value, r in zip(values, results, strict=True)],
+        ]
+        spread = [[max(0.0, each) for each in side] for side in spread]
+        panel.barh(names, values, color=[shades[name] for name in names], height=0.72)
+        panel.errorbar(values, names, xerr=spread, fmt="none", ecolor=theme["ink"], elinewidth=0.8, capsize=1.5)
+        most = max(value + high for value, high in zip(values, spread[1], strict=True))
+        for name, value, high in zip(names, values, spread[1], strict=True):
+            panel.text(value + high + 0.02 * most, name, f"{value:.2f}", va="center", fontsize=8)
+        right = 1.18 * most
+        if workload.floor is not None:
+            floor = eager / workload.floor
+            if floor <= 2 * most:
+                right = max(right, 1.05 * floor)
+                panel.axvline(floor, color=theme["ink"], linewidth=1, linestyle=(0, (4, 2)))
+            place = dict(x=min(floor, right) / right, y=1.0, transform=panel.transAxes, ha="right", va="bottom")
+            text = f"floor {floor:.2f}" if floor <= 2 * most else f"floor at {floor:.1f} →"
+            panel.text(s=text, fontsize=8, **place)
+        panel.set_xlim(0, right)
+
+    return _panels(_networks(workloads), fill, "speed-up over eager, with p20–p80 of the rounds")
+
+
+def memory(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+    """Peak memory of every peer of every network."""
+
+    def fill(panel: Any, workload: Workload) -> None:
+        results = [result for result in timed(workload) if result.peak_memory is not None]
+        shades = colours(result.peer for result in workload.results)
+        values = [(result.peak_memory or 0) / 1e9 for result in results]
+        names = [result.peer for result in results]
+        panel.barh(names, values, color=[shades[name] for name in names], height=0.72)
+        for name, value in zip(names, values, strict=True):
+            panel.text(value + 0.02 * max(values), name, f"{value:#.3g}", va="center", fontsize=8)
+        panel.set_xlim(0, 1.18 * max(values))
+
+    chosen = [each for each in _networks(workloads) if any(result.peak_memory for result in each.results)]
+    return _panels(chosen, fill, "peak memory in GB, parameters and optimizer included")
+
+
+def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+    """Fraction of the copy bandwidth that the operation reaches, over the size of its tensor."""
+    ops = [each for each in workloads if each.kind == "instance_norm_prelu" and each.floor is not None]
+    if not ops:
+        return None
+    panels = sorted({(each.mode, each.layout, each.dtype) for each in ops}, key=lambda p: (p[2], p[0] != "forward", p[1]))
+    rows = ceil(len(panels) / 2)
+    figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
+    peers = list(dict.fromkeys(result.peer for each in ops for result in timed(each)))
+    shades, marks = colours(peers), dict(zip(peers, MARKERS, strict=False))
+    for panel, (mode, layout, dtype) in zip(axes.flat, panels, strict=False):
+        here = [each for each in ops if (each.mode, each.layout, each.dtype) == (mode, layout, dtype)]
+        for peer in peers:
+            points = sorted(
+                (prod(each.shape) * ITEMSIZE[each.dtype] / 1e6, (each.floor or 0.0) / result.time.median)
+                for each in here
+                for result in timed(each)
+                if result.peer == peer and result.time is not None
+            )
+            if points:
+                panel.plot(*zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=peer)
+        panel.axhline(1, color=theme["ink"], linewidth=1, linestyle=(0, (4, 2)))
+        panel.set_title(f"{mode}, {layout}, {dtype}")
+        panel.set_xscale("log")
+        panel.set_ylim(bottom=0)
+        panel.grid()
+    for panel in axes.flat[len(panels) :]:
+        panel.set_axis_off()
+    figure.supxlabel("MB of x", fontsize=9)
+    figure.supylabel("fraction of copy bandwidth", fontsize=9)
+    handles = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=3)
+    return figure
+
+
+def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+    """Time over batch size on log axes, where a network was timed at more than one."""
+
+    def series(workload: Workload) -> tuple[Any, ...]:
+        return workload.mode, workload.precision, workload.network, workload.shape[2:]
+
+    by_series = sorted(_networks(workloads), key=lambda each: repr(series(each)))
+    found = [list(group) for _, group in groupby(by_series, key=series)]
+    found = [group for group in found if len({each.shape[0] for each in group}) > 1]
+    if not found:
+        return None
+    rows = ceil(len(found) / 2)
+    figure = Figure(figsize=(WIDTH, 3.0 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, min(2, len(found)), squeeze=False)
+    peers = list(dict.fromkeys(result.peer for group in found for each in group for result in timed(each)))
+    shades, marks = colours(peers), dict(zip(peers, MARKERS, strict=False))
+    for panel, group in zip(axes.flat, found, strict=False):
+        for peer in peers:
+            points = sorted(
+                (each.shape[0], 1e3 * result.time.median)
+                for each in group
+                for result in timed(each)
+                if result.peer == peer and result.time is not None
+            )
+            if points:
+                panel.plot(*zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=peer)
+        floors = sorted((each.shape[0], 1e3 * each.floor) for each in group if each.floor is not None)
+        if floors:
+            panel.plot(*zip(*floors, strict=True), color=theme["ink"], linestyle=(0, (4, 2)), linewidth=1, label="floor")
+        batches = sorted({each.shape[0] for each in group})
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(batches, [str(batch) for batch in batches])
+        panel.minorticks_off()
+        panel.set_xlabel("batch")
+        panel.set_ylabel("ms")
+        panel.set_title("\n".join([_title(group[0]).split("\n")[1], f"{group[0].mode}, {group[0].precision}"]))
+        panel.grid()
+    for panel in axes.flat[len(found) :]:
+        panel.set_axis_off()
+    handles = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=3)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Sequence[Workload], dict[str, str]], Figure | None]] = {
+    "speedup": speedups,
+    "roofline": roofline,
+    "memory": memory,
+    "batch": scaling,
+}
