@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fastenc.kernels.layout import MEMORY_FORMAT
 
 from . import route
-from .layers import CONVOLUTIONS, _BlockConvStkNd, integer, per_axis
+from .convolution import CONVOLUTIONS, convolve, is_plain
+from .layers import _BlockConvStkNd, _ConvModernNd, integer, per_axis
 
 POOLS: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
@@ -26,6 +27,7 @@ class _EncoderNetNd(nn.Module):
         kernel_size: int | Sequence[int] = 3,
         in_planes: int = 1,
         out_length: int | None = 2,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         channel = integer("channel", channel, 1)
@@ -54,28 +56,62 @@ class _EncoderNetNd(nn.Module):
             self.fc = nn.Linear(widths[-1], length)
         self._order = order
         self._nlayers = sum(depths) + 2
+        self.recompute = recompute
 
     @property
     def nlayers(self) -> int:
         """Convolutional layers along the depth of the network; the fully connected layer does not count."""
         return self._nlayers
 
+    @property
+    def recompute(self) -> bool:
+        """Whether the units keep one volume for the backward, on the Triton route, instead of two."""
+        return all(unit.recompute for unit in self.modules() if isinstance(unit, _ConvModernNd))
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        for unit in self.modules():
+            if isinstance(unit, _ConvModernNd):
+                unit.recompute = bool(value)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in_planes, *spatial) → (N, out_length), or the map (N, channels, *smaller) where there is no vector."""
         fused = route.reason(x) is None and x.dim() == self._order + 2
         was_contiguous = fused and x.is_contiguous()
-        if fused:
-            x = _channels_last(x)
-        *layers, last = self.netbody
-        for layer in layers:
-            x = layer(x)
-        if not self.is_out_vector:
-            x = last(x)
+        layers = list(self.netbody)
+        pool = layers.pop() if self.is_out_vector else None
+        if route.watched(x) is None:
+            x = self._walk(layers, x, fused)
+        else:
+            for layer in layers:
+                x = layer(x)
+        if pool is None:
             return x.contiguous() if was_contiguous else x
-        if fused and x.is_cuda and type(last) is POOLS[self._order] and route.observed(last) is None:
+        if fused and x.is_cuda and type(pool) is POOLS[self._order] and route.observed(pool) is None:
             # The CUDA backward of adaptive pooling adds atomically and refuses deterministic mode.
             return self.fc(x.flatten(2).mean(2))
-        return self.fc(last(x).flatten(1))
+        return self.fc(pool(x).flatten(1))
+
+    def _walk(self, layers: list[nn.Module], x: Tensor, fused: bool) -> Tensor:
+        """x through `layers`, without the calls that nobody could notice.
+
+        No volume is held here that the next step does not need, so that a unit may write over what it is given.
+        """
+        if fused:
+            x = _channels_last(x)
+        steps: list[nn.Module] = []
+        for layer in layers:
+            unseen = type(layer) is _BlockConvStkNd and route.observed(layer) is None
+            steps += layer.units() if unseen else [layer]  # type: ignore[operator]
+        fresh = False
+        for step in steps:
+            if route.observed(step) is not None:
+                x, fresh = step(x), False
+            elif isinstance(step, _ConvModernNd) and type(step).forward is _ConvModernNd.forward:
+                x, fresh = step.run(x, fresh), step.gives_fresh()
+            else:
+                x, fresh = convolve(step, x, fused), is_plain(step)
+        return x
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -108,8 +144,10 @@ class EncoderNet1d(_EncoderNetNd):
         kernel_size: int | Sequence[int] = 3,
         in_planes: int = 1,
         out_length: int | None = 2,
+        *,
+        recompute: bool = False,
     ) -> None:
-        super().__init__(1, channel, layers, kernel_size, in_planes, out_length)
+        super().__init__(1, channel, layers, kernel_size, in_planes, out_length, recompute)
 
 
 class EncoderNet2d(_EncoderNetNd):
@@ -122,8 +160,10 @@ class EncoderNet2d(_EncoderNetNd):
         kernel_size: int | Sequence[int] = 3,
         in_planes: int = 1,
         out_length: int | None = 2,
+        *,
+        recompute: bool = False,
     ) -> None:
-        super().__init__(2, channel, layers, kernel_size, in_planes, out_length)
+        super().__init__(2, channel, layers, kernel_size, in_planes, out_length, recompute)
 
 
 class EncoderNet3d(_EncoderNetNd):
@@ -136,6 +176,8 @@ class EncoderNet3d(_EncoderNetNd):
             kernel size 1 or less is neither convolved nor strided along.
         in_planes: channels of the input.
         out_length: length of the output vector; None, 0 or a negative number returns the last map instead.
+        recompute: keep one volume of each unit for the backward instead of two, and make the other again there: less
+            memory for one more pass over it. On the Triton route; also settable on a built network.
 
     x (N, in_planes, D, H, W) → (N, out_length), or (N, channel·2^(len(layers)−1), d, h, w).
 
@@ -152,8 +194,10 @@ class EncoderNet3d(_EncoderNetNd):
         kernel_size: int | Sequence[int] = 3,
         in_planes: int = 1,
         out_length: int | None = 2,
+        *,
+        recompute: bool = False,
     ) -> None:
-        super().__init__(3, channel, layers, kernel_size, in_planes, out_length)
+        super().__init__(3, channel, layers, kernel_size, in_planes, out_length, recompute)
 
 
 ENCODERS = {1: EncoderNet1d, 2: EncoderNet2d, 3: EncoderNet3d}

@@ -51,11 +51,21 @@ def instance_norm_prelu(
     return fused(x, weight, bias, slope, eps)
 
 
-def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float) -> Tensor:
-    """`instance_norm_prelu` on the Triton route, for arguments that are known to be good."""
-    dtype = None
+def output_dtype(x: Tensor, slope: Tensor | float) -> torch.dtype | None:
+    """The dtype of y under autocast, whose list has prelu but not leaky_relu; None for x's own."""
     if isinstance(slope, Tensor) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)  # prelu is on autocast's list, leaky_relu is not
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
+def fused(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float, in_place: bool = False
+) -> Tensor:
+    """`instance_norm_prelu` on the Triton route, for arguments that are known to be good.
+
+    in_place: where nothing is kept for a backward, y may be written over x.
+    """
+    dtype = output_dtype(x, slope)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -64,7 +74,7 @@ def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor |
     ):
         return InstanceNormPReLU.apply(x, weight, bias, slope, eps, dtype)
     try:
-        return _launchers()[0](x, weight, bias, slope, eps, dtype)[0]
+        return launchers()[0](x, weight, bias, slope, eps, dtype, in_place)[0]
     except Exception as error:
         if not route.machine_fault(error, x.device):
             raise
@@ -85,7 +95,7 @@ class InstanceNormPReLU(torch.autograd.Function):
         dtype: torch.dtype | None,
     ) -> Tensor:
         try:
-            y, mean, rstd = _launchers()[0](x, weight, bias, slope, eps, dtype)
+            y, mean, rstd = launchers()[0](x, weight, bias, slope, eps, dtype)
         except Exception as error:
             if not route.machine_fault(error, x.device):
                 raise
@@ -106,7 +116,7 @@ class InstanceNormPReLU(torch.autograd.Function):
             return (*reference.backward(dy, x, weight, bias, slope, ctx.eps), None, None)
         needs = ctx.needs_input_grad[:4]
         try:
-            gradients = _launchers()[1](dy, x, weight, bias, slope, mean, rstd, needs)
+            gradients = launchers()[1](dy, x, weight, bias, slope, mean, rstd, needs)
         except Exception as error:
             if not route.machine_fault(error, x.device):
                 raise
@@ -115,7 +125,7 @@ class InstanceNormPReLU(torch.autograd.Function):
 
 
 @lru_cache(maxsize=1)
-def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The launchers of the forward and of the backward; triton is imported here, at the first fused call."""
     from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
     from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward

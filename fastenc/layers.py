@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import route
+from . import recompute, route
+from .convolution import CONVOLUTIONS, convolve, is_plain, prepare
 from .functional import fused
 
-CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE_NORMS: dict[int, Any] = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 UPSAMPLE_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -45,6 +45,8 @@ def per_axis(name: str, value: Any, order: int) -> tuple[int, ...]:
 
 class _ConvModernNd(nn.Module):
     """A convolution with its normalisation and activation, over `order` spatial axes. See `ConvModern3d`."""
+
+    recompute = False  # on the Triton route, make the activated volume again in the backward instead of keeping it
 
     def __init__(
         self,
@@ -101,6 +103,8 @@ class _ConvModernNd(nn.Module):
         reason = route.reason(x)
         if reason is not None:
             return reason
+        if type(self.mconv) is not nn.Sequential:
+            return f"its submodules are in a {type(self.mconv).__name__}, not a plain nn.Sequential"
         layers = tuple(self.mconv._modules.values())
         if len(layers) < self._norm_at + 2:
             return "a submodule was removed"
@@ -113,17 +117,44 @@ class _ConvModernNd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The submodules in turn; where nothing could notice, the pair norm → activation as one operation."""
+        return self.run(x)
+
+    def run(self, x: Tensor, fresh: bool = False) -> Tensor:
+        """`forward`; fresh: x was just made by a convolution, nobody else sees it, and it may be overwritten."""
         self._refuse_unbatched(x)
         at = self._norm_at
         if at is None or route.eager(self.why_eager(x)):
-            return self.mconv(x)
-        layers = tuple(self.mconv._modules.values())
+            return self._run_eager(x)
+        layers: tuple[Any, ...] = tuple(self.mconv._modules.values())
         for layer in layers[:at]:
-            x = layer(x)
-        x = _normalize_and_activate(x, layers[at], layers[at + 1])
+            x = convolve(layer, x, True)
+        norm, activation = layers[at : at + 2]
+        slope = activation.weight if type(activation) is nn.PReLU else 0.0
+        if not _fits(norm, slope, x):
+            x = activation(norm(x))  # torch's own error
+        elif self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled():
+            return _recomputed(x, norm, slope, layers[2])
+        else:
+            in_place = (fresh if at == 0 else is_plain(layers[at - 1])) and not torch.is_grad_enabled()
+            x = fused(x, norm.weight, norm.bias, slope, norm.eps, in_place)
         for layer in layers[at + 2 :]:
-            x = layer(x)
+            x = convolve(layer, x, True)
         return x
+
+    def _run_eager(self, x: Tensor) -> Tensor:
+        """The submodules in turn; the convolution on its live taps where nothing could notice."""
+        layers = tuple(self.mconv._modules.values())
+        plain = type(self.mconv) is nn.Sequential and route.observed(self.mconv, *layers) is None
+        if not plain or route.watched(x) is not None:
+            return self.mconv(x)
+        for layer in layers:
+            x = convolve(layer, x, False)
+        return x
+
+    def gives_fresh(self) -> bool:
+        """Whether what `run` returns was made by a convolution that nobody watches."""
+        last = next(reversed(self.mconv._modules.values()))
+        return is_plain(last) and type(self.mconv) is nn.Sequential and route.observed(self.mconv, last) is None
 
     def _refuse_unbatched(self, x: object) -> None:
         """Without a batch axis PReLU takes the first spatial axis for the channels: an error, or silently wrong."""
@@ -131,24 +162,28 @@ class _ConvModernNd(nn.Module):
             raise RuntimeError(f"x must have {self._order + 2} axes, a batch of samples, got shape {tuple(x.shape)}")
 
 
-def _normalize_and_activate(x: Tensor, norm: Any, activation: Any) -> Tensor:
-    """norm and activation fused; one by one where x does not fit them, so that torch raises its own error."""
-    weight, bias = norm.weight, norm.bias
-    slope: Tensor | float = activation.weight if type(activation) is nn.PReLU else 0.0
-    C = norm.num_features
-    if (
+def _recomputed(x: Tensor, norm: Any, slope: Tensor | float, layer: nn.Module) -> Tensor:
+    """The three submodules of a unit as one operation that keeps x alone, where the third is a plain convolution."""
+    prepared = prepare(layer, x, True)
+    if prepared is None:
+        return convolve(layer, fused(x, norm.weight, norm.bias, slope, norm.eps), True)
+    return recompute.unit(x, norm.weight, norm.bias, slope, norm.eps, *prepared)
+
+
+def _fits(norm: Any, slope: Tensor | float, x: Tensor) -> bool:
+    """Whether a normalisation and a slope are made for x, so that the fused operation need not check them."""
+    weight, bias, C = norm.weight, norm.bias, norm.num_features
+    return (
         NORMS_BY_DIM.get(x.dim()) is type(norm)
         and x.shape[1] == C
         and 0 < 2 * C * x.shape[0] <= x.numel()
-        and (weight is None or _fits(weight, x, C))
-        and (bias is None or _fits(bias, x, C))
-        and (not isinstance(slope, Tensor) or _fits(slope, x, C) or _fits(slope, x, 1))
-    ):
-        return fused(x, weight, bias, slope, norm.eps)
-    return activation(norm(x))
+        and (weight is None or _parameter_fits(weight, x, C))
+        and (bias is None or _parameter_fits(bias, x, C))
+        and (not isinstance(slope, Tensor) or _parameter_fits(slope, x, C) or _parameter_fits(slope, x, 1))
+    )
 
 
-def _fits(parameter: Tensor, x: Tensor, length: int) -> bool:
+def _parameter_fits(parameter: Tensor, x: Tensor, length: int) -> bool:
     return (
         parameter.shape == (length,)
         and (parameter.dtype == torch.float32 or parameter.dtype == x.dtype)
@@ -261,6 +296,10 @@ class _BlockConvStkNd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x through all units."""
-        for layer in self.conv_list:
-            x = layer(x)
-        return self.conv_scale(x)
+        for unit in self.units():
+            x = unit(x)
+        return x
+
+    def units(self) -> list[nn.Module]:
+        """The units in the order in which x passes them."""
+        return [*self.conv_list, self.conv_scale]

@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad
@@ -78,15 +79,10 @@ def eager(reason: str | None) -> bool:
     return True
 
 
-def reason(x: object) -> str | None:
-    """Why an operation on x takes the eager route; None if it takes the Triton route.
-
-    Looks at x and at what PyTorch is doing at this moment; raises nothing.
-    """
+def watched(x: object) -> str | None:
+    """What PyTorch does at this moment that has to see the submodules and plain operations; None if nothing."""
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export is tracing"
-    if _backend == "eager":
-        return 'backend "eager" was asked for'
     if type(x) is not Tensor and type(x) is not Parameter:
         return f"x is a {type(x).__name__}, not a plain torch.Tensor"
     if torch.jit.is_tracing() or torch.jit.is_scripting():
@@ -97,6 +93,19 @@ def reason(x: object) -> str | None:
         return "forward-mode differentiation is active"
     if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is active, which sees aten operations only"
+    return None
+
+
+def reason(x: Any) -> str | None:
+    """Why an operation on x takes the eager route; None if it takes the Triton route.
+
+    Looks at x and at what PyTorch is doing at this moment; raises nothing.
+    """
+    if _backend == "eager":
+        return 'backend "eager" was asked for'
+    found = watched(x)
+    if found is not None:
+        return found
     if x.dtype not in DTYPES:
         return f"x is {_name(x.dtype)}; the kernels compute in float32, bfloat16 and float16"
     return device_reason(x)

@@ -194,11 +194,13 @@ def instance_norm_prelu_backward(
     mean: Tensor,
     rstd: Tensor,
     needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
+    in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward of `instance_norm_prelu_forward`, whose x, mean and rstd it takes.
 
     dy of y's shape, any strides. needs: which of dx, dweight, dbias, dslope to compute; the others come back None.
-    dx is in x's layout and dtype, the others in their parameter's shape and dtype.
+    in_place: dx may be written over dy, where their dtypes are one. dx is in x's layout and dtype, the others in their
+    parameter's shape and dtype.
     """
     x, channels_last = readable(x)
     dy = like(dy, x, channels_last)
@@ -216,7 +218,8 @@ def instance_norm_prelu_backward(
         return None, None, None, None
     plan = make_plan(N, C, S, x.itemsize, channels_last, multiprocessors(x), True)
     kinds = 3 if need_dslope else 2
-    dx = torch.empty_like(x) if need_dx else None
+    # Every program loads all it needs of dy ahead of its first store, and no other program's elements.
+    dx = None if not need_dx else dy if in_place and dy.dtype == x.dtype else torch.empty_like(x)
     pointer, number, slope_step = slope_arguments(slope)
     tile = {
         "BLOCK_S": plan.BLOCK_S,

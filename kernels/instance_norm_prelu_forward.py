@@ -152,19 +152,23 @@ def instance_norm_prelu_forward(
     slope: Tensor | float,
     eps: float,
     dtype: torch.dtype | None = None,
+    in_place: bool = False,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch y = PReLU(norm(x)).
 
     x (N, C, *spatial) of float32, bfloat16 or float16, S ≥ 2 positions, N, C ≥ 1; weight, bias (C,) or None; slope
-    (C,), (1,) or a number; dtype of y, x's where None. Returns y, in x's layout where that is readable, and
-    mean and rstd, float32 of N·C elements.
+    (C,), (1,) or a number; dtype of y, x's where None. in_place: y may be written over x, where their dtypes are one.
+    statistics: the mean and rstd of an earlier launch on the same x; y is then the same to the bit, and rows that are
+    split are read once. Returns y, in x's layout where that is readable, and mean and rstd, float32 of N·C elements.
     """
     x, channels_last = readable(x)
     N, C = x.shape[0], x.shape[1]
     S = x.numel() // (N * C)
     plan = make_plan(N, C, S, x.itemsize, channels_last, multiprocessors(x), False)
-    y = torch.empty_like(x, dtype=dtype)
-    mean, rstd = torch.empty((2, N * C), dtype=torch.float32, device=x.device).unbind()
+    # Every program loads all it needs of x ahead of its first store, and no other program's elements.
+    y = x if in_place and dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
+    mean, rstd = statistics or torch.empty((2, N * C), dtype=torch.float32, device=x.device).unbind()
     pointer, number, slope_step = slope_arguments(slope)
     tile = {
         "BLOCK_S": plan.BLOCK_S,
@@ -179,13 +183,14 @@ def instance_norm_prelu_forward(
                 x, y, weight, bias, pointer, number, slope_step, mean, rstd, N, C, S, eps, **tile
             )
             return y, mean, rstd
-        parts = torch.empty((3, N * C * plan.chunks), dtype=torch.float32, device=x.device).unbind()
-        forward_statistics[(plan.grid,)](x, *parts, N, C, S, plan.chunks, plan.tiles, **tile)
-        forward_combine[(plan.combine_grid,)](
-            *parts, mean, rstd, N, C, S, plan.chunks, plan.tiles * plan.BLOCK_S, eps,
-            BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last,
-            num_warps=COMBINE_WARPS,
-        )  # fmt: skip
+        if statistics is None:
+            parts = torch.empty((3, N * C * plan.chunks), dtype=torch.float32, device=x.device).unbind()
+            forward_statistics[(plan.grid,)](x, *parts, N, C, S, plan.chunks, plan.tiles, **tile)
+            forward_combine[(plan.combine_grid,)](
+                *parts, mean, rstd, N, C, S, plan.chunks, plan.tiles * plan.BLOCK_S, eps,
+                BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last,
+                num_warps=COMBINE_WARPS,
+            )  # fmt: skip
         forward_apply[(plan.grid,)](
             x, y, weight, bias, pointer, number, slope_step, mean, rstd, N, C, S, plan.chunks, plan.tiles, **tile
         )

@@ -1,0 +1,387 @@
+"""The convolution beside the fused operation: its memory format, its live taps, and what it keeps for the backward.
+
+A tap of the kernel that meets only padding contributes nothing. On the small maps at the deep end of an encoder most
+taps are dead: 26 of 27 on a 1³ map, 19 of 27 on a 2³ map at stride 2. `convolve` runs the same convolution on the taps
+that are alive, and as a matrix product where few positions are left. Under autograd it keeps x and the Parameter alone:
+no weight that was cast, laid out or cut outlives a call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastenc.kernels.layout import MEMORY_FORMAT
+
+from . import route
+
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TYPES = frozenset(CONVOLUTIONS.values())
+_TENSORS = frozenset((nn.Parameter, Tensor))
+
+# A product pays on maps of at most this many positions: cuDNN and oneDNN are made for more.
+MOST_POSITIONS = 8
+# On a CPU a product pays from so many elements of the weight on, where oneDNN lays the whole weight out anew for a few
+# rows: on one position; else in the forward and in the backward. Crossings of bench/bench_live_taps.py on two cores.
+CPU_ONE_POSITION = 1 << 16
+CPU_FORWARD, CPU_BACKWARD = 1 << 23, 1 << 20
+# Cutting a contiguous weight gathers a few elements of each 3³ kernel. Up to this many taps that is cheaper, on a CPU,
+# than reading the whole weight against columns that hold zeros for the dead ones.
+CPU_CUT_TAPS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The taps [low, high) of each axis, and what the volume is padded by on either side so that they fit.
+
+    `padding` is (before, after) of each axis; negative where the stride leaves positions out at the end.
+    """
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    output: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The window's part of a weight (out, in, *kernel)."""
+        return (slice(None), slice(None), *map(slice, self.low, self.high))
+
+    @property
+    def taps(self) -> int:
+        return prod(high - low for low, high in zip(self.low, self.high, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How one convolution is run: its own options, the window of taps it takes, and where it is a matrix product."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    window: Window | None = None  # None: all taps
+    product_forward: bool = False
+    product_backward: bool = False
+
+    @property
+    def cut_padding(self) -> tuple[int, ...]:
+        """The padding of the convolution that takes the window's taps alone."""
+        return self.padding if self.window is None else tuple(before for before, _ in self.window.padding)
+
+
+def window_of(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+              whole: bool = False) -> Window | None:  # fmt: skip
+    """The smallest window that holds every tap that meets a volume of `size`, or, `whole`, all taps.
+
+    None where the convolution has no output. At stride s and padding p, tap k of an axis meets position o·s − p + k.
+    """
+    low, high, around, output = [], [], [], []
+    for length, taps, step, pad in zip(size, kernel, stride, padding, strict=True):
+        positions = (length + 2 * pad - taps) // step + 1
+        if length < 1 or positions < 1:
+            return None
+        alive = [k for k in range(taps) if whole or any(0 <= o * step - pad + k < length for o in range(positions))]
+        if not alive:
+            return None
+        first, last = alive[0], alive[-1] + 1
+        before = pad - first
+        low.append(first)
+        high.append(last)
+        around.append((before, (positions - 1) * step + last - first - length - before))
+        output.append(positions)
+    return Window(tuple(low), tuple(high), tuple(around), tuple(output))
+
+
+@lru_cache(maxsize=4096)
+def way_of(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    weight_contiguous: bool,
+    device: str,
+    fused: bool,
+) -> Way | None:
+    """How to run a convolution on the fused route, or, where `fused` is false, None for torch's own call."""
+    ordinary = Way(stride, padding, dilation, groups) if fused else None
+    size, kernel = x_shape[2:], weight_shape[2:]
+    if len(x_shape) != len(weight_shape) or x_shape[0] < 1 or x_shape[1] != groups * weight_shape[1]:
+        return None  # torch's own error
+    live = None
+    if groups == 1 and all(d == 1 for d in dilation):
+        live = window_of(size, kernel, stride, padding)
+    if live is None:
+        return ordinary
+    positions = prod(live.output)
+    dead = live.taps < prod(kernel)
+    if positions > MOST_POSITIONS:
+        # A cut convolution pads both sides alike; it pays where a third of the taps or more is dead.
+        if 3 * live.taps <= 2 * prod(kernel) and all(before == max(after, 0) >= 0 for before, after in live.padding):
+            return Way(stride, padding, dilation, groups, live)
+        return ordinary
+    if device != "cpu":
+        # The weight's bytes are the cost here: dead taps are neither read nor cast.
+        return Way(stride, padding, dilation, groups, live, True, True) if dead else ordinary
+    elements = prod(weight_shape)
+    if positions == 1 and dead:
+        if x_shape[0] < 2 or elements < CPU_ONE_POSITION:
+            return ordinary
+        forward = backward = True
+    else:
+        forward, backward = elements >= CPU_FORWARD, elements >= CPU_BACKWARD
+    if not (forward or backward):
+        return ordinary
+    cut = not weight_contiguous or live.taps <= CPU_CUT_TAPS
+    window = live if cut else window_of(size, kernel, stride, padding, whole=True)
+    return Way(stride, padding, dilation, groups, window, forward, backward)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether layer is an nn.Conv1d, 2d or 3d, and no subclass that may do more."""
+    return type(layer) in _TYPES
+
+
+def prepare(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, Way] | None:
+    """weight, bias and way of layer for x; None where layer(x) is to be called: torch's own way, or its own error."""
+    if type(layer) not in _TYPES or layer.padding_mode != "zeros" or type(layer.padding) is str:
+        return None
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    if type(weight) not in _TENSORS or x.device != weight.device:
+        return None
+    if x.dtype != weight.dtype and compute_dtype(x) is None:
+        return None
+    way = way_of(
+        x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, layer.groups,
+        weight.is_contiguous(), x.device.type, fused,
+    )  # fmt: skip
+    return None if way is None else (weight, bias, way)
+
+
+def convolve(layer: nn.Module, x: Tensor, fused: bool) -> Tensor:
+    """layer(x), where nobody could notice that it was not called: the caller has asked `route`.
+
+    A layer that is no plain nn.Conv1d, 2d or 3d is called. On the fused route x is channels-last where torch has such a
+    layout, and so is the result.
+    """
+    prepared = prepare(layer, x, fused)
+    if prepared is None:
+        return layer(x)
+    weight, bias, way = prepared
+    dtype = compute_dtype(x)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return Convolution.apply(x, weight, bias, way, dtype)
+    return forward(x, weight, bias, way, dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast runs a convolution of x in, None where it leaves it alone."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+class Convolution(torch.autograd.Function):
+    """A convolution that keeps x and the Parameter for its backward, and no copy made of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, way: Way, dtype: torch.dtype | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.way, ctx.dtype = way, dtype
+        return forward(x, weight, bias, way, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        x, weight, bias = ctx.saved_tensors
+        gradients = backward(dy, x, weight, bias, ctx.way, ctx.dtype, ctx.needs_input_grad[:3])
+        return (*gradients, None, None)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way, dtype: torch.dtype | None = None) -> Tensor:
+    """The convolution of x (N, in, *size) with weight (out, in, *kernel) by `way`, in `dtype` (x's where None).
+
+    y is in x's memory layout.
+    """
+    dtype = dtype or x.dtype
+    x = x.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if not way.product_forward:
+        weight = _laid_out(weight, x, way, dtype)
+        padding = way.cut_padding if _cuts(way) else way.padding
+        return torch.convolution(
+            x, weight, bias, way.stride, padding, way.dilation, False, (0,) * len(padding), way.groups
+        )
+    window = way.window
+    assert window is not None
+    last = _channels_are_last(x, weight, way)
+    matrix = _matrix(weight, window, dtype, last)
+    columns = _columns(x, window, way.stride, last)
+    y = torch.mm(columns, matrix.t()) if bias is None else torch.addmm(bias, columns, matrix.t())
+    return _as_volume(y, x, window.output)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    way: Way,
+    dtype: torch.dtype | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight and dbias, each where `needs` asks for it, in the dtype and memory layout of what they belong to.
+
+    Of x the gradient of x needs the shape, dtype and layout only.
+    """
+    differentiated = torch.is_grad_enabled() or route.vectorised(dy)
+    if way.product_backward and not differentiated:
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
+        return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
+    compute = dtype or x.dtype
+    # Differentiated in its turn, or vectorised, it is torch's own backward on all taps, which has derivatives.
+    cut = _cuts(way) and not differentiated
+    laid_out = weight.to(compute) if differentiated else _laid_out(weight, x, way, compute)
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        dy, x.to(compute), laid_out, None if bias is None else list(bias.shape), way.stride,
+        way.cut_padding if cut else way.padding, way.dilation, False, (0,) * len(way.stride), way.groups, needs,
+    )  # fmt: skip
+    if needs[0]:
+        dx = dx.to(x.dtype)
+    if needs[1]:
+        dweight = (
+            dweight.to(weight.dtype) if differentiated else _gradient(dweight, weight, way.window if cut else None)
+        )
+    return dx, dweight, dbias.to(bias.dtype) if needs[2] and bias is not None else None
+
+
+def _product_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    way: Way,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    window = way.window
+    assert window is not None
+    rows = dy.to(dtype).movedim(1, -1).reshape(-1, weight.shape[0])
+    last = _channels_are_last(x, weight, way)
+    dx = dweight = dbias = None
+    if needs[0]:
+        dcolumns = torch.mm(rows, _matrix(weight, window, dtype, last))
+        dx = _scattered(dcolumns, x, window, way.stride, last).to(x.dtype)
+    if needs[1]:
+        dmatrix = torch.mm(rows.t(), _columns(x.to(dtype), window, way.stride, last))
+        taps = [high - low for low, high in zip(window.low, window.high, strict=True)]
+        shape = [weight.shape[0], *taps, weight.shape[1]] if last else [*weight.shape[:2], *taps]
+        dmatrix = dmatrix.view(shape)
+        dweight = _gradient(dmatrix.movedim(-1, 1) if last else dmatrix, weight, window)
+    if needs[2] and bias is not None:
+        dbias = rows.sum(0).to(bias.dtype)
+    return dx, dweight, dbias
+
+
+def _cuts(way: Way) -> bool:
+    """Whether a convolution by `way` that is no product runs on cut taps: where it was chosen for being cut."""
+    return way.window is not None and not (way.product_forward or way.product_backward)
+
+
+def _laid_out(weight: Tensor, x: Tensor, way: Way, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`, cut to the window, and channels-last where x is: one copy at most."""
+    if way.window is not None and _cuts(way):
+        weight = weight[way.window.slices]
+    if x.dim() in MEMORY_FORMAT and not x.is_contiguous():
+        return weight.to(dtype, memory_format=MEMORY_FORMAT[x.dim()])
+    return weight.to(dtype)
+
+
+def _channels_are_last(x: Tensor, weight: Tensor, way: Way) -> bool:
+    """Whether a row of columns holds the channels of one tap beside each other, or the taps of one channel.
+
+    The order that spares a copy of the weight; where it is copied anyway, the one that spares a copy of x.
+    """
+    if weight.is_contiguous() and way.window is not None and way.window.taps == prod(weight.shape[2:]):
+        return False
+    return not weight.is_contiguous() or not x.is_contiguous()
+
+
+def _matrix(weight: Tensor, window: Window, dtype: torch.dtype, last: bool) -> Tensor:
+    """The window's taps of weight (out, in, *kernel) as [out, in·taps], or [out, taps·in] where `last`."""
+    cut = weight[window.slices]
+    return (cut.movedim(1, -1) if last else cut).to(dtype, memory_format=torch.contiguous_format).flatten(1)
+
+
+def _columns(x: Tensor, window: Window, stride: tuple[int, ...], last: bool) -> Tensor:
+    """What the window's taps meet: [N·positions, in·taps], or [N·positions, taps·in] where `last`."""
+    axes = len(stride)
+    if any(before or after for before, after in window.padding):
+        x = F.pad(x, [pad for pair in reversed(window.padding) for pad in pair])
+    for axis in range(axes):
+        x = x.unfold(2 + axis, window.high[axis] - window.low[axis], stride[axis])
+    positions, taps = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
+    x = x.permute(0, *positions, *taps, 1) if last else x.permute(0, *positions, 1, *taps)
+    return x.reshape(-1, x.shape[1 + axes :].numel())
+
+
+def _scattered(dcolumns: Tensor, x: Tensor, window: Window, stride: tuple[int, ...], last: bool) -> Tensor:
+    """The sum of dcolumns over all columns that an element of x stands in, in x's layout: `_columns` transposed."""
+    axes = len(stride)
+    taps = [high - low for low, high in zip(window.low, window.high, strict=True)]
+    padded = [size + before + after for size, (before, after) in zip(x.shape[2:], window.padding, strict=True)]
+    N, C = x.shape[:2]
+    if last:
+        d = dcolumns.view(N, *window.output, *taps, C).permute(0, -1, *range(1, 1 + 2 * axes))
+    else:
+        d = dcolumns.view(N, *window.output, C, *taps).movedim(1 + axes, 1)
+    for axis in reversed(range(axes)):
+        sizes = [N, C, *window.output[:axis], *padded[axis:], *taps[:axis]]
+        if window.output[axis] == 1 and padded[axis] == taps[axis]:
+            d = d.movedim(-1, 2 + axis).flatten(2 + axis, 3 + axis)  # every element stands in one column
+        else:
+            d = torch.ops.aten.unfold_backward(d, sizes, 2 + axis, taps[axis], stride[axis])
+    if any(before or after for before, after in window.padding):
+        d = F.pad(d, [-pad for pair in reversed(window.padding) for pad in pair])
+    return _in_layout_of(d, x)
+
+
+def _as_volume(y: Tensor, x: Tensor, output: tuple[int, ...]) -> Tensor:
+    """Rows [N·positions, out] as (N, out, *output) in x's layout."""
+    if prod(output) == 1:
+        return y.view(*y.shape, *output)
+    return _in_layout_of(y.view(x.shape[0], *output, -1).movedim(-1, 1), x)
+
+
+def _in_layout_of(tensor: Tensor, x: Tensor) -> Tensor:
+    """tensor, dense and with x's axes, channels-last where x is, else contiguous."""
+    if x.is_contiguous() or x.dim() not in MEMORY_FORMAT:
+        return tensor.contiguous()
+    return tensor.contiguous(memory_format=MEMORY_FORMAT[x.dim()])
+
+
+def _gradient(part: Tensor, weight: Tensor, window: Window | None) -> Tensor:
+    """The gradient of the whole weight in its dtype and layout, from that of the window's taps: zero elsewhere."""
+    if part.shape == weight.shape:
+        if part.dtype == weight.dtype and part.stride() == weight.stride():
+            return part
+        return torch.empty_like(weight).copy_(part)
+    assert window is not None
+    whole = torch.zeros_like(weight)
+    whole[window.slices].copy_(part)
+    return whole

@@ -1,0 +1,125 @@
+"""A unit that keeps one volume for its backward instead of two: its input. The activated volume is made again there.
+
+Eager PyTorch keeps three: the input of the norm, of the activation and of the convolution. The fused operation needs
+the first and the last. Here the last is computed again in the backward, bit for bit, used for the gradient of the
+convolution's weight, and freed; then comes the gradient of the convolution's input, and dx is written over it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import convolution, reference, route
+from .convolution import Way
+from .functional import launchers, output_dtype
+
+
+def unit(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | float,
+    eps: float,
+    convolution_weight: Tensor,
+    convolution_bias: Tensor | None,
+    way: Way,
+) -> Tensor:
+    """instance_norm_prelu(x, weight, bias, slope, eps), then the convolution by `way`, on the Triton route."""
+    dtypes = output_dtype(x, slope), convolution.compute_dtype(x)
+    return RecomputedUnit.apply(x, weight, bias, slope, eps, convolution_weight, convolution_bias, way, dtypes)
+
+
+class RecomputedUnit(torch.autograd.Function):
+    """norm → activation → convolution. Saves x, the statistics and the Parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        slope: Tensor | float,
+        eps: float,
+        convolution_weight: Tensor,
+        convolution_bias: Tensor | None,
+        way: Way,
+        dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    ) -> Tensor:
+        try:
+            y, mean, rstd = launchers()[0](x, weight, bias, slope, eps, dtypes[0])
+        except Exception as error:
+            if not route.machine_fault(error, x.device):
+                raise
+            y, mean, rstd = reference.forward(x, weight, bias, slope, eps), None, None
+        shared = slope if isinstance(slope, Tensor) else None
+        ctx.save_for_backward(x, weight, bias, shared, convolution_weight, convolution_bias, mean, rstd)
+        ctx.slope, ctx.eps, ctx.way, ctx.dtypes = None if shared is not None else slope, eps, way, dtypes
+        return convolution.forward(y, convolution_weight, convolution_bias, way, dtypes[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dout,) = grad_outputs
+        *tensors, mean, rstd = ctx.saved_tensors
+        if mean is None or torch.is_grad_enabled() or route.vectorised(dout):
+            return _by_the_formula(ctx, dout, tensors)
+        try:
+            return _by_the_kernels(ctx, dout, tensors, mean, rstd)
+        except Exception as error:
+            if not route.machine_fault(error, dout.device):
+                raise
+            return _by_the_formula(ctx, dout, tensors)
+
+
+def _by_the_kernels(
+    ctx: Any, dout: Tensor, tensors: list[Any], mean: Tensor, rstd: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, weight, bias, slope, convolution_weight, convolution_bias = tensors
+    slope = ctx.slope if slope is None else slope
+    forward, backward = launchers()
+    way, (dtype, compute_dtype) = ctx.way, ctx.dtypes
+    needs = ctx.needs_input_grad
+    dweight = dbias = None
+    if needs[5] or needs[6]:
+        y = forward(x, weight, bias, slope, ctx.eps, dtype, statistics=(mean, rstd))[0]
+        _, dweight, dbias = convolution.backward(
+            dout, y, convolution_weight, convolution_bias, way, compute_dtype, (False, needs[5], needs[6])
+        )
+        del y
+    if not any(needs[:4]):
+        return None, None, None, None, None, dweight, dbias, None, None
+    # Of its second argument this takes the shape, the dtype and the layout: x's are those of the activated volume,
+    # but for a dtype that autocast gave to it.
+    like = x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
+    dy = convolution.backward(
+        dout, like, convolution_weight, convolution_bias, way, compute_dtype, (True, False, False)
+    )[0]
+    gradients = backward(dy, x, weight, bias, slope, mean, rstd, needs[:4], in_place=True)
+    return (*gradients, None, dweight, dbias, None, None)
+
+
+def _by_the_formula(ctx: Any, dout: Tensor, tensors: list[Any]) -> tuple[Tensor | None, ...]:
+    """The gradients through torch's own operations, which can be differentiated and vectorised in their turn."""
+    way, (dtype, compute_dtype) = ctx.way, ctx.dtypes
+    kind, differentiated = tensors[0].device.type, torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(kind, enabled=False):
+        # Each in a name of its own, so that a tensor that was given twice gets two gradients.
+        own: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+        x, weight, bias, slope, convolution_weight, convolution_bias = own
+        y = reference.forward(x, weight, bias, ctx.slope if slope is None else slope, ctx.eps)
+        y = y if dtype is None else y.to(dtype)
+        compute_dtype = compute_dtype or y.dtype
+        out = torch.convolution(
+            y.to(compute_dtype), convolution_weight.to(compute_dtype),
+            None if convolution_bias is None else convolution_bias.to(compute_dtype), way.stride, way.padding,
+            way.dilation, False, (0,) * len(way.stride), way.groups,
+        )  # fmt: skip
+        positions = (0, 1, 2, 3, 5, 6)
+        wanted = [i for i, at in enumerate(positions) if ctx.needs_input_grad[at]]
+        found = torch.autograd.grad(out, [own[i] for i in wanted], dout, create_graph=differentiated, allow_unused=True)
+    gradients: list[Tensor | None] = [None] * 9
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[positions[i]] = gradient
+    return tuple(gradients)
