@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from itertools import product
 from typing import cast
 
 import torch
 
-import fastenc
-
 from . import arguments as options
 from .deadline import Deadline
 from .machine import settings
-from .network_peers import CONTEST, fused_encoder
+from .network_peers import CONTEST, fused_encoder, plain_encoder
 from .record import Mode, Network, Precision, Workload
 from .session import Session
 
@@ -24,14 +23,16 @@ MODES: dict[str, Mode] = {"infer": "forward", "train": "training step"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `compare`; by default the seed document's Example 1 with 3 input channels."""
-    whole = {"type": options.positive, "metavar": "N"}
-    parser.add_argument("--channel", **whole, default=64, help="channels of the first block (%(default)s)")
-    parser.add_argument("--layers", type=int, nargs="+", metavar="N", default=[3] * 5, help="depth of each block (3 3 3 3 3)")
+    whole = partial(parser.add_argument, type=options.positive, metavar="N")
+    whole("--channel", default=64, help="channels of the first block (%(default)s)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", metavar="N", default=[3] * 5, help="depth of each block (3 3 3 3 3)"
+    )
     parser.add_argument("--kernel-size", type=int, nargs="+", metavar="K", default=[3], help="one, or one per axis (3)")
-    parser.add_argument("--in-planes", **whole, default=3, help="channels of the input (%(default)s)")
+    whole("--in-planes", default=3, help="channels of the input (%(default)s)")
     parser.add_argument("--out-length", type=int, metavar="N", default=32, help="0 returns the last map (%(default)s)")
-    parser.add_argument("--size", **whole, nargs=3, default=[31, 32, 30], help="the volume (31 32 30)")
-    parser.add_argument("--batch", **whole, nargs="+", default=[2], help="one or more (2)")
+    whole("--size", nargs=3, default=[31, 32, 30], help="the volume (31 32 30)")
+    whole("--batch", nargs="+", default=[2], help="one or more (2)")
     parser.add_argument("--dtype", choices=options.PRECISIONS, nargs="+", default=["fp32"], help="one or more (fp32)")
     parser.add_argument(
         "--mode", choices=MODES, nargs="+", default=["infer"],
@@ -64,8 +65,9 @@ def network_problem(workload: Workload) -> str | None:
     """What the network itself says to this workload, without computing or allocating anything; None if it runs."""
     assert workload.network is not None
     try:
-        with torch.device("meta"), torch.no_grad(), fastenc.backend("eager"):
-            fused_encoder(workload.network)(torch.empty(workload.shape))
+        with torch.device("meta"), torch.no_grad():
+            fused_encoder(workload.network)
+            plain_encoder(workload.network)(torch.empty(workload.shape))
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     return None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastenc
+import fastenc.route
 
 from .agreement import OUTPUT
 from .peers import EAGER, FASTENC, Candidate, Contest, Peer
@@ -224,13 +225,21 @@ def routes(network: nn.Module, x: Tensor) -> str:
     return "; ".join(f"{count} units {route}" for route, count in taken.items())
 
 
-def _fastenc(subject: Subject) -> Candidate:
-    return candidate(subject, subject.holding(fused_encoder, subject.parameters), note=routes)
+def _fastenc(subject: Subject, recompute: bool = False) -> Candidate:
+    build = partial(fused_encoder, recompute=recompute)
+    return candidate(subject, subject.holding(build, subject.parameters), note=routes)
 
 
 def _fastenc_compiled(subject: Subject) -> Candidate:
     network = subject.holding(fused_encoder, subject.parameters)
     return candidate(subject, cast(nn.Module, torch.compile(network, dynamic=False)))
+
+
+def _no_recompute(workload: Workload, device: torch.device) -> str | None:
+    if workload.mode == "forward":
+        return "it changes what training saves, and nothing of inference"
+    reason = fastenc.route.device_reason(torch.empty(0, device=device))
+    return None if reason is None else f"on the eager route it has no effect; {reason}"
 
 
 CONTEST = Contest(
@@ -239,6 +248,7 @@ CONTEST = Contest(
         EAGER: Peer(_eager),
         "eager channels_last_3d": Peer(partial(_eager, laid_out=True)),
         FASTENC: Peer(_fastenc),
+        "fastenc recompute": Peer(partial(_fastenc, recompute=True), absent=_no_recompute),
         "fastenc torch.compile": Peer(_fastenc_compiled, compiles=True),
         **dict(_compiled_peers()),
     },

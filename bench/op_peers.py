@@ -55,7 +55,7 @@ class Subject:
 
 
 def candidate(subject: Subject, op: Op, note: Callable[[Tensor], str] = lambda x: "") -> Candidate:
-    """instance_norm_prelu as a candidate: its forward under no_grad, or its backward alone, the forward off the clock."""
+    """instance_norm_prelu as a candidate: forward under no_grad, or backward alone, its forward off the clock."""
     backward, leaves = subject.backward, subject.leaves
 
     def prepare() -> tuple[Any, ...]:

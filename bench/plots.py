@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from math import ceil, prod
 from pathlib import Path
@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from .floor import ITEMSIZE
+from .peers import EAGER
 from .record import Record, Result, Workload
 from .session import bare
 
@@ -28,6 +29,7 @@ GREYS, BLUES, BROWNS, ORANGES = (
     ("#fb6a22", "#d1242f", "#fd8c73", "#bc4c00", "#e16f24"),
 )
 MARKERS = "osD^vPX<>*"
+DASHES = (0, (4, 2))
 
 
 def colours(peers: Iterable[str]) -> dict[str, str]:
@@ -35,6 +37,7 @@ def colours(peers: Iterable[str]) -> dict[str, str]:
     used: dict[tuple[str, ...], int] = {}
     found: dict[str, str] = {}
     for peer in peers:
+        family: tuple[str, ...]
         if peer.startswith("fastenc"):
             family = ORANGES
         elif "GroupNorm" in peer:
@@ -75,7 +78,7 @@ def draw(records: Sequence[Record], folder: Path, stem: str, themes: Sequence[st
     return written
 
 
-def style(theme: dict[str, str]) -> dict[str, Any]:
+def style(theme: dict[str, str]) -> Any:
     """matplotlib's settings for a theme."""
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
     return {
@@ -114,80 +117,80 @@ def _title(workload: Workload) -> str:
 
 
 def _panels(
-    workloads: Sequence[Workload], fill: Callable[[Any, Workload], None], xlabel: str
+    workloads: Sequence[Workload], fill: Callable[[Any, Workload, list[str]], str], xlabel: str
 ) -> Figure | None:
-    """A panel of horizontal bars for every workload, two abreast."""
+    """A panel of horizontal bars for every workload, two abreast. fill(axes, workload, peers) gives a line of title."""
     if not workloads:
         return None
     across = min(2, len(workloads))
     lines = [workloads[i : i + across] for i in range(0, len(workloads), across)]
-    heights = [0.24 * max(len(timed(each)) for each in line) + 0.75 for line in lines]
-    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    axes = figure.subplots(ceil(len(workloads) / across), across, squeeze=False, height_ratios=heights)
-    for panel, workload in zip(axes.flat, workloads, strict=False):
-        fill(panel, workload)
-        panel.invert_yaxis()
-        panel.set_title(_title(workload))
-        panel.tick_params(axis="y", length=0)
-        panel.grid(axis="x")
-    for panel in axes.flat[len(workloads) :]:
-        panel.set_axis_off()
-    for panel in axes[-1]:
-        panel.set_xlabel(xlabel)
+    peers = [list(dict.fromkeys(result.peer for each in line for result in timed(each))) for line in lines]
+    heights = [0.22 * len(names) + 0.8 for names in peers]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.2), layout="constrained")
+    axes = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
+    for panels, line, names in zip(axes, lines, peers, strict=True):
+        for i, panel in enumerate(panels):
+            if i >= len(line):
+                panel.set_axis_off()
+                continue
+            more = fill(panel, line[i], names)
+            panel.set_title(f"{_title(line[i])}{more}")
+            panel.set_ylim(len(names) - 0.4, -0.6)
+            panel.set_yticks(range(len(names)), names if i == 0 else [])
+            panel.tick_params(axis="y", length=0)
+            panel.grid(axis="x")
+    figure.supxlabel(xlabel, fontsize=9)
     return figure
 
 
 def speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
     """Speed-up over eager of every peer of every network, and where the physical floor lies."""
 
-    def fill(panel: Any, workload: Workload) -> None:
-        results = timed(workload)
-        shades = colours(result.peer for result in workload.results)
-        eager = next((result.time.median for result in results if result.peer == "eager" and result.time), None)
-        if eager is None:
-            return
-        names = [result.peer for result in results]
-        times = [result.time.median for result in results if result.time is not None]
-        values = [eager / time for time in times]
-        spread = [
-            [value - (r.over_eager.p20 if r.over_eager else 1.0) for value, r in zip(values, results, strict=True)],
-            [(r.over_eager.p80 if r.over_eager else 1.0) - value for value, r in zip(values, results, strict=True)],
-        ]
-        spread = [[max(0.0, each) for each in side] for side in spread]
-        panel.barh(names, values, color=[shades[name] for name in names], height=0.72)
-        panel.errorbar(values, names, xerr=spread, fmt="none", ecolor=theme["ink"], elinewidth=0.8, capsize=1.5)
-        most = max(value + high for value, high in zip(values, spread[1], strict=True))
-        for name, value, high in zip(names, values, spread[1], strict=True):
-            panel.text(value + high + 0.02 * most, name, f"{value:.2f}", va="center", fontsize=8)
-        right = 1.18 * most
-        if workload.floor is not None:
+    def fill(panel: Any, workload: Workload, names: list[str]) -> str:
+        shades = colours(names)
+        most = 1.0
+        eager = next((r.time.median for r in timed(workload) if r.peer == EAGER and r.time is not None), None)
+        for result in timed(workload):
+            at, ratio = names.index(result.peer), result.over_eager
+            if ratio is None and result.peer != EAGER:
+                continue
+            value, low, high = (1.0, 1.0, 1.0) if ratio is None else (ratio.median, ratio.p20, ratio.p80)
+            panel.barh(at, value, color=shades[result.peer], height=0.74)
+            if ratio is not None:
+                panel.errorbar(value, at, xerr=[[value - low], [high - value]], fmt="none", ecolor=theme["ink"],
+                               elinewidth=0.8, capsize=1.5)  # fmt: skip
+            panel.annotate(f"{value:.2f}", (high, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            most = max(most, high)
+        right, more = 1.2 * most, ""
+        if workload.floor is not None and eager is not None:
             floor = eager / workload.floor
-            if floor <= 2 * most:
+            more = f"\nphysical floor at {floor:#.3g}"
+            if floor <= 2.5 * most:
                 right = max(right, 1.05 * floor)
-                panel.axvline(floor, color=theme["ink"], linewidth=1, linestyle=(0, (4, 2)))
-            place = dict(x=min(floor, right) / right, y=1.0, transform=panel.transAxes, ha="right", va="bottom")
-            text = f"floor {floor:.2f}" if floor <= 2 * most else f"floor at {floor:.1f} →"
-            panel.text(s=text, fontsize=8, **place)
+                panel.axvline(floor, color=theme["ink"], linewidth=1, linestyle=DASHES)
         panel.set_xlim(0, right)
+        return more
 
-    return _panels(_networks(workloads), fill, "speed-up over eager, with p20–p80 of the rounds")
+    return _panels(
+        _networks(workloads), fill, "speed-up over eager, with p20–p80 of the rounds; dashed: physical floor"
+    )
 
 
 def memory(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
     """Peak memory of every peer of every network."""
 
-    def fill(panel: Any, workload: Workload) -> None:
-        results = [result for result in timed(workload) if result.peak_memory is not None]
-        shades = colours(result.peer for result in workload.results)
-        values = [(result.peak_memory or 0) / 1e9 for result in results]
-        names = [result.peer for result in results]
-        panel.barh(names, values, color=[shades[name] for name in names], height=0.72)
-        for name, value in zip(names, values, strict=True):
-            panel.text(value + 0.02 * max(values), name, f"{value:#.3g}", va="center", fontsize=8)
-        panel.set_xlim(0, 1.18 * max(values))
+    def fill(panel: Any, workload: Workload, names: list[str]) -> str:
+        shades, most = colours(names), 0.0
+        for result in timed(workload):
+            at, value = names.index(result.peer), (result.peak_memory or 0) / 1e9
+            panel.barh(at, value, color=shades[result.peer], height=0.74)
+            panel.annotate(f"{value:#.3g}", (value, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            most = max(most, value)
+        panel.set_xlim(0, 1.2 * most)
+        return ""
 
     chosen = [each for each in _networks(workloads) if any(result.peak_memory for result in each.results)]
-    return _panels(chosen, fill, "peak memory in GB, parameters and optimizer included")
+    return _panels(chosen, fill, "peak memory in GB: parameters, optimizer, input and what one call allocates")
 
 
 def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
@@ -195,7 +198,9 @@ def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
     ops = [each for each in workloads if each.kind == "instance_norm_prelu" and each.floor is not None]
     if not ops:
         return None
-    panels = sorted({(each.mode, each.layout, each.dtype) for each in ops}, key=lambda p: (p[2], p[0] != "forward", p[1]))
+    panels = sorted(
+        {(each.mode, each.layout, each.dtype) for each in ops}, key=lambda p: (p[2], p[0] != "forward", p[1])
+    )
     rows = ceil(len(panels) / 2)
     figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
@@ -212,7 +217,7 @@ def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
             )
             if points:
                 panel.plot(*zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=peer)
-        panel.axhline(1, color=theme["ink"], linewidth=1, linestyle=(0, (4, 2)))
+        panel.axhline(1, color=theme["ink"], linewidth=1, linestyle=DASHES)
         panel.set_title(f"{mode}, {layout}, {dtype}")
         panel.set_xscale("log")
         panel.set_ylim(bottom=0)
@@ -254,7 +259,7 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
                 panel.plot(*zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=peer)
         floors = sorted((each.shape[0], 1e3 * each.floor) for each in group if each.floor is not None)
         if floors:
-            panel.plot(*zip(*floors, strict=True), color=theme["ink"], linestyle=(0, (4, 2)), linewidth=1, label="floor")
+            panel.plot(*zip(*floors, strict=True), color=theme["ink"], linestyle=DASHES, linewidth=1, label="floor")
         batches = sorted({each.shape[0] for each in group})
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")

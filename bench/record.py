@@ -39,7 +39,7 @@ class MatmulRate:
 
 @dataclass(frozen=True)
 class Machine:
-    """The device and its software. `copy_bandwidth` counts bytes read plus bytes written. Both ceilings are measured."""
+    """The device, its software, and its ceilings, measured: `copy_bandwidth` counts bytes read plus bytes written."""
 
     device: Literal["cuda", "cpu"]
     name: str

@@ -7,16 +7,25 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 from . import arguments as options
 from .machine import CHECKOUT
-from .record import Record, Workload, load
-from .session import bare
+from .peers import EAGER, FASTENC
+from .record import Record, Result, Workload, load
 from .table import against, milliseconds
 
 PURPOSE = "write README's tables and pictures from the records; refuses where there is none"
 BENCH = CHECKOUT / "bench"
+NO_GPU = """\
+No GPU record exists yet: nothing here has been timed on a GPU, and this README claims no speed there. On a GPU machine,
+from a checkout, this measures it (tests first, then timings; one JSON record, one table):
+
+```sh
+python3 -m fastenc bench gpu --out bench-out --minutes 8
+```
+"""
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 ALT = {
     "speedup": "Speed-up over eager PyTorch of every peer, with the physical floor",
@@ -63,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         pictures = plots.draw(own, arguments.plots, slug(name), tuple(plots.THEMES))
         drawn.update(pictures)
         parts.append(section(own, pictures, arguments.readme.parent))
+    if not any(record.machine.device == "cuda" for record in records):
+        parts.append(NO_GPU)
     for path in set(arguments.plots.glob("*.png")) - drawn:
         path.unlink()
     head, rest = before.split(BEGIN)
@@ -126,9 +137,7 @@ def _software(record: Record) -> str:
 
 def _sources(records: Sequence[Record], workloads: Sequence[Workload]) -> str:
     used = [
-        record
-        for record in records
-        if any(each == measured for measured in workloads for each in record.workloads)
+        record for record in records if any(each == measured for measured in workloads for each in record.workloads)
     ]
     commands = "; ".join(
         f"`{record.command}` on {record.date[:10]} at "
@@ -139,10 +148,11 @@ def _sources(records: Sequence[Record], workloads: Sequence[Workload]) -> str:
 
 
 def _network_table(networks: Sequence[Workload]) -> str:
-    """A row for every peer of every network."""
+    """A row for every network."""
     lines = [
-        "| workload | peer | ms (p20–p80) | × eager | time ÷ fastenc's (p20–p80) | of the floor | peak memory |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| network | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile | of the floor "
+        "| peak memory ÷ eager's | fastest of fastenc |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for workload in networks:
         assert workload.network is not None
@@ -151,17 +161,53 @@ def _network_table(networks: Sequence[Workload]) -> str:
             f"channel {workload.network.channel}, layers {' '.join(map(str, workload.network.layers))}, {size}, "
             f"batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
         )
-        for result in workload.results:
-            if result.status == "not here":
-                continue
-            lines.append(f"| {what} | {result.peer} | {_figures(workload, result)} |")
-            what = ""
+        eager, fused, compiled, fastest = _found(workload)
+        smaller = "" if eager is None or fused is None else _quotient(fused.peak_memory, eager.peak_memory)
+        best = (
+            "" if fastest is None or fastest.time is None else f"{fastest.peer}, {milliseconds(fastest.time.median)} ms"
+        )
+        lines.append(f"| {what} | {_columns(workload, eager, fused, compiled)} | {smaller} | {best} |")
     return "\n".join(lines) + "\n"
 
 
-def _figures(workload: Workload, result: object) -> str:
-    return ""
-
-
 def _op_table(ops: Sequence[Workload]) -> str:
-    return ""
+    """A row for every direction and layout of the largest tensor; the picture has the others."""
+    largest = max(prod(each.shape) for each in ops)
+    lines = [
+        "| instance_norm_prelu | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile "
+        "| of copy bandwidth |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for workload in (each for each in ops if prod(each.shape) == largest):
+        what = f"{'×'.join(map(str, workload.shape))} {workload.layout}, {workload.precision}, {workload.mode}"
+        eager, fused, compiled, _ = _found(workload)
+        lines.append(f"| {what} | {_columns(workload, eager, fused, compiled)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _found(workload: Workload) -> tuple[Result | None, Result | None, Result | None, Result | None]:
+    """eager, fastenc, the fastest torch.compile and the fastest way to run fastenc, each where it has a time."""
+    timed = [(result.time.median, result) for result in workload.results if result.time is not None]
+
+    def fastest(prefix: str) -> Result | None:
+        found = [each for each in timed if each[1].peer.startswith(prefix)]
+        return min(found, key=lambda each: each[0])[1] if found else None
+
+    by_name = {result.peer: result for _, result in timed}
+    return by_name.get(EAGER), by_name.get(FASTENC), fastest("torch.compile"), fastest(FASTENC)
+
+
+def _columns(workload: Workload, eager: Result | None, fused: Result | None, compiled: Result | None) -> str:
+    """Times, ratios and the share of the floor, as cells."""
+    times = [
+        "–" if one is None or one.time is None else milliseconds(one.time.median) for one in (eager, compiled, fused)
+    ]
+    ratios = ["–" if one is None else against(workload, one.over_fastenc) or "–" for one in (eager, compiled)]
+    share = "–"
+    if workload.floor is not None and fused is not None and fused.time is not None:
+        share = f"{100 * workload.floor / fused.time.median:.0f} %"
+    return " | ".join([*times, *ratios, share])
+
+
+def _quotient(above: int | None, below: int | None) -> str:
+    return f"{above / below:.2f}" if above is not None and below else "–"

@@ -20,7 +20,11 @@ from .progress import Progress
 from .record import GpuTests, Record, Settings, Workload, load, write
 from .table import heading, print_table
 
-FIRST_GUESS = {"network": 12.0, "instance_norm_prelu": 4.0, "stem": 3.0}  # seconds a workload takes, until one was timed
+FIRST_GUESS = {
+    "network": 12.0,
+    "instance_norm_prelu": 4.0,
+    "stem": 3.0,
+}  # seconds a workload takes, until one was timed
 CEILINGS, TESTS = 3.0, 20.0  # shares of the progress bar
 
 Tests = Callable[[Deadline], GpuTests]

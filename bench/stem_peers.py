@@ -86,7 +86,8 @@ def _channels_last(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tenso
 def _padded(x: Tensor, weight: Tensor, padding: tuple[int, ...], channels: int) -> Tensor:
     """Channels-last throughout, with zero channels added up to `channels`."""
     missing = channels - x.shape[1]
-    return _channels_last(*(F.pad(each, (0, 0, 0, 0, 0, 0, 0, missing)) for each in (x, weight)), padding)
+    wider = (0, 0, 0, 0, 0, 0, 0, missing)
+    return _channels_last(F.pad(x, wider), F.pad(weight, wider), padding)
 
 
 def _narrower_than(channels: int) -> Callable[[Workload, torch.device], str | None]:
@@ -101,12 +102,8 @@ CONTEST = Contest(
     peers={
         EAGER: Peer(partial(candidate, stem=_contiguous)),
         "channels_last_3d": Peer(partial(candidate, stem=_channels_last)),
-        "padded to 4 channels": Peer(
-            partial(candidate, stem=partial(_padded, channels=4)), absent=_narrower_than(4)
-        ),
-        "padded to 8 channels": Peer(
-            partial(candidate, stem=partial(_padded, channels=8)), absent=_narrower_than(8)
-        ),
+        "padded to 4 channels": Peer(partial(candidate, stem=partial(_padded, channels=4)), absent=_narrower_than(4)),
+        "padded to 8 channels": Peer(partial(candidate, stem=partial(_padded, channels=8)), absent=_narrower_than(8)),
     },
     exact=partial(candidate, stem=_contiguous, exact=True),
 )

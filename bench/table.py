@@ -20,19 +20,26 @@ LEGEND = (
 
 def rows(record: Record) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Every workload in words, with a row of cells, as in HEADINGS, for every peer."""
-    return [(title(workload), [cells(workload, result) for result in workload.results]) for workload in record.workloads]
+    return [
+        (title(workload), [cells(workload, result) for result in workload.results]) for workload in record.workloads
+    ]
 
 
 def title(workload: Workload) -> str:
     """The workload, its floor and its noise."""
     floor = "" if workload.floor is None else f", floor {milliseconds(workload.floor)} ms"
-    noise = "" if workload.noise is None else f", noise {100 * (workload.noise - 1):.2g} %"
+    noise = "" if workload.noise is None else f", noise ×{workload.noise:.3g}"
     return f"{workload}{floor}{noise}"
 
 
 def milliseconds(seconds: float) -> str:
     """Seconds as milliseconds with four digits."""
     return f"{seconds * 1e3:#.4g}".rstrip(".")
+
+
+def megabytes(count: int) -> str:
+    """Bytes as megabytes, three digits at the least."""
+    return f"{count / 1e6:.0f}" if count >= 1e8 else f"{count / 1e6:.3g}"
 
 
 def against(workload: Workload, ratio: Ratio | None) -> str:
@@ -61,7 +68,7 @@ def cells(workload: Workload, result: Result) -> tuple[str, ...]:
         against(workload, result.over_fastenc),
         floor,
         rate,
-        "" if result.peak_memory is None else f"{result.peak_memory / 1e6:.0f}",
+        "" if result.peak_memory is None else megabytes(result.peak_memory),
         "" if result.first_call is None else f"{result.first_call:.1f}",
         "" if result.difference is None else f"{result.difference:.1e}",
         ": ".join(filter(None, ["" if result.status == "ok" else result.status, result.note])),
@@ -97,14 +104,17 @@ def print_table(record: Record) -> None:
     for (name, group), workload in zip(rows(record), record.workloads, strict=True):
         table = Table(box=SIMPLE_HEAD, title=name, title_justify="left", title_style="bold", pad_edge=False)
         for i in shown:
-            table.add_column(HEADINGS[i], justify="right" if i else "left", no_wrap=bool(i))
+            table.add_column(
+                HEADINGS[i],
+                justify="right" if i else "left",
+            )
         for row, result in zip(group, workload.results, strict=True):
             style = "red" if result.status in ("wrong", "failed") else "dim" if result.time is None else None
             table.add_row(*(row[i] for i in shown), style=style)
         console.print(table)
-        for row in group:
-            if row[-1]:
-                console.print(f"{row[0]}: {row[-1]}", markup=False, style="dim")
+        for note in dict.fromkeys(row[-1] for row in group if row[-1]):
+            names = ", ".join(row[0] for row in group if row[-1] == note)
+            console.print(f"{names}: {note}", markup=False, style="dim")
         console.print()
     console.print(LEGEND, style="dim")
 
@@ -129,7 +139,9 @@ def heading(record: Record) -> str:
             f"{tests.skipped} skipped in {tests.seconds:.0f} s"
         )
     if machine.copy_bandwidth is not None:
-        rates = "".join(f", {each.dtype} matrix product {each.rate / 1e12:.3g} TFLOP/s" for each in machine.matmul_rates)
+        rates = "".join(
+            f", {each.dtype} matrix product {each.rate / 1e12:.3g} TFLOP/s" for each in machine.matmul_rates
+        )
         lines.append(f"measured here: copy {machine.copy_bandwidth / 1e9:.3g} GB/s{rates}")
     states = [
         f"{when} {state.temperature:.0f} °C, {state.sm_clock:.0f} MHz"
