@@ -25,7 +25,7 @@ from .summary import Ratio, Summary
 from .timing import calls_per_sample, sample, synchronize
 
 COMPILE_GUESS = {"cuda": 45.0, "cpu": 20.0}  # seconds, until a compilation has been timed
-ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 2.0}
+ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 1.0}
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 COMPILING, PREPARING, TIMING = 8.0, 1.0, 2.0  # shares of the work of one peer, for the progress bar
 NOT_REACHED = "not reached"
@@ -105,7 +105,7 @@ class Measurement:
 
     def _compare(self, deadline: Deadline, reserve: float, progress: Progress) -> dict[str, Candidate]:
         """The candidates whose numbers agree with the exact run."""
-        progress.say(f"{self._workload}: exact run")
+        progress.say(str(self._workload), "exact run")
         truth: dict[str, Tensor] = {}
         subject = None
         with self._failures(EAGER):
@@ -124,7 +124,7 @@ class Measurement:
                 if limit < deadline.estimate(kind, COMPILE_GUESS[self._device.type]):
                     self._results[name] = Result(name, "left out", note="no time left to compile")
                     continue
-            progress.say(f"{self._workload}: {name}{', compiling' if peer.compiles else ''}")
+            progress.say(str(self._workload), f"{name}{', compiling' if peer.compiles else ''}")
             begin = time.monotonic()
             try:
                 with time_limit(limit), self._failures(name):
@@ -194,7 +194,7 @@ class Measurement:
         """
         calls: dict[str, int] = {}
         for name, candidate in candidates.items():
-            progress.say(f"{self._workload}: {name}, warming up")
+            progress.say(str(self._workload), f"{name}, warming up")
             work = candidate.work
             with self._failures(name):
                 calls[name] = calls_per_sample(work, self._device)
@@ -202,7 +202,7 @@ class Measurement:
                 peak = held_bytes(candidate.held()) + above + self._pools.get(name, 0)
                 self._results[name] = dataclasses.replace(self._results[name], peak_memory=peak)
             progress.advance(TIMING / 2)
-        progress.say(f"{self._workload}: timing {len(calls)} peers in turn")
+        progress.say(str(self._workload), f"timing {len(calls)} peers in turn")
         self._rounds(candidates, calls, progress)
 
     def _rounds(self, candidates: Mapping[str, Candidate], calls: Mapping[str, int], progress: Progress) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ GREYS, BLUES, BROWNS, ORANGES = (
     ("#bf8700", "#9a6700"),
     ("#fb6a22", "#d1242f", "#fd8c73", "#bc4c00", "#e16f24"),
 )
+MOST_PANELS = 6  # of bars: a record begins with what matters most
 MARKERS = "osD^vPX<>*"
 DASHES = (0, (4, 2))
 
@@ -111,9 +114,22 @@ def _title(workload: Workload) -> str:
     assert network is not None
     size = "×".join(map(str, workload.shape[2:]))
     return (
-        f"{workload.mode}, batch {workload.shape[0]}, {workload.precision}\n"
-        f"channel {network.channel}, layers {' '.join(map(str, network.layers))}, {size}"
+        f"{workload.mode}, batch {workload.shape[0]}\n{workload.precision}, {size}\n"
+        f"channel {network.channel}, layers {' '.join(map(str, network.layers))}"
     )
+
+
+def _peers(workloads: Iterable[Workload]) -> list[str]:
+    """The peers that have a time in any of the workloads, in the records' order."""
+    chosen = list(workloads)
+    have = {result.peer for each in chosen for result in timed(each)}
+    return [peer for peer in dict.fromkeys(r.peer for each in chosen for r in each.results) if peer in have]
+
+
+def _short(peer: str) -> str:
+    """A peer's name where space is short: "max-autotune, channels-last"."""
+    name = peer.replace(" channels_last_3d", ", channels-last")
+    return re.sub("torch.compile (?=max-|reduce-)", "", name)
 
 
 def _panels(
@@ -122,10 +138,11 @@ def _panels(
     """A panel of horizontal bars for every workload, two abreast. fill(axes, workload, peers) gives a line of title."""
     if not workloads:
         return None
+    workloads = workloads[:MOST_PANELS]
     across = min(2, len(workloads))
     lines = [workloads[i : i + across] for i in range(0, len(workloads), across)]
-    peers = [list(dict.fromkeys(result.peer for each in line for result in timed(each))) for line in lines]
-    heights = [0.22 * len(names) + 0.8 for names in peers]
+    peers = [_peers(line) for line in lines]
+    heights = [0.21 * len(names) + 0.95 for names in peers]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.2), layout="constrained")
     axes = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
     for panels, line, names in zip(axes, lines, peers, strict=True):
@@ -136,7 +153,7 @@ def _panels(
             more = fill(panel, line[i], names)
             panel.set_title(f"{_title(line[i])}{more}")
             panel.set_ylim(len(names) - 0.4, -0.6)
-            panel.set_yticks(range(len(names)), names if i == 0 else [])
+            panel.set_yticks(range(len(names)), map(_short, names) if i == 0 else [])
             panel.tick_params(axis="y", length=0)
             panel.grid(axis="x")
     figure.supxlabel(xlabel, fontsize=9)
@@ -147,8 +164,7 @@ def speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
     """Speed-up over eager of every peer of every network, and where the physical floor lies."""
 
     def fill(panel: Any, workload: Workload, names: list[str]) -> str:
-        shades = colours(names)
-        most = 1.0
+        shades, most = colours(result.peer for result in workload.results), 1.0
         eager = next((r.time.median for r in timed(workload) if r.peer == EAGER and r.time is not None), None)
         for result in timed(workload):
             at, ratio = names.index(result.peer), result.over_eager
@@ -164,7 +180,7 @@ def speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
         right, more = 1.2 * most, ""
         if workload.floor is not None and eager is not None:
             floor = eager / workload.floor
-            more = f"\nphysical floor at {floor:#.3g}"
+            more = f", floor at {floor:#.3g}"
             if floor <= 2.5 * most:
                 right = max(right, 1.05 * floor)
                 panel.axvline(floor, color=theme["ink"], linewidth=1, linestyle=DASHES)
@@ -180,7 +196,7 @@ def memory(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | Non
     """Peak memory of every peer of every network."""
 
     def fill(panel: Any, workload: Workload, names: list[str]) -> str:
-        shades, most = colours(names), 0.0
+        shades, most = colours(result.peer for result in workload.results), 0.0
         for result in timed(workload):
             at, value = names.index(result.peer), (result.peak_memory or 0) / 1e9
             panel.barh(at, value, color=shades[result.peer], height=0.74)
@@ -198,16 +214,16 @@ def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
     ops = [each for each in workloads if each.kind == "instance_norm_prelu" and each.floor is not None]
     if not ops:
         return None
-    panels = sorted(
-        {(each.mode, each.layout, each.dtype) for each in ops}, key=lambda p: (p[2], p[0] != "forward", p[1])
-    )
-    rows = ceil(len(panels) / 2)
+    panels = Counter((each.dtype, each.mode != "forward", each.layout) for each in ops)
+    most = max(panels.values())
+    chosen = sorted(panel for panel, sizes in panels.items() if sizes > 1 or most == 1)
+    rows = ceil(len(chosen) / 2)
     figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
-    peers = list(dict.fromkeys(result.peer for each in ops for result in timed(each)))
-    shades, marks = colours(peers), dict(zip(peers, MARKERS, strict=False))
-    for panel, (mode, layout, dtype) in zip(axes.flat, panels, strict=False):
-        here = [each for each in ops if (each.mode, each.layout, each.dtype) == (mode, layout, dtype)]
+    peers = _peers(ops)
+    shades, marks = colours(peers), dict(zip(peers, cycle(MARKERS)))
+    for panel, (dtype, backward, layout) in zip(axes.flat, chosen, strict=False):
+        here = [e for e in ops if (e.dtype, e.mode != "forward", e.layout) == (dtype, backward, layout)]
         for peer in peers:
             points = sorted(
                 (prod(each.shape) * ITEMSIZE[each.dtype] / 1e6, (each.floor or 0.0) / result.time.median)
@@ -216,13 +232,15 @@ def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
                 if result.peer == peer and result.time is not None
             )
             if points:
-                panel.plot(*zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=peer)
+                panel.plot(
+                    *zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=_short(peer)
+                )
         panel.axhline(1, color=theme["ink"], linewidth=1, linestyle=DASHES)
-        panel.set_title(f"{mode}, {layout}, {dtype}")
+        panel.set_title(f"{'backward' if backward else 'forward'}, {layout}, {dtype}")
         panel.set_xscale("log")
         panel.set_ylim(bottom=0)
         panel.grid()
-    for panel in axes.flat[len(panels) :]:
+    for panel in axes.flat[len(chosen) :]:
         panel.set_axis_off()
     figure.supxlabel("MB of x", fontsize=9)
     figure.supylabel("fraction of copy bandwidth", fontsize=9)
@@ -245,8 +263,8 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
     rows = ceil(len(found) / 2)
     figure = Figure(figsize=(WIDTH, 3.0 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, min(2, len(found)), squeeze=False)
-    peers = list(dict.fromkeys(result.peer for group in found for each in group for result in timed(each)))
-    shades, marks = colours(peers), dict(zip(peers, MARKERS, strict=False))
+    peers = _peers(each for group in found for each in group)
+    shades, marks = colours(peers), dict(zip(peers, cycle(MARKERS)))
     for panel, group in zip(axes.flat, found, strict=False):
         for peer in peers:
             points = sorted(
@@ -256,7 +274,9 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
                 if result.peer == peer and result.time is not None
             )
             if points:
-                panel.plot(*zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=peer)
+                panel.plot(
+                    *zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=_short(peer)
+                )
         floors = sorted((each.shape[0], 1e3 * each.floor) for each in group if each.floor is not None)
         if floors:
             panel.plot(*zip(*floors, strict=True), color=theme["ink"], linestyle=DASHES, linewidth=1, label="floor")
@@ -267,7 +287,7 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
         panel.minorticks_off()
         panel.set_xlabel("batch")
         panel.set_ylabel("ms")
-        panel.set_title("\n".join([_title(group[0]).split("\n")[1], f"{group[0].mode}, {group[0].precision}"]))
+        panel.set_title(f"{group[0].mode}\n{_title(group[0]).split(chr(10), 1)[1]}")
         panel.grid()
     for panel in axes.flat[len(found) :]:
         panel.set_axis_off()

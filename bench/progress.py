@@ -12,12 +12,13 @@ class Progress:
     """What a command is doing and how much of it is left, while the block runs.
 
     total: the sum of what `advance` will be given, in any unit; about seconds makes for a steady bar. Where stderr is
-    no terminal nothing is shown, or, with `log`, one plain line for each step: what a remote machine's log should hold.
+    no terminal nothing is shown, or, with `log`, plain lines: what a remote machine's log should hold.
     """
 
     def __init__(self, total: float, log: bool = False) -> None:
         self._total, self._done, self._log = total, 0.0, log
         self._begin = time.monotonic()
+        self._last = ""
         self._bar: Any = None
         self._task: Any = None
 
@@ -43,11 +44,12 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def say(self, what: str) -> None:
-        """Show what is being done now."""
+    def say(self, what: str, step: str = "") -> None:
+        """Show what is being done now, and with which step of it; a log has a line for each `what` only."""
         if self._bar is not None:
-            self._bar.update(self._task, description=what)
-        elif self._log:
+            self._bar.update(self._task, description=f"{what}: {step}" if step else what)
+        elif self._log and what != self._last:
+            self._last = what
             elapsed = time.monotonic() - self._begin
             left = f", about {elapsed / self._done * (self._total - self._done):.0f} s left" if self._done else ""
             print(f"[{elapsed:4.0f} s{left}] {what}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from .record import Record, Result, Workload, load
 from .table import against, milliseconds
 
 PURPOSE = "write README's tables and pictures from the records; refuses where there is none"
+MOST_ROWS = 8  # of networks: a record begins with what matters most, and the pictures have the rest
 BENCH = CHECKOUT / "bench"
 NO_GPU = """\
 No GPU record exists yet: nothing here has been timed on a GPU, and this README claims no speed there. On a GPU machine,
@@ -66,19 +67,15 @@ def run(arguments: argparse.Namespace) -> int:
     problem = options.folder_problem(arguments.plots, "--plots")
     if problem is not None:
         return _refuse(problem)
-    parts, drawn = [], set()
+    drawn: list[Path] = []
     for name in plots.latest(records):
         own = [record for record in records if record.machine.name == name]
-        pictures = plots.draw(own, arguments.plots, slug(name), tuple(plots.THEMES))
-        drawn.update(pictures)
-        parts.append(section(own, pictures, arguments.readme.parent))
-    if not any(record.machine.device == "cuda" for record in records):
-        parts.append(NO_GPU)
-    for path in set(arguments.plots.glob("*.png")) - drawn:
+        drawn += plots.draw(own, arguments.plots, slug(name), tuple(plots.THEMES))
+    for path in set(arguments.plots.glob("*.png")) - set(drawn):
         path.unlink()
     head, rest = before.split(BEGIN)
-    tail = rest.split(END)[1]
-    arguments.readme.write_text(f"{head}{BEGIN}\n{''.join(parts)}{END}{tail}", encoding="utf-8")
+    text = f"{head}{BEGIN}\n{figures(records, drawn, arguments.readme.parent)}{END}{rest.split(END)[1]}"
+    arguments.readme.write_text(text, encoding="utf-8")
     print(f"{arguments.readme}: figures of {len(records)} records; {len(drawn)} pictures in {arguments.plots}")
     return 0
 
@@ -103,6 +100,23 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def figures(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
+    """What stands between README's markers: a section for every machine, GPUs first.
+
+    pictures: those that were drawn of the records; their links are relative to the folder `readme`.
+    """
+    from . import plots
+
+    parts = []
+    for name in plots.latest(records):
+        own = [record for record in records if record.machine.name == name]
+        shown = [picture for picture in pictures if re.fullmatch(f"{slug(name)}-[a-z]+-[a-z]+", picture.stem)]
+        parts.append(section(own, shown, readme))
+    if not any(record.machine.device == "cuda" for record in records):
+        parts.append(NO_GPU)
+    return "".join(parts)
+
+
 def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
     """One machine: what it is, its pictures, its tables."""
     from . import plots
@@ -111,15 +125,15 @@ def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
     machine = newest.machine
     ((_, workloads),) = plots.latest(records).items()
     text = [f"**{machine.name}**{_software(newest)}. {_sources(records, workloads)}\n"]
-    for light in (path for path in pictures if path.stem.endswith("-light")):
-        dark = light.with_name(light.name.replace("-light.png", "-dark.png"))
-        alt = next(words for name, words in ALT.items() if light.stem.endswith(f"-{name}-light"))
+    lights = {path.stem.split("-")[-2]: path for path in pictures if path.stem.endswith("-light")}
+    for name, light in ((name, lights[name]) for name in ALT if name in lights):
+        dark, alt = light.with_name(light.name.replace("-light.png", "-dark.png")), ALT[name]
         here, there = (Path(os.path.relpath(path, readme)).as_posix() for path in (light, dark))
         text.append(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{there}">'
             f'<img src="{here}" alt="{alt}"></picture>\n'
         )
-    networks = [each for each in workloads if each.kind == "network"]
+    networks = [each for each in workloads if each.kind == "network"][:MOST_ROWS]
     text += [_network_table(networks)] if networks else []
     ops = [each for each in workloads if each.kind == "instance_norm_prelu"]
     text += [_op_table(ops)] if ops else []

@@ -102,7 +102,8 @@ def print_table(record: Record) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     shown = [i for i in range(len(HEADINGS) - 1) if any(row[i] for _, group in rows(record) for row in group)]
     for (name, group), workload in zip(rows(record), record.workloads, strict=True):
-        table = Table(box=SIMPLE_HEAD, title=name, title_justify="left", title_style="bold", pad_edge=False)
+        console.print(name, markup=False, style="bold")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for i in shown:
             table.add_column(
                 HEADINGS[i],
