@@ -81,9 +81,6 @@ def geometries(draw: st.DrawFn) -> dict[str, Any]:
             "N": draw(st.integers(1, 3)), **{flag: draw(st.booleans()) for flag in flags}}  # fmt: skip
 
 
-seen: set[tuple[bool, ...]] = set()
-
-
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(geometries())
 def test_any_geometry_against_torch(case: dict[str, Any]) -> None:
@@ -106,7 +103,6 @@ def test_any_geometry_against_torch(case: dict[str, Any]) -> None:
     )  # fmt: skip
     if way is None:
         return
-    seen.add((way.window is not None, way.product_forward, way.product_backward))
     leaves = [leaf for leaf in (x, weight, bias) if leaf is not None]
     expected = CONV[order](x, weight, bias, case["stride"], case["padding"])
     y = Convolution.apply(x, weight, bias, way, None)
@@ -123,19 +119,36 @@ def test_any_geometry_against_torch(case: dict[str, Any]) -> None:
             assert gradient.stride() == leaf.stride()
     dead = torch.ones(case["kernel"], dtype=torch.bool)
     axes = zip(case["size"], case["kernel"], case["stride"], case["padding"], strict=True)
-    dead[torch.meshgrid(*(torch.tensor(alive(*axis)) for axis in axes), indexing="ij")] = False
+    dead[torch.meshgrid(*(torch.tensor(alive(*axis), dtype=torch.long) for axis in axes), indexing="ij")] = False
     assert (found[1][:, :, dead] == 0).all()
 
 
-def test_every_way_was_taken() -> None:
-    """What the geometries above reached, or this file would prove less than it says."""
-    assert {
-        (False, False, False),
-        (True, False, False),
-        (True, True, True),
-        (True, True, False),
-        (True, False, True),
-    } <= seen
+@pytest.mark.parametrize(
+    ("size", "stride", "device", "fused", "taps", "product"),
+    [
+        ((1, 1, 1), 1, "cpu", False, 1, True),
+        ((2, 2, 2), 2, "cpu", False, 27, True),  # the contiguous weight is read whole: that is cheaper than cutting it
+        ((2, 2, 2), 1, "cpu", False, 27, True),
+        ((1, 4, 4), 1, "cpu", False, 9, False),
+        ((4, 4, 4), 1, "cpu", False, None, False),
+        ((1, 1, 1), 1, "cuda", True, 1, True),
+        ((2, 2, 2), 2, "cuda", True, 8, True),
+        ((2, 2, 2), 1, "cuda", True, 0, False),
+        ((1, 4, 4), 1, "cuda", True, 9, False),
+        ((4, 4, 4), 1, "cuda", True, 0, False),
+        ((1, 1, 1), 1, "mps", False, None, False),
+    ],
+)
+def test_which_way(
+    size: tuple[int, ...], stride: int, device: str, fused: bool, taps: int | None, product: bool
+) -> None:
+    """taps None: torch's own call; 0: the ordinary convolution through the library's own Function."""
+    way = way_of((2, 3, *size), (4, 3, 3, 3, 3), (stride,) * 3, (1, 1, 1), (1, 1, 1), 1, True, device, fused)
+    if taps is None:
+        assert way is None
+        return
+    assert way is not None
+    assert (way.window.taps if way.window else 0, way.product_forward) == (taps, product)
 
 
 WAYS = {"1³": ((1, 1, 1), 1), "2³ strided": ((2, 2, 2), 2), "2³": ((2, 2, 2), 1), "1×3×4": ((1, 3, 4), 1)}
