@@ -245,9 +245,10 @@ def forward(
     if not way.product_forward:
         weight = _laid_out(weight, x, way, dtype)
         padding = way.cut_padding if _cuts(way) else way.padding
-        return torch.convolution(
+        y = torch.convolution(
             x, weight, bias, way.stride, padding, way.dilation, False, (0,) * len(padding), way.groups
         )
+        return _in_layout_of(y, x)  # as it comes from cuDNN; some convolutions of a CPU know one layout only
     window = way.window
     assert window is not None
     last = _channels_are_last(x, weight, way)

@@ -107,10 +107,8 @@ def test_any_geometry_against_torch(case: dict[str, Any]) -> None:
     expected = CONV[order](x, weight, bias, case["stride"], case["padding"])
     y = Convolution.apply(x, weight, bias, way, None)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
-    if way.product_forward and not x.is_contiguous():
-        assert y.is_contiguous(memory_format=MEMORY_FORMAT[y.dim()])
-    elif not case["fused"]:
-        assert y.is_contiguous()
+    layout = torch.contiguous_format if x.is_contiguous() else MEMORY_FORMAT[x.dim()]
+    assert y.is_contiguous(memory_format=layout)
     dy = random(*y.shape)
     found = torch.autograd.grad(y, leaves, dy)
     for gradient, truth, leaf in zip(found, torch.autograd.grad(expected, leaves, dy), leaves, strict=True):
