@@ -3,7 +3,9 @@
 from . import reference
 from .encoder import EncoderNet1d, EncoderNet2d, EncoderNet3d, encnet12, encnet15, encnet17, encnet22
 from .explanation import explain
+from .freeze import freeze
 from .functional import instance_norm_prelu
+from .graph import graphed
 from .layers import ConvModern1d, ConvModern2d, ConvModern3d
 from .route import backend
 
@@ -22,6 +24,8 @@ __all__ = [
     "encnet17",
     "encnet22",
     "explain",
+    "freeze",
+    "graphed",
     "instance_norm_prelu",
     "reference",
 ]

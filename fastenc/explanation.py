@@ -17,12 +17,16 @@ from .layers import _ConvModernNd
 
 @dataclass(frozen=True, slots=True)
 class UnitRoute:
-    """One call of one unit: its name in the model, the shape it saw, "triton" or "eager", and why not "triton"."""
+    """One call of one unit: its name in the model, the shape it saw, "triton" or "eager", and why not "triton".
+
+    recompute: whether the unit was asked to make its activated volume again in the backward.
+    """
 
     name: str
     shape: tuple[int, ...]
     route: str
     reason: str | None
+    recompute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,9 @@ class Explanation:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         fused = sum(unit.route == "triton" for unit in self.units)
         rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join([*rows, f"{fused} of {len(cells)} units take the Triton route"])
+        rows.append(f"{fused} of {len(cells)} units take the Triton route")
+        idle = sum(unit.recompute and unit.route == "eager" for unit in self.units)
+        return "\n".join([*rows, *([f"recompute has no effect on the eager route ({idle} units)"] if idle else [])])
 
 
 def explain(model: nn.Module, x: Tensor) -> Explanation:
@@ -61,7 +67,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         with route.backend(chosen):
             reason = unit.why_eager(seen)
         shape = tuple(getattr(seen, "shape", ()))
-        found.append(UnitRoute(name, shape, "triton" if reason is None else "eager", reason))
+        found.append(UnitRoute(name, shape, "triton" if reason is None else "eager", reason, unit.recompute))
 
     units = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvModernNd)]
     hooks = [unit.register_forward_pre_hook(partial(ask, name), with_kwargs=True) for name, unit in units]

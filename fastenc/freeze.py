@@ -1,0 +1,123 @@
+"""`freeze`: a copy of a model for inference, its weights cast, laid out and cut to their live taps once."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastenc.kernels.layout import MEMORY_FORMAT
+
+from .convolution import Cuts, is_plain
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Frozen:
+    """A model for inference, called like the model itself. Made by `freeze`.
+
+    Outputs need no gradient. `refresh()` takes the model's weights again; until then changes to them are not seen.
+    Copied or pickled it is frozen anew from a copy of the model: the copies it holds do not travel.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self._model, self._dtype = model, dtype
+        self._copy = _copied(model, dtype)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose weights these are."""
+        return self._model
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """What the model in eval mode gives; with a dtype, what it gives under autocast to that dtype."""
+        with torch.no_grad(), self._precision():
+            return self._copy(*arguments, **keywords)
+
+    def refresh(self) -> bool:
+        """Take the model's weights and buffers again, into the memory that holds them now.
+
+        Returns False where the model has changed more than its numbers (another device, shape or structure), so that
+        the copy was made anew.
+        """
+        sources, targets = (dict(_tensors(module)) for module in (self._model, self._copy))
+        if not _alike(sources, targets):
+            self._copy = _copied(self._model, self._dtype)
+            return False
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(sources[name])
+            for module in self._copy.modules():
+                if isinstance(module.__dict__.get("cuts"), Cuts):
+                    module.__dict__["cuts"].refresh(module.weight)
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return freeze, (self._model, self._dtype)
+
+    def __repr__(self) -> str:
+        return f"frozen ({self._dtype or 'its own dtype'}) {self._copy!r}"
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self._dtype is None:
+            return nullcontext()
+        device = next((tensor.device.type for _, tensor in _tensors(self._copy)), "cpu")
+        return torch.autocast(device, self._dtype, cache_enabled=False)
+
+
+def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen:
+    """A copy of `model` for inference: weights cast, laid out and cut to their live taps once, not at every call.
+
+    dtype: torch.bfloat16 or torch.float16 casts the weights of convolutions and linear layers, and runs the copy under
+    autocast to it; None leaves all as it is. Normalisations and slopes stay in their own dtype.
+
+    Memory: one copy of the weights in `dtype`, and of each convolution that meets a small map its live taps once more
+    for each window of them (a 1³ map needs 1 of 27). The model itself is left as it is, and may be trained on:
+    `refresh()` takes its weights again.
+
+    Raises:
+        TypeError: model is no nn.Module, or a ScriptModule.
+        ValueError: another dtype.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be a torch.nn.Module that is not scripted, got {type(model).__name__}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be None, {' or '.join(map(str, DTYPES))}, got {dtype!r}")
+    return Frozen(model, dtype)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _alike(sources: dict[str, Tensor], targets: dict[str, Tensor]) -> bool:
+    return list(sources) == list(targets) and all(
+        source.shape == target.shape and source.device == target.device
+        for source, target in zip(sources.values(), targets.values(), strict=True)
+    )
+
+
+def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of model in eval mode; its parameters are copied once, straight to the dtype and layout they will have."""
+    owners: dict[Tensor, list[nn.Module]] = {}
+    for module in model.modules():
+        for own in module._parameters.values():
+            if own is not None:
+                owners.setdefault(own, []).append(module)
+    made: dict[int, Any] = {}
+    for parameter, modules in owners.items():
+        cast = all(is_plain(module) or type(module) is nn.Linear for module in modules)
+        value = parameter.detach()
+        target = dtype if cast and dtype is not None and value.dtype == torch.float32 else value.dtype
+        layout = MEMORY_FORMAT.get(value.dim()) if value.is_cuda and all(map(is_plain, modules)) else None
+        value = value.to(target, memory_format=layout or torch.preserve_format, copy=True)
+        made[id(parameter)] = nn.Parameter(value, requires_grad=False)
+    frozen = copy.deepcopy(model, made).eval()
+    for module in frozen.modules():
+        if is_plain(module):
+            module.__dict__["cuts"] = Cuts()
+    return frozen
