@@ -235,6 +235,46 @@ def _fastenc_compiled(subject: Subject) -> Candidate:
     return candidate(subject, cast(nn.Module, torch.compile(network, dynamic=False)))
 
 
+def _inference(subject: Subject, call: Callable[[Tensor], Tensor], held: Callable[[], list[Tensor]]) -> Candidate:
+    """A frozen or graphed network as a candidate: it sees to autocast and to no_grad by itself."""
+
+    def forward() -> Tensor:
+        return call(subject.x)
+
+    return Candidate(lambda: {OUTPUT: forward()}, Work(forward), held)
+
+
+def _dtype(subject: Subject) -> torch.dtype | None:
+    return None if subject.workload.precision == "float32" else getattr(torch, subject.workload.dtype)
+
+
+def _frozen(subject: Subject) -> Candidate:
+    network = subject.holding(fused_encoder, subject.parameters).eval()
+    frozen = fastenc.freeze(network, _dtype(subject))
+
+    def held() -> list[Tensor]:
+        copied = frozen._copy
+        cuts = (cut for module in copied.modules() for cut in module.__dict__.get("cuts", {}).values())
+        return [subject.x, *network.parameters(), *copied.parameters(), *cuts]
+
+    return _inference(subject, frozen, held)
+
+
+def _graphed(subject: Subject) -> Candidate:
+    network = subject.holding(fused_encoder, subject.parameters).eval()
+    graphed = fastenc.graphed(network, subject.x, _dtype(subject))
+    # What it holds besides was reserved while it was made, and `Peer.graphs` has that counted.
+    return _inference(subject, graphed, lambda: [subject.x, *network.parameters()])
+
+
+def _not_frozen(workload: Workload, device: torch.device) -> str | None:
+    return None if workload.mode == "forward" else "frozen weights are for inference"
+
+
+def _not_graphed(workload: Workload, device: torch.device) -> str | None:
+    return "a CUDA graph needs a CUDA GPU" if device.type != "cuda" else _not_frozen(workload, device)
+
+
 def _no_recompute(workload: Workload, device: torch.device) -> str | None:
     if workload.mode == "forward":
         return "it changes what training saves, and nothing of inference"
@@ -249,6 +289,8 @@ CONTEST = Contest(
         "eager channels_last_3d": Peer(partial(_eager, laid_out=True)),
         FASTENC: Peer(_fastenc),
         "fastenc recompute": Peer(partial(_fastenc, recompute=True), absent=_no_recompute),
+        "fastenc frozen": Peer(_frozen, absent=_not_frozen),
+        "fastenc graphed": Peer(_graphed, absent=_not_graphed, graphs=True),
         "fastenc torch.compile": Peer(_fastenc_compiled, compiles=True),
         **dict(_compiled_peers()),
     },

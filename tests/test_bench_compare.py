@@ -63,14 +63,14 @@ def test_compare_times_every_batch_and_mode_and_draws_them(tmp_path: Path, capsy
 
 
 def test_ops_times_both_directions_and_layouts(tmp_path: Path) -> None:
-    shapes = ["2x4x5x4x3", "2x8x3x3x2"]
+    shapes = ["2x4x5x4x3"]
     few = ["--peers", "fastenc", "GroupNorm(C, C)"]
     assert (
         main(["ops", "--shapes", *shapes, *few, "--dtype", "fp32", "bf16", "--device", "cpu", "--out", str(tmp_path)])
         == 0
     )
     written = only_record(tmp_path)
-    assert len(written.workloads) == 16
+    assert len(written.workloads) == 8
     assert {result.status for workload in written.workloads for result in workload.results} == {"ok"}
     assert {workload.least_bytes for workload in written.workloads if workload.shape == (2, 4, 5, 4, 3)} == {
         480 * tensors * size for tensors in (2, 3) for size in (2, 4)

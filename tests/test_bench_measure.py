@@ -288,6 +288,8 @@ def test_only_the_asked_for_peers_run() -> None:
     [
         ("training step", "fastenc recompute", "on the eager route it has no effect"),
         ("forward", "fastenc recompute", "it changes what training saves"),
+        ("training step", "fastenc frozen", "for inference"),
+        ("forward", "fastenc graphed", "a CUDA graph needs a CUDA GPU"),
         ("forward", "torch.compile reduce-overhead", "needs a CUDA GPU"),
         ("training step", "torch.compile max-autotune channels_last_3d", "needs a CUDA GPU"),
     ],
