@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastenc.kernels.layout import MEMORY_FORMAT
-
 from . import route
 from .convolution import CONVOLUTIONS, convolve, is_plain
 from .layers import _BlockConvStkNd, _ConvModernNd, integer, per_axis
+from .stem import stem
 
 POOLS: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
@@ -97,13 +96,14 @@ class _EncoderNetNd(nn.Module):
 
         No volume is held here that the next step does not need, so that a unit may write over what it is given.
         """
+        fresh = False
         if fused:
-            x = _channels_last(x)
+            first, *layers = layers
+            x, fresh = stem(first, x), is_plain(first) and route.observed(first) is None
         steps: list[nn.Module] = []
         for layer in layers:
             unseen = type(layer) is _BlockConvStkNd and route.observed(layer) is None
             steps += layer.units() if unseen else [layer]  # type: ignore[operator]
-        fresh = False
         for step in steps:
             if route.observed(step) is not None:
                 x, fresh = step(x), False
@@ -112,17 +112,6 @@ class _EncoderNetNd(nn.Module):
             else:
                 x, fresh = convolve(step, x, fused), is_plain(step)
         return x
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """x (N, C, *spatial) laid out as (N, *spatial, C), where torch's convolutions have that layout: 2-D and 3-D."""
-    memory_format = MEMORY_FORMAT.get(x.dim())
-    if memory_format is None:
-        return x
-    if x.shape[1] == 1:
-        # One channel is both layouts at once; cuDNN goes by the strides, so spell them out.
-        return x.squeeze(1).contiguous().unsqueeze(-1).movedim(-1, 1)
-    return x.contiguous(memory_format=memory_format)
 
 
 def _depths(layers: Any) -> list[int]:
