@@ -48,7 +48,7 @@ def instance_norm_prelu(
         TypeError: x or a parameter is not a tensor.
         RuntimeError: backend "triton" was asked for and cannot be taken.
     """
-    if _positions(x, weight, bias, slope) < 2 or route.eager(route.reason(x)):
+    if _positions(x, weight, bias, slope) < 2 or ((why := route.reason(x)) is not None and route.eager(why)):
         return reference.forward(x, weight, bias, slope, eps)
     return fused(x, weight, bias, slope, eps)
 
@@ -56,14 +56,12 @@ def instance_norm_prelu(
 def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float) -> Tensor:
     """`instance_norm_prelu` on the Triton route, for arguments that are known to be good."""
     dtype = None
-    if is_compiling():
-        if isinstance(slope, Tensor) and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        return library.forward(x, weight, bias, slope, eps, dtype)
     prelu = isinstance(slope, Tensor)
-    # prelu is on autocast's list, leaky_relu is not; x.device.type is dear.
+    # prelu is on autocast's list, leaky_relu is not; the first question is the cheap one.
     if prelu and is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
+    if is_compiling():
+        return library.forward(x, weight, bias, slope, eps, dtype)
     if is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastenc.kernels.layout import readable, results
+from fastenc.kernels.layout import readable
 
 from . import reference, route
 
@@ -73,7 +73,9 @@ def _backward(
     from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
 
     shared = number if slope is None else slope
-    gradients = instance_norm_prelu_backward(dy, x, weight, bias, shared, statistics, needs)
+    dx, *others = instance_norm_prelu_backward(dy, x, weight, bias, shared, statistics, needs)
+    # The parameters' gradients are parts of one tensor; what an operator returns must share no memory.
+    gradients = (dx, *(None if other is None else other.clone() for other in others))
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -93,7 +95,12 @@ def _fake_forward(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    return results(readable(x), x.shape[0] * x.shape[1], dtype)
+    return _alike(readable(x), dtype or x.dtype), x.new_empty((2, x.shape[0] * x.shape[1]), dtype=torch.float32)
+
+
+def _alike(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What empty_like of a dense x is; on axes of one element the fake of empty_like chooses strides of its own."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
 
 
 def _fake_backward(
@@ -108,7 +115,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     wanted = (readable(x), weight, bias, slope)
     return tuple(
-        torch.empty_like(tensor) if need and tensor is not None else x.new_empty(0)
+        _alike(tensor, tensor.dtype) if need and tensor is not None else x.new_empty(0)
         for tensor, need in zip(wanted, needs, strict=True)
     )
 

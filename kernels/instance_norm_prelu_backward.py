@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formula import divisible, locate, normalize, parameters, prelu_dslope, prelu_dz, statistics
-from .launch import elsewhere, prepared, slope_arguments
+from .launch import elsewhere, prepared
 from .layout import like, readable
 from .plan import COMBINE_WARPS, RELOAD_BLOCK_S, SUM_N_C, SUM_N_N, ceil_div
 
@@ -208,7 +208,10 @@ def instance_norm_prelu_backward(
     N, C, S, channels_last, plan, tile = launch
     if dy.stride() != stride:
         dy = like(dy, x)
-    pointer, number, slope_step = slope_arguments(slope)
+    if isinstance(slope, Tensor):
+        pointer, number, slope_step = slope, 0.0, 1 if slope.numel() > 1 else 0
+    else:
+        pointer, number, slope_step = None, float(slope), 0
     wanted = (bias if needs[2] else None, weight if needs[1] else None, pointer if needs[3] else None)
     need_dslope = wanted[2] is not None
     need_sums = need_dslope or wanted[0] is not None or wanted[1] is not None

@@ -23,8 +23,8 @@ from .formula import (
     statistics,
     tile_statistics,
 )
-from .launch import elsewhere, prepared, slope_arguments
-from .layout import readable, results
+from .launch import elsewhere, prepared
+from .layout import readable
 from .plan import COMBINE_WARPS
 
 
@@ -167,8 +167,12 @@ def instance_norm_prelu_forward(
     if launch is None:
         return instance_norm_prelu_forward(readable(x), weight, bias, slope, eps, dtype)
     N, C, S, channels_last, plan, tile = launch
-    y, statistics = results(x, N * C, dtype)
-    pointer, number, slope_step = slope_arguments(slope)
+    y = torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
+    statistics = torch.empty(2, N * C, dtype=torch.float32, device=x.device)
+    if isinstance(slope, Tensor):
+        pointer, number, slope_step = slope, 0.0, 1 if slope.numel() > 1 else 0
+    else:
+        pointer, number, slope_step = None, float(slope), 0
     if plan.one_pass:
         forward_one_pass[(plan.grid,)](
             x, y, weight, bias, pointer, number, slope_step, statistics, N, C, S, eps, **tile

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .layout import layout
 from .plan import Plan, make_plan
@@ -47,10 +46,3 @@ def prepared(
 def elsewhere(device: int) -> bool:
     """Whether x's device, `x.get_device()`, is not the current GPU, to which triton launches."""
     return device >= 0 and torch.cuda.current_device() != device
-
-
-def slope_arguments(slope: Tensor | float) -> tuple[Tensor | None, float, int]:
-    """What a kernel takes for a slope: pointer, number, and the step from one channel's slope to the next."""
-    if isinstance(slope, Tensor):
-        return slope, 0.0, int(slope.numel() > 1)
-    return None, float(slope), 0

@@ -42,12 +42,6 @@ def readable(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=MEMORY_FORMAT.get(x.dim(), torch.contiguous_format))
 
 
-def results(x: Tensor, rows: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Where the forward of a readable x of N·C rows writes: y, in x's layout, and the statistics (2, N·C)."""
-    y = torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
-    return y, torch.empty(2, rows, dtype=torch.float32, device=x.device)
-
-
 def like(dy: Tensor, x: Tensor) -> Tensor:
     """dy, of x's shape, in x's layout: itself where it already is, else a copy."""
     if layout(dy.shape, dy.stride()) == layout(x.shape, x.stride()):
