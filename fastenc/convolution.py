@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fastenc.kernels.layout import MEMORY_FORMAT
 
@@ -174,6 +175,8 @@ def is_plain(layer: nn.Module) -> bool:
 
 def prepare(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, Way] | None:
     """weight, bias and way of layer for x; None where layer(x) is to be called: torch's own way, or its own error."""
+    if is_compiling():  # a choice by the size would be baked in, and what is written down holds at every size
+        return None
     if type(layer) not in _TYPES or layer.padding_mode != "zeros" or type(layer.padding) is str:
         return None
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]

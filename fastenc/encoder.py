@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import route
 from .convolution import CONVOLUTIONS, convolve, is_plain
 from .layers import _BlockConvStkNd, _ConvModernNd, integer, per_axis
-from .stem import stem
+from .stem import channels_last, stem
 
 POOLS: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
@@ -79,9 +80,10 @@ class _EncoderNetNd(nn.Module):
         was_contiguous = fused and x.is_contiguous()
         layers = list(self.netbody)
         pool = layers.pop() if self.is_out_vector else None
-        if route.watched(x) is None:
+        if route.watched(x) is None and not is_compiling():
             x = self._walk(layers, x, fused)
         else:
+            x = channels_last(x) if fused else x
             for layer in layers:
                 x = layer(x)
         if pool is None:
