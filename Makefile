@@ -1,5 +1,6 @@
 # make demo    the main job on a real MRI volume: routes compared, a small network trained
 # make test    lint, types and every test; what CI runs
+# make bench   what an operation, a layer, a network costs here, by pytest-benchmark; a table and bench-out/benchmarks.json
 # make audit   the kernels' bytes, registers and vector widths, without a GPU
 # Each makes .venv if it is missing, with the versions pinned in .ci/constraints.txt.
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 OLD_TRITON := .venv/triton-3.6
 
-.PHONY: demo test lint audit clean
+.PHONY: demo test bench bench-smoke lint audit clean
 
 demo: .venv/installed
 	$(BIN)/python -m fastenc demo $(ARGS)
@@ -16,6 +17,17 @@ demo: .venv/installed
 test: lint $(OLD_TRITON)/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -n auto tests/test_compile.py
+	$(MAKE) bench-smoke
+
+# Save a run by ARGS=--benchmark-autosave, compare another commit with it by ARGS=--benchmark-compare.
+bench: .venv/installed
+	mkdir -p bench-out
+	$(BIN)/python -m pytest bench/bench_*.py --benchmark-sort=median --benchmark-columns=median,iqr,min,max,rounds \
+		--benchmark-json=bench-out/benchmarks.json $(ARGS)
+
+# Each benchmark once, untimed.
+bench-smoke: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --benchmark-disable bench/bench_*.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,13 +1,15 @@
-"""`python -m fastenc.bench SUBCOMMAND`: what fastenc costs and gains on this machine."""
+"""`python -m fastenc bench SUBCOMMAND`: what fastenc costs and gains on this machine."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import audit, gpu, tune
+from . import audit, compare, gpu, ops, report, tune
+from .arguments import without_folder
 
 
 @dataclass(frozen=True)
@@ -20,20 +22,25 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "audit": Subcommand(audit.PURPOSE, audit.add_arguments, audit.run),
+    "compare": Subcommand(compare.PURPOSE, compare.add_arguments, compare.run),
+    "ops": Subcommand(ops.PURPOSE, ops.add_arguments, ops.run),
     "gpu": Subcommand(gpu.PURPOSE, gpu.add_arguments, gpu.run),
+    "report": Subcommand(report.PURPOSE, report.add_arguments, report.run),
+    "audit": Subcommand(audit.PURPOSE, audit.add_arguments, audit.run),
     "tune": Subcommand(tune.PURPOSE, tune.add_arguments, tune.run),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (by default the process's own) and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastenc.bench", description=__doc__)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m fastenc bench", description=__doc__)
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for name, subcommand in SUBCOMMANDS.items():
         child = subparsers.add_parser(name, help=subcommand.purpose, description=subcommand.purpose)
         subcommand.add_arguments(child)
     parsed = parser.parse_args(arguments)
+    parsed.command = shlex.join(["python", "-m", "fastenc", "bench", *without_folder(arguments)])
     return SUBCOMMANDS[parsed.subcommand].run(parsed)
 
 

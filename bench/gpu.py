@@ -3,102 +3,96 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
-import math
-import re
 import sys
-import tempfile
-from datetime import datetime, timezone
-from math import prod
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
-from . import gpu_tests
-from .deadline import Deadline, OutOfTime, time_limit
-from .machine import ceilings, commit, describe, settings
-from .measure import DeviceLost, Measurement
-from .peers import peers_of
-from .record import GpuTests, Network, Record, Settings, Workload, write
-from .table import heading, table
+from . import arguments as options
+from . import gpu_tests, ops
+from .compare import draw
+from .deadline import Deadline
+from .machine import settings
+from .record import GpuTests, Mode, Network, Precision, Workload
+from .session import Session
 
 PURPOSE = "run the GPU tests, time fastenc against its peers, write one JSON record and print one table"
 ENDING = 10.0  # seconds kept for importing torch before the clock runs and for ending after it
 TESTS_SHARE = 0.4  # of the minutes, at most
-FIRST_GUESS = {"network": 12.0, "instance_norm_prelu": 4.0}  # seconds a workload takes, until one was timed
 
-Mode = Literal["forward", "backward", "forward+backward"]
-Precision = Literal["float32", "bfloat16", "bfloat16 autocast"]
-Layout = Literal["contiguous", "channels_last"]
-
-
-def _networks(precision: Precision, batch: int, size: tuple[int, ...], network: Network) -> list[Workload]:
-    modes: tuple[Mode, ...] = ("forward+backward", "forward")
-    shape = (batch, network.in_planes, *size)
-    return [Workload("network", mode, precision, shape, network=network) for mode in modes]
+EXAMPLE_1, EXAMPLE_1_SIZE = ops.NETWORKS["example1"]
+VOLUME_128, VOLUME_128_SIZE = ops.NETWORKS["volume128"]
+TRAIN: Mode = "training step"
+BF16: Precision = "bfloat16 autocast"
 
 
-def _ops(precision: Precision, shape: tuple[int, ...], layouts: tuple[Layout, ...]) -> list[Workload]:
-    size = prod(shape) * (2 if precision == "bfloat16" else 4)
-    tensors: dict[Mode, int] = {"forward": 2, "backward": 3}
-    return [
-        Workload("instance_norm_prelu", mode, precision, shape, layout, least_bytes=count * size)
-        for layout in layouts
-        for mode, count in tensors.items()
-    ]
+def network(
+    mode: Mode, precision: Precision, batch: int, net: Network = EXAMPLE_1, size: tuple[int, ...] = EXAMPLE_1_SIZE
+) -> Workload:
+    """A network as a workload."""
+    return Workload("network", mode, precision, (batch, net.in_planes, *size), network=net)
+
+
+def stems(precision: Precision, batch: int, in_planes: int, net: Network, size: tuple[int, ...]) -> list[Workload]:
+    """The stem of a network, forward and with its weight's gradient."""
+    stem = Network(net.channel, net.layers, in_planes, net.out_length)
+    modes: tuple[Mode, ...] = ("forward", "forward+backward")
+    return [Workload("stem", mode, precision, (batch, in_planes, *size), network=stem) for mode in modes]
 
 
 def plan(device: torch.device) -> list[Workload]:
-    """The workloads, most valuable first: Example 1 of the seed, and the op at its largest layers; tiny on a CPU."""
-    both: tuple[Layout, ...] = ("channels_last", "contiguous")
+    """The workloads, most valuable first; tiny on a CPU.
+
+    First the figures that the project promises, then the op over the layers, then the stem, then how cost grows with
+    the batch, then float32.
+    """
     if device.type == "cpu":
-        tiny = _networks("float32", 2, (8, 7, 6), Network(4, (2, 1), 3, 32))
-        return [*tiny, *_ops("float32", (2, 4, 8, 7, 6), both)]
-
-    def example_1(precision: Precision, batch: int) -> list[Workload]:
-        return _networks(precision, batch, (31, 32, 30), Network(64, (3, 3, 3, 3, 3), 3, 32))
-
+        tiny = Network(4, (2, 1), 3, 32)
+        return [
+            *(network(mode, "float32", 2, tiny, (8, 7, 6)) for mode in (TRAIN, "forward")),
+            *ops.workloads([(2, 4, 8, 7, 6)], "float32"),
+            *stems("float32", 2, 3, tiny, (8, 7, 6)),
+        ]
+    large, middle = (8, 64, 31, 32, 30), (8, 128, 16, 16, 15)
     return [
-        *example_1("bfloat16 autocast", 8),
-        *_ops("bfloat16", (8, 64, 31, 32, 30), both),
-        *example_1("float32", 8),
-        *example_1("bfloat16 autocast", 32),
-        *example_1("bfloat16 autocast", 1),
-        *_ops("float32", (8, 64, 31, 32, 30), both),
-        *example_1("float32", 32),
-        *example_1("float32", 1),
-        *_ops("bfloat16", (8, 128, 16, 16, 15), both[:1]),
+        network("forward", BF16, 32),
+        network(TRAIN, BF16, 32),
+        *ops.workloads([large], "bfloat16"),
+        network("forward", BF16, 1),
+        network(TRAIN, BF16, 2, VOLUME_128, VOLUME_128_SIZE),
+        network("forward", BF16, 2, VOLUME_128, VOLUME_128_SIZE),
+        *ops.workloads([middle, (2, 32, 128, 128, 128), (8, 256, 8, 8, 8), (8, 512, 4, 4, 4)], "bfloat16"),
+        *stems(BF16, 32, 3, EXAMPLE_1, EXAMPLE_1_SIZE),
+        *stems(BF16, 2, 1, VOLUME_128, VOLUME_128_SIZE),
+        network("forward", BF16, 8),
+        network(TRAIN, BF16, 8),
+        network("forward", "float32", 8),
+        network(TRAIN, "float32", 8),
+        *ops.workloads([large], "float32"),
+        *chain(*((network("forward", BF16, batch), network(TRAIN, BF16, batch)) for batch in (128, 4, 64, 2, 16))),
+        network(TRAIN, BF16, 1),
     ]
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = math.nan
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise argparse.ArgumentTypeError(f"got {text}; a number of minutes above 0 is needed")
-    return minutes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gpu`."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the record and tests.log")
-    parser.add_argument("--minutes", type=_minutes, default=8.0, help="stop by itself within so many (default: 8)")
+    parser.add_argument(
+        "--minutes", type=options.minutes, default=8.0, metavar="M", help="stop by itself within so many (%(default)g)"
+    )
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu runs a tiny version of the same (default: cuda)"
     )
     parser.epilog = (
-        "exit status: 0 done; 1 a test failed, or fastenc failed or disagreed with eager; "
-        "2 no GPU, or DIR cannot be written; 130 stopped by Ctrl-C"
+        "Run it again with the same DIR to go on where the minutes ended. exit status: 0 done; 1 a test failed, or "
+        "fastenc failed or disagreed with eager; 2 no GPU, or DIR cannot be written; 130 stopped by Ctrl-C"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    deadline = Deadline(arguments.minutes * 60 - ENDING)
+    deadline = Deadline(max(arguments.minutes * 60 - ENDING, 0.0))
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print(
@@ -107,83 +101,22 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=arguments.out):
-            pass
-    except OSError as error:
-        print(f"fastenc bench gpu: --out: cannot write to {arguments.out}: {error.strerror}", file=sys.stderr)
+    problem = options.folder_problem(arguments.out)
+    if problem is not None:
+        print(f"fastenc bench gpu: {problem}", file=sys.stderr)
         return 2
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    log = arguments.out / "tests.log"
+
+    def tests(deadline: Deadline) -> GpuTests:
+        return gpu_tests.run(log, min(TESTS_SHARE * (deadline.left() + ENDING), deadline.left()))
+
     with settings(tf32=True, benchmark=True) as shared:
-        command = f"python -m fastenc.bench gpu --device {device.type} --minutes {arguments.minutes:g}"
-        return Session(command, arguments.out, device, shared, deadline).run()
-
-
-class Session:
-    """One run of the command. The record is written anew after every workload."""
-
-    def __init__(self, command: str, out: Path, device: torch.device, shared: Settings, deadline: Deadline) -> None:
-        now = datetime.now(timezone.utc)
-        head, dirty = commit()
-        self._device, self._deadline, self._log = device, deadline, out / "tests.log"
-        self._record = Record(
-            command=command,
-            date=now.isoformat(timespec="seconds"),
-            commit=head,
-            dirty=dirty,
-            machine=describe(device),
-            settings=shared,
-            tests=GpuTests("not run"),
-            workloads=(),
-            complete=False,
+        session = Session(
+            arguments.command, arguments.out, device, shared, plan(device), deadline, tests=tests, log=True, resume=True
         )
-        slug = re.sub(r"[^a-z0-9]+", "-", self._record.machine.name.lower()).strip("-")
-        self._path = out / f"{slug}-{now:%Y%m%dT%H%M%SZ}.json"
-        self._measurements = [Measurement(workload, peers_of(workload), device) for workload in plan(device)]
-
-    def run(self) -> int:
-        """Tests, ceilings, workloads; then the table, whatever came between. Returns the exit status."""
-        status, note = 0, ""
-        try:
-            self._measure()
-        except OutOfTime:
-            note = "stopped at its deadline"
-        except DeviceLost as lost:
-            status, note = 1, f"stopped: {lost}"
-        except KeyboardInterrupt:
-            status, note = 130, "stopped by Ctrl-C"
-        self._save(complete=not note, note=note)
-        print(heading(self._record))
-        print(f"record: {self._path}; log of the tests: {self._log}\n")
-        print(table(self._record), flush=True)
-        return status or int(self._faulty())
-
-    def _measure(self) -> None:
-        limit = min(TESTS_SHARE * (self._deadline.left() + ENDING), self._deadline.left())
-        self._say("tests/gpu", f"{limit:.0f} s at most")
-        self._save(tests=gpu_tests.run(self._log, limit))
-        self._say("ceilings", "copy bandwidth and matrix rate")
-        with time_limit(self._deadline.left()):
-            bandwidth, rate = ceilings(self._device)
-        machine = dataclasses.replace(self._record.machine, copy_bandwidth=bandwidth, matmul_rate=rate)
-        self._save(machine=machine)
-        workloads = [measurement.workload() for measurement in self._measurements]
-        for i, (workload, measurement) in enumerate(zip(workloads, self._measurements, strict=True)):
-            reserve = sum(self._deadline.estimate(later.kind, FIRST_GUESS[later.kind]) for later in workloads[i:])
-            measurement.run(self._deadline, reserve, functools.partial(self._say, str(workload)))
-            self._save()
-
-    def _save(self, **changes: Any) -> None:
-        workloads = tuple(measurement.workload() for measurement in self._measurements)
-        self._record = dataclasses.replace(self._record, workloads=workloads, **changes)
-        write(self._record, self._path)
-
-    def _say(self, what: str, step: str) -> None:
-        print(f"[{self._deadline.elapsed():4.0f} s] {what}: {step}", file=sys.stderr, flush=True)
-
-    def _faulty(self) -> bool:
-        results = [result for workload in self._record.workloads for result in workload.results]
-        faulty = any(result.status in ("wrong", "failed") for result in results if result.peer == "fastenc")
-        return faulty or self._record.tests.status == "failed"
+        status = session.run()
+    print(f"log of the tests: {log}")
+    draw(session)
+    return status

@@ -1,24 +1,25 @@
-"""The machine a run is made on: names and versions, the settings that peers share, and the two ceilings, measured."""
+"""The machine a run is made on: names and versions, the settings that peers share, its condition, and its ceilings."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from statistics import median
 
 import torch
 
-from .record import Machine, Settings
+from .record import Condition, DType, Machine, MatmulRate, Settings
 from .timing import Work, calls_per_sample, sample
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
-MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+CONDITIONS = "temperature.gpu,clocks.sm,clocks.mem,power.draw"
 
 
 def _output(*command: str) -> str | None:
@@ -39,6 +40,34 @@ def commit() -> tuple[str | None, bool | None]:
         return None, None
     changes = _output("git", "status", "--porcelain")
     return _output("git", "rev-parse", "--verify", "HEAD"), None if changes is None else bool(changes)
+
+
+def source() -> str:
+    """A hash of every Python file of the package, its kernels and benchmarks."""
+    package, digest = Path(__file__).resolve().parent.parent / "fastenc", hashlib.sha256()
+    if not package.is_dir():  # installed: this file is in the package
+        package = Path(__file__).resolve().parent.parent
+    for folder in (package, package / "kernels", package / "bench"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def condition(device: torch.device) -> Condition | None:
+    """Temperature, clocks and power of the GPU right now, as far as nvidia-smi tells them; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    told = _output("nvidia-smi", f"--id={uuid}", f"--query-gpu={CONDITIONS}", "--format=csv,noheader,nounits")
+
+    def number(text: str) -> float | None:
+        try:
+            return float(text)
+        except ValueError:  # "[N/A]"
+            return None
+
+    values = [number(text) for text in told.splitlines()[0].split(",")] if told else []
+    return Condition(*values) if len(values) == len(CONDITIONS.split(",")) else None
 
 
 def _processor() -> str:
@@ -69,24 +98,35 @@ def describe(device: torch.device) -> Machine:
         cudnn=None if cudnn is None else str(cudnn),
         triton=triton,
         copy_bandwidth=None,
-        matmul_rate=None,
+        matmul_rates=(),
     )
 
 
-def ceilings(device: torch.device) -> tuple[float, float]:
-    """Bytes per second of a copy on the device, read plus written; operations per second of a bf16 matrix product."""
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy on the device, read plus written."""
     source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    copy = _seconds(Work(lambda: target.copy_(source), queued=True), device)
-    n = MATMUL_SIZE[device.type]
-    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
-    matmul = _seconds(Work(lambda: torch.mm(a, b), queued=True), device)
-    return 2 * COPY_BYTES[device.type] / copy, 2 * n**3 / matmul
+    return 2 * COPY_BYTES[device.type] / _seconds(Work(lambda: target.copy_(source), queued=True), device)
+
+
+def matmul_rates(dtypes: Iterable[DType], device: torch.device) -> tuple[MatmulRate, ...]:
+    """Operations per second of a matrix product in each dtype; float32 with TF32 where convolutions may use it."""
+    n, found = MATMUL_SIZE[device.type], []
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+        for dtype in sorted(set(dtypes)):
+            a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
+            seconds = _seconds(Work(lambda a=a, b=b: torch.mm(a, b), queued=True), device)
+            found.append(MatmulRate(dtype, 2 * n**3 / seconds))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    return tuple(found)
 
 
 def _seconds(work: Work, device: torch.device) -> float:
     calls = calls_per_sample(work, device)
-    return median(sample(work, calls, device) for _ in range(7))
+    return min(sample(work, calls, device) for _ in range(7))  # a ceiling is the best that was seen
 
 
 @contextlib.contextmanager

@@ -7,22 +7,29 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import floor
 from .agreement import distances, judge
 from .deadline import Deadline, OutOfTime, time_limit
 from .machine import settings
-from .peers import Candidate, Peer, exact
-from .record import Result, Status, Summary, Workload
-from .timing import calls_per_sample, peak_memory, sample, synchronize
+from .memory import held_bytes, peak_bytes
+from .peers import EAGER, FASTENC, Candidate, Contest, Peer
+from .progress import Progress
+from .record import Result, Workload
+from .summary import Ratio, Summary
+from .timing import calls_per_sample, sample, synchronize
 
 COMPILE_GUESS = {"cuda": 45.0, "cpu": 20.0}  # seconds, until a compilation has been timed
-ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 0.5}
+ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 1.0}
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
-UNTIMED: Status = "left out: no time left"
+COMPILING, PREPARING, TIMING = 8.0, 1.0, 2.0  # shares of the work of one peer, for the progress bar
+NOT_REACHED = "not reached"
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class DeviceLost(RuntimeError):
@@ -32,18 +39,40 @@ class DeviceLost(RuntimeError):
 class Measurement:
     """The measurement of one workload, readable at any moment: `workload()` is what has been measured so far."""
 
-    def __init__(self, workload: Workload, peers: Mapping[str, Peer], device: torch.device) -> None:
-        """Raises ValueError when `peers` has no "eager", which all others are compared with."""
-        if "eager" not in peers:
-            raise ValueError(f"peers: got {list(peers)}; 'eager' is needed, the others are compared with it")
-        self._workload, self._device = workload, device
-        self._peers = {"eager": peers["eager"], **peers}
-        self._results = {name: Result(name, UNTIMED) for name in self._peers}
-        self._samples: dict[str, list[float]] = {name: [] for name in self._peers}
+    def __init__(
+        self, workload: Workload, contest: Contest, device: torch.device, only: Collection[str] | None = None
+    ) -> None:
+        """only: names of the peers to run beside eager, by default all.
+
+        Raises ValueError when the contest has no "eager", which all others are compared with.
+        """
+        if EAGER not in contest.peers:
+            raise ValueError(f"peers: got {list(contest.peers)}; 'eager' is needed, the others are compared with it")
+        cost = floor.cost(workload)
+        self._workload = dataclasses.replace(workload, flops=cost.flops, least_bytes=cost.bytes)
+        self._contest, self._device = contest, device
+        names = [EAGER, *(name for name in contest.peers if name != EAGER and (only is None or name in only))]
+        self._peers: dict[str, Peer] = {}
+        self._results: dict[str, Result] = {}
+        for name in names:
+            reason = contest.peers[name].absent(workload, device)
+            if reason is None:
+                self._peers[name] = contest.peers[name]
+                self._results[name] = Result(name, "left out", note=NOT_REACHED)
+            else:
+                self._results[name] = Result(name, "not here", note=reason)
+        self._samples: dict[str, list[float]] = {name: [] for name in names}
+        self._again: list[float] = []  # a second sample of the same peer in every round: the noise floor
         self._eager: dict[str, float] | None = None
+        self._pools: dict[str, int] = {}
         self._compiling = 0.0
 
-    def run(self, deadline: Deadline, reserve: float, say: Callable[[str], None]) -> None:
+    @property
+    def units(self) -> float:
+        """How much `run` advances a progress bar by."""
+        return sum(_units(peer) + TIMING for peer in self._peers.values())
+
+    def run(self, deadline: Deadline, reserve: float, progress: Progress) -> None:
         """Measure. A peer that compiles is begun only where `reserve` seconds will be left for all else.
 
         Raises OutOfTime at the deadline and DeviceLost; whatever interrupts, `workload()` keeps what was measured.
@@ -51,7 +80,7 @@ class Measurement:
         begin = time.monotonic()
         try:
             with time_limit(deadline.left()):
-                self._time(self._compare(deadline, reserve, say), say)
+                self._time(self._compare(deadline, reserve, progress), progress)
         finally:
             deadline.note(self._workload.kind, time.monotonic() - begin - self._compiling)
             if self._compiling:
@@ -61,18 +90,28 @@ class Measurement:
     def workload(self) -> Workload:
         """The workload with the results so far."""
         results = []
+        twin = FASTENC if self._samples.get(FASTENC) else EAGER
         for name, result in self._results.items():
-            if self._samples[name] and result.status == UNTIMED:
-                result = dataclasses.replace(result, status="ok", time=Summary.of(self._samples[name]))
+            samples = self._samples[name]
+            if samples and result.status == "left out":
+                result = dataclasses.replace(result, status="ok", time=Summary.of(samples))
+                if name != EAGER and self._samples[EAGER]:
+                    result = dataclasses.replace(result, over_eager=Ratio.of(self._samples[EAGER], samples))
+                if name != FASTENC and twin == FASTENC:
+                    result = dataclasses.replace(result, over_fastenc=Ratio.of(samples, self._samples[FASTENC]))
             results.append(result)
-        return dataclasses.replace(self._workload, results=tuple(results))
+        noise = Ratio.of(self._again, self._samples[twin]).off_one if self._again else None
+        return dataclasses.replace(self._workload, noise=noise, results=tuple(results))
 
-    def _compare(self, deadline: Deadline, reserve: float, say: Callable[[str], None]) -> dict[str, Candidate]:
+    def _compare(self, deadline: Deadline, reserve: float, progress: Progress) -> dict[str, Candidate]:
         """The candidates whose numbers agree with the exact run."""
-        say("exact run")
+        progress.say(str(self._workload), "exact run")
         truth: dict[str, Tensor] = {}
-        with self._failures("eager"), settings(tf32=False, benchmark=False):
-            truth = exact(self._workload, self._device).numbers()
+        subject = None
+        with self._failures(EAGER):
+            subject = self._contest.subject(self._workload, self._device)
+            with settings(tf32=False, benchmark=False):
+                truth = self._contest.exact(subject).numbers()
         if not truth:
             self._give_up()
             return {}
@@ -83,21 +122,24 @@ class Measurement:
             if peer.compiles:
                 limit -= reserve
                 if limit < deadline.estimate(kind, COMPILE_GUESS[self._device.type]):
+                    self._results[name] = Result(name, "left out", note="no time left to compile")
                     continue
-            say(name)
+            progress.say(str(self._workload), f"{name}{', compiling' if peer.compiles else ''}")
             begin = time.monotonic()
             try:
                 with time_limit(limit), self._failures(name):
-                    candidate = self._first_call(name, peer, truth)
+                    candidate = self._first_call(name, peer, subject, truth)
                     if candidate is not None:
                         agreeing[name] = candidate
             except OutOfTime:
                 if not peer.compiles:
                     raise
+                self._results[name] = Result(name, "left out", note="no time left to compile")
             finally:
                 if peer.compiles:
                     self._compiling += time.monotonic() - begin
                     deadline.note(kind, time.monotonic() - begin)
+            progress.advance(_units(peer))
             if self._eager is None:
                 self._give_up()
                 break
@@ -105,60 +147,92 @@ class Measurement:
 
     def _give_up(self) -> None:
         """Without eager's numbers no other peer can be compared, and so none is timed."""
-        others = (name for name in self._peers if name != "eager")
-        self._results |= {name: Result(name, "failed", note="no eager to compare with") for name in others}
+        for name in self._peers:
+            if name != EAGER:
+                self._results[name] = Result(name, "failed", note="no eager to compare with")
 
-    def _first_call(self, name: str, peer: Peer, truth: Mapping[str, Tensor]) -> Candidate | None:
+    def _first_call(self, name: str, peer: Peer, subject: Any, truth: Mapping[str, Tensor]) -> Candidate | None:
         """Build one peer, run it once, and give it back when its numbers agree with the exact run."""
-        candidate = peer.make(self._workload, self._device)
+        graphs = peer.graphs and self._device.type == "cuda"
+        reserved = self._reserved() if graphs else 0
+        candidate = peer.make(subject)
         synchronize(self._device)
         begin = time.monotonic()
         numbers = candidate.numbers()
         synchronize(self._device)
         first_call = time.monotonic() - begin
         apart = distances(numbers, truth)
+        del numbers
         verdict = judge(apart, apart if self._eager is None else self._eager)
-        result = Result(name, UNTIMED, first_call=first_call, note=candidate.note())
+        result = Result(name, "left out", first_call=first_call, note=candidate.note())
         if math.isfinite(verdict.difference) and math.isfinite(verdict.tolerance):
             result = dataclasses.replace(result, difference=verdict.difference, tolerance=verdict.tolerance)
         if not verdict.agrees:
             why = f"{verdict.tensor} is off by {verdict.difference:.1e}, {verdict.tolerance:.1e} allowed"
             self._results[name] = dataclasses.replace(result, status="wrong", note=why)
             return None
-        if name == "eager":
+        if name == EAGER:
             self._eager = apart
         self._results[name] = result
+        if graphs:
+            for _ in range(3):  # graphs are captured by the second call or the third
+                candidate.numbers()
+            self._pools[name] = self._reserved() - reserved
         return candidate
 
-    def _time(self, candidates: dict[str, Candidate], say: Callable[[str], None]) -> None:
-        """Peak memory of each, then one sample of each in turn, so that a drift of the clock meets all alike."""
-        say("timing")
+    def _reserved(self) -> int:
+        """Bytes that the CUDA allocator cannot give back: what is in use, and the pools of CUDA graphs."""
+        gc.collect()
+        synchronize(self._device)
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self._device)
+
+    def _time(self, candidates: dict[str, Candidate], progress: Progress) -> None:
+        """Peak memory of each, then one sample of each in turn, so that a drift of the clock meets all alike.
+
+        Every other round runs backwards; fastenc, or eager where it is missing, has a second sample at the other end.
+        """
         calls: dict[str, int] = {}
         for name, candidate in candidates.items():
+            progress.say(str(self._workload), f"{name}, warming up")
+            work = candidate.work
             with self._failures(name):
-                calls[name] = calls_per_sample(candidate.work, self._device)
-                above = peak_memory(candidate.work, self._device)
-                peak = None if above is None else candidate.standing + above
+                calls[name] = calls_per_sample(work, self._device)
+                above = peak_bytes(lambda work=work: work.call(*work.prepare()), self._device)  # type: ignore[misc]
+                peak = held_bytes(candidate.held()) + above + self._pools.get(name, 0)
                 self._results[name] = dataclasses.replace(self._results[name], peak_memory=peak)
-        begin = time.monotonic()
+            progress.advance(TIMING / 2)
+        progress.say(str(self._workload), f"timing {len(calls)} peers in turn")
+        self._rounds(candidates, calls, progress)
+
+    def _rounds(self, candidates: Mapping[str, Candidate], calls: Mapping[str, int], progress: Progress) -> None:
+        twin = FASTENC if FASTENC in calls else EAGER
+        turns = [(name, self._samples[name]) for name in calls if name != twin]
+        if twin in calls:
+            turns = [(twin, self._samples[twin]), *turns, (twin, self._again)]
+        begin, enough, told = time.monotonic(), ROUNDS_SECONDS[self._device.type], 0.0
         for done in range(MOST_ROUNDS):
-            if done >= LEAST_ROUNDS and time.monotonic() - begin > ROUNDS_SECONDS[self._device.type]:
+            share = min(done / LEAST_ROUNDS, (time.monotonic() - begin) / enough if enough else 1.0, 1.0)
+            progress.advance((share - told) * len(calls) * TIMING / 2)
+            told = share
+            if share == 1:
                 break
-            for name in calls:
-                if self._results[name].status == UNTIMED:
+            for name, samples in turns if done % 2 == 0 else reversed(turns):
+                if self._results[name].status == "left out":
                     with self._failures(name):
-                        self._samples[name].append(sample(candidates[name].work, calls[name], self._device))
+                        samples.append(sample(candidates[name].work, calls[name], self._device))
 
     @contextlib.contextmanager
     def _failures(self, name: str) -> Iterator[None]:
         """Turn an error of one peer into its result, so that the others go on."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            self._results[name] = Result(name, "out of memory")
         except Exception as error:
             first_line = (str(error).strip() or "no message").splitlines()[0]
-            self._results[name] = Result(name, "failed", note=f"{type(error).__name__}: {first_line}")
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or CPU_OUT_OF_MEMORY in str(error):
+                self._results[name] = Result(name, "out of memory")
+            else:
+                self._results[name] = Result(name, "failed", note=f"{type(error).__name__}: {first_line}")
         else:
             return
         gc.collect()
@@ -168,3 +242,7 @@ class Measurement:
             raise DeviceLost(f"the GPU answers no more after {name} on {self._workload}") from error
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _units(peer: Peer) -> float:
+    return COMPILING if peer.compiles else PREPARING

@@ -1,31 +1,45 @@
 """The record of a run: what was measured, on what and under which settings, as one JSON file of one schema.
 
-Times are in seconds, memory in bytes, rates in bytes or floating-point operations per second. A field is null where
-the machine cannot give the figure (no git, no cuDNN, no GPU), never a stand-in.
+Times are in seconds, memory in bytes, rates in bytes or floating-point operations per second, temperatures in degrees
+Celsius, clocks in MHz, powers in watts. A field is null where the machine cannot give the figure (no git, no cuDNN, no
+GPU), never a stand-in. `gpu`, `compare` and `ops` write the same schema; `report` and `load` read nothing else.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import tempfile
 import types
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-SCHEMA = "fastenc-record-1"
+from .summary import Ratio, Summary
 
-Status = Literal["ok", "wrong", "out of memory", "failed", "left out: no time left"]
+SCHEMA = "fastenc-record-2"
+
+Status = Literal["ok", "wrong", "out of memory", "failed", "not here", "left out"]
 TestStatus = Literal["passed", "failed", "stopped: no time left", "not run"]
+Kind = Literal["network", "instance_norm_prelu", "stem"]
+Mode = Literal["forward", "backward", "forward+backward", "training step"]
+Precision = Literal["float32", "bfloat16", "float16", "bfloat16 autocast", "float16 autocast"]
+Layout = Literal["contiguous", "channels_last"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class MatmulRate:
+    """Operations per second of a large matrix product; float32 with TF32 allowed as the run's convolutions have it."""
+
+    dtype: DType
+    rate: float
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device and its software. `copy_bandwidth` counts bytes read plus bytes written; `matmul_rate` is bf16."""
+    """The device, its software, and its ceilings, measured: `copy_bandwidth` counts bytes read plus bytes written."""
 
     device: Literal["cuda", "cpu"]
     name: str
@@ -37,7 +51,21 @@ class Machine:
     cudnn: str | None
     triton: str | None
     copy_bandwidth: float | None
-    matmul_rate: float | None
+    matmul_rates: tuple[MatmulRate, ...]
+
+    def matmul_rate(self, dtype: DType) -> float | None:
+        """Operations per second in `dtype`, where it was measured."""
+        return next((each.rate for each in self.matmul_rates if each.dtype == dtype), None)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What nvidia-smi tells of the GPU at one moment."""
+
+    temperature: float | None
+    sm_clock: float | None
+    memory_clock: float | None
+    power: float | None
 
 
 @dataclass(frozen=True)
@@ -51,41 +79,24 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Samples of one peer, in seconds per call."""
-
-    median: float
-    p20: float
-    p80: float
-    count: int
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Summary:
-        """The median and the 20th and 80th percentile of `samples`, by linear interpolation."""
-        ordered = sorted(samples)
-
-        def quantile(q: float) -> float:
-            position = q * (len(ordered) - 1)
-            low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
-            return low + (high - low) * (position - math.floor(position))
-
-        return cls(quantile(0.5), quantile(0.2), quantile(0.8), len(ordered))
-
-
-@dataclass(frozen=True)
 class Result:
     """One peer on one workload.
 
     `difference` is the relative L2 distance from the exact run, of the output or gradient that came closest to (or
     farthest beyond) its `tolerance`; `agreement.py` says how both are made. `first_call` is the wall-clock time of the
-    first call: compiling and choosing algorithms are in it and in nothing else. `peak_memory` is the peer's parameters
-    and inputs plus the most that was allocated above them during one call; for an operation's backward, its forward
-    included.
+    first call: compiling and choosing algorithms are in it and in nothing else. `peak_memory` is what the peer holds
+    between calls (parameters, inputs, optimizer state, frozen copies) plus the most that was allocated above it during
+    one call; for an operation's backward, its forward included. `over_eager` is eager's time over this peer's,
+    `over_fastenc` this peer's over fastenc's, round by round: above 1 this peer is faster than eager, and slower than
+    fastenc. A peer that does not exist on this device is "not here", one that was not reached or had no time "left
+    out"; `note` says why.
     """
 
     peer: str
     status: Status
     time: Summary | None = None
+    over_eager: Ratio | None = None
+    over_fastenc: Ratio | None = None
     difference: float | None = None
     tolerance: float | None = None
     first_call: float | None = None
@@ -95,35 +106,60 @@ class Result:
 
 @dataclass(frozen=True)
 class Network:
-    """The arguments of EncoderNet3d; the kernel size is 3."""
+    """The arguments of EncoderNet3d; `out_length` 0 is a network that returns its last map."""
 
     channel: int
     layers: tuple[int, ...]
     in_planes: int
     out_length: int
+    kernel_size: tuple[int, ...] = (3, 3, 3)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What was timed: a network or an operation, in which mode and precision, on an input of which shape and layout.
+    """What was timed: a network, an operation or a stem, in which mode and precision, on an input of which shape.
 
-    `network` is null for an operation. `least_bytes` is what an operation cannot avoid moving, every input read once
-    and every output written once; null for a network.
+    `network` is null for an operation; of a stem it gives the first convolution. `flops` and `least_bytes` are what the
+    work cannot do without, `floor` the seconds that they take at the machine's measured rates; `floor.py` has the
+    formula. `noise` is how far from 1 the ratio of two runs of the same version of fastenc was, at least 1: a ratio
+    nearer to 1 than that says nothing.
     """
 
-    kind: Literal["network", "instance_norm_prelu"]
-    mode: Literal["forward", "backward", "forward+backward"]
-    precision: Literal["float32", "bfloat16", "bfloat16 autocast"]
+    kind: Kind
+    mode: Mode
+    precision: Precision
     shape: tuple[int, ...]
-    layout: Literal["contiguous", "channels_last"] = "contiguous"
+    layout: Layout = "contiguous"
     network: Network | None = None
+    flops: int | None = None
     least_bytes: int | None = None
+    floor: float | None = None
+    noise: float | None = None
     results: tuple[Result, ...] = ()
 
+    @property
+    def dtype(self) -> DType:
+        """What convolutions and operations compute in."""
+        dtype: DType = self.precision.removesuffix(" autocast")  # type: ignore[assignment]
+        return dtype
+
     def __str__(self) -> str:
-        if self.kind == "network":
-            return f"network, {self.precision}, batch {self.shape[0]}, {self.mode}"
-        return f"{self.kind}, {self.precision}, {'x'.join(map(str, self.shape))} {self.layout}, {self.mode}"
+        shape = "×".join(map(str, self.shape))
+        if self.network is None:
+            return f"{self.kind}, {self.precision}, {shape} {self.layout}, {self.mode}"
+        if self.kind == "stem":
+            return f"stem of {self.network.channel} channels, {self.precision}, {shape}, {self.mode}"
+        net = f"channel {self.network.channel}, layers {' '.join(map(str, self.network.layers))}"
+        return f"EncoderNet3d {net}, {self.precision}, {shape}, {self.mode}"
+
+    def within_noise(self, ratio: Ratio) -> bool:
+        """Whether `ratio` cannot be told from 1: its interval meets that of two runs of the same version."""
+        noise = 1.0 if self.noise is None else self.noise
+        return ratio.low <= noise and ratio.high >= 1 / noise
+
+    def unfinished(self) -> bool:
+        """Whether any peer was left out."""
+        return not self.results or any(result.status == "left out" for result in self.results)
 
 
 @dataclass(frozen=True)
@@ -140,17 +176,25 @@ class GpuTests:
 
 @dataclass(frozen=True)
 class Record:
-    """One run. `date` is UTC in ISO 8601; `commit` and `dirty` are null outside a git checkout."""
+    """One run. `date` is UTC in ISO 8601; `commit` and `dirty` are null outside a git checkout.
+
+    `source` is a hash of the Python files of fastenc, its kernels and benchmarks: two records with the same one timed
+    the same code. `before` and `after` are the GPU at the start and at the end of the timing.
+    """
 
     command: str
     date: str
     commit: str | None
     dirty: bool | None
+    source: str
     machine: Machine
     settings: Settings
     tests: GpuTests
     workloads: tuple[Workload, ...]
     complete: bool
+    seconds: float = 0.0
+    before: Condition | None = None
+    after: Condition | None = None
     note: str = ""
     schema: str = SCHEMA
 

@@ -1,57 +1,123 @@
-"""A record as a table of plain text."""
+"""A record as a table: by rich where it is installed, as aligned text where it is not."""
 
 from __future__ import annotations
 
+import sys
+
 from .record import Record, Result, Workload
+from .summary import Ratio
 
-HEADINGS = ("", "ms", "p20–p80", "× eager", "GB/s", "of copy", "peak MB", "1st call s", "difference", "")
-
-
-def table(record: Record) -> str:
-    """Every workload with a row for every peer. GB/s counts the bytes an operation cannot avoid, read and written.
-
-    × eager is eager's median over the peer's: above 1 is faster than eager.
-    """
-    lines: list[tuple[str, ...] | str] = [HEADINGS]
-    for workload in record.workloads:
-        lines.append(str(workload))
-        times = {result.peer: result.time.median for result in workload.results if result.time is not None}
-        eager, bandwidth = times.get("eager"), record.machine.copy_bandwidth
-        lines += [_row(workload, result, eager, bandwidth) for result in workload.results]
-    rows = [line for line in lines if not isinstance(line, str)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
-    return "\n".join(line if isinstance(line, str) else _align(line, widths) for line in lines)
+HEADINGS = (
+    "", "ms", "p20–p80", "× eager", "time ÷ fastenc's", "floor", "GB/s", "peak MB", "1st call s", "difference", "",
+)  # fmt: skip
+LEGEND = (
+    "× eager: eager's time over the peer's, above 1 is faster. time ÷ fastenc's: the peer's time over fastenc's, with "
+    "p20–p80 of the rounds; ≈ 1: within the noise of two runs of the same version, stated beside each workload. floor: "
+    "the share of the physical floor that is reached. GB/s: bytes that cannot be avoided, read and written. 1st call: "
+    "with all compiling. difference: relative L2 from the exact run, the output or gradient nearest its tolerance."
+)
 
 
-def _align(row: tuple[str, ...], widths: list[int]) -> str:
-    first, *figures, last = row
-    cells = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:-1], strict=True)]
-    return "  ".join([f"{first:<{widths[0]}}", *cells, last]).rstrip()
+def rows(record: Record) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Every workload in words, with a row of cells, as in HEADINGS, for every peer."""
+    return [
+        (title(workload), [cells(workload, result) for result in workload.results]) for workload in record.workloads
+    ]
 
 
-def _row(workload: Workload, result: Result, eager: float | None, copy_bandwidth: float | None) -> tuple[str, ...]:
-    median = spread = ratio = rate = fraction = ""
+def title(workload: Workload) -> str:
+    """The workload, its floor and its noise."""
+    floor = "" if workload.floor is None else f", floor {milliseconds(workload.floor)} ms"
+    noise = "" if workload.noise is None else f", noise ×{workload.noise:.3g}"
+    return f"{workload}{floor}{noise}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds with four digits."""
+    return f"{seconds * 1e3:#.4g}".rstrip(".")
+
+
+def megabytes(count: int) -> str:
+    """Bytes as megabytes, three digits at the least."""
+    return f"{count / 1e6:.0f}" if count >= 1e8 else f"{count / 1e6:.3g}"
+
+
+def against(workload: Workload, ratio: Ratio | None) -> str:
+    """A ratio with its spread, said to be noise where it is."""
+    if ratio is None:
+        return ""
+    text = f"{ratio.median:.2f} ({ratio.p20:.2f}–{ratio.p80:.2f})"
+    return f"≈ 1: {text}" if workload.within_noise(ratio) else text
+
+
+def cells(workload: Workload, result: Result) -> tuple[str, ...]:
+    """One peer's row."""
+    median = spread = floor = rate = ""
     if result.time is not None:
-        median = f"{result.time.median * 1e3:.3f}"
-        spread = f"{result.time.p20 * 1e3:.3f}–{result.time.p80 * 1e3:.3f}"
-        if eager is not None:
-            ratio = f"{eager / result.time.median:.2f}"
-        if workload.least_bytes is not None:
-            bytes_per_second = workload.least_bytes / result.time.median
-            rate = f"{bytes_per_second / 1e9:.3g}"
-            fraction = "" if copy_bandwidth is None else f"{100 * bytes_per_second / copy_bandwidth:.0f} %"
+        median = milliseconds(result.time.median)
+        spread = f"{milliseconds(result.time.p20)}–{milliseconds(result.time.p80)}"
+        if workload.floor is not None:
+            floor = f"{100 * workload.floor / result.time.median:.0f} %"
+        if not workload.flops and workload.least_bytes is not None:
+            rate = f"{workload.least_bytes / result.time.median / 1e9:.3g}"
     return (
-        f"  {result.peer}",
+        result.peer,
         median,
         spread,
-        ratio,
+        "" if result.over_eager is None else f"{result.over_eager.median:.2f}",
+        against(workload, result.over_fastenc),
+        floor,
         rate,
-        fraction,
-        "" if result.peak_memory is None else f"{result.peak_memory / 1e6:.0f}",
+        "" if result.peak_memory is None else megabytes(result.peak_memory),
         "" if result.first_call is None else f"{result.first_call:.1f}",
         "" if result.difference is None else f"{result.difference:.1e}",
-        " ".join(filter(None, ["" if result.status == "ok" else f"{result.status}.", result.note])),
+        ": ".join(filter(None, ["" if result.status == "ok" else result.status, result.note])),
     )
+
+
+def text(record: Record) -> str:
+    """The table as plain text."""
+    groups = rows(record)
+    lines = [HEADINGS, *(row for _, group in groups for row in group)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS) - 1)]
+
+    def aligned(row: tuple[str, ...]) -> str:
+        first, *figures = (cell.rjust(width) for cell, width in zip(row, widths, strict=False))
+        return "  ".join(["  " + first.strip().ljust(widths[0]), *figures, row[-1]]).rstrip()
+
+    body = [line for name, group in groups for line in (name, *map(aligned, group))]
+    return "\n".join([aligned(HEADINGS), *body])
+
+
+def print_table(record: Record) -> None:
+    """Print the table and its legend."""
+    print()
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(text(record), LEGEND, sep="\n\n")
+        return
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    shown = [i for i in range(len(HEADINGS) - 1) if any(row[i] for _, group in rows(record) for row in group)]
+    for (name, group), workload in zip(rows(record), record.workloads, strict=True):
+        console.print(name, markup=False, style="bold")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for i in shown:
+            table.add_column(
+                HEADINGS[i],
+                justify="right" if i else "left",
+            )
+        for row, result in zip(group, workload.results, strict=True):
+            style = "red" if result.status in ("wrong", "failed") else "dim" if result.time is None else None
+            table.add_row(*(row[i] for i in shown), style=style)
+        console.print(table)
+        for note in dict.fromkeys(row[-1] for row in group if row[-1]):
+            names = ", ".join(row[0] for row in group if row[-1] == note)
+            console.print(f"{names}: {note}", markup=False, style="dim")
+        console.print()
+    console.print(LEGEND, style="dim")
 
 
 def heading(record: Record) -> str:
@@ -60,16 +126,28 @@ def heading(record: Record) -> str:
     software = {"driver": machine.driver, "CUDA": machine.cuda, "cuDNN": machine.cudnn, "triton": machine.triton}
     versions = ", ".join(f"{name} {version}" for name, version in software.items() if version is not None)
     on = {True: "on", False: "off"}
-    lines = [
-        f"{machine.name}: Python {machine.python}, torch {machine.torch}" + (f", {versions}" if versions else ""),
-        f"convolution TF32 {on[settings.cudnn_allow_tf32]}, matrix product TF32 {on[settings.matmul_allow_tf32]}, "
-        f"cudnn.benchmark {on[settings.cudnn_benchmark]}, {settings.threads} CPU threads, the same for every peer",
-        f"tests/gpu {tests.status}: {tests.passed} passed, {tests.failed} failed, {tests.errors} errors, "
-        f"{tests.skipped} skipped in {tests.seconds:.0f} s",
+    lines = [f"{machine.name}: Python {machine.python}, torch {machine.torch}" + (f", {versions}" if versions else "")]
+    if machine.device == "cuda":
+        lines.append(
+            f"convolution TF32 {on[settings.cudnn_allow_tf32]}, matrix product TF32 {on[settings.matmul_allow_tf32]}, "
+            f"cudnn.benchmark {on[settings.cudnn_benchmark]}, the same for every peer"
+        )
+    else:
+        lines.append(f"{settings.threads} threads, the same for every peer")
+    if tests.status != "not run":
+        lines.append(
+            f"tests/gpu {tests.status}: {tests.passed} passed, {tests.failed} failed, {tests.errors} errors, "
+            f"{tests.skipped} skipped in {tests.seconds:.0f} s"
+        )
+    if machine.copy_bandwidth is not None:
+        rates = "".join(
+            f", {each.dtype} matrix product {each.rate / 1e12:.3g} TFLOP/s" for each in machine.matmul_rates
+        )
+        lines.append(f"measured here: copy {machine.copy_bandwidth / 1e9:.3g} GB/s{rates}")
+    states = [
+        f"{when} {state.temperature:.0f} °C, {state.sm_clock:.0f} MHz"
+        for when, state in (("before", record.before), ("after", record.after))
+        if state is not None and state.temperature is not None and state.sm_clock is not None
     ]
-    if machine.copy_bandwidth is not None and machine.matmul_rate is not None:
-        bandwidth, rate = machine.copy_bandwidth / 1e9, machine.matmul_rate / 1e12
-        lines.append(f"measured here: copy {bandwidth:.0f} GB/s, bf16 matrix product {rate:.2f} TFLOP/s")
-    if record.note:
-        lines.append(record.note)
-    return "\n".join(lines)
+    lines += [", ".join(states)] if states else []
+    return "\n".join([*lines, *([record.note] if record.note else [])])

@@ -1,4 +1,4 @@
-"""Timing one call: CUDA events on a GPU, the wall clock on a CPU; and its peak memory."""
+"""Timing one call: CUDA events on a GPU, the wall clock on a CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 SAMPLE_SECONDS = 0.02  # long against the resolution of an event, short against a change of the clock rate
+LONG_SECONDS = 0.2
 MOST_CALLS = 16  # the inputs of that many calls are in memory at once
 CYCLES_PER_SECOND = 2e9  # no slower than any GPU's clock, so that a pause asked for in cycles is never too short
 
@@ -67,24 +68,16 @@ def _host_seconds(work: Work, device: torch.device) -> float:
 
 
 def calls_per_sample(work: Work, device: torch.device) -> int:
-    """Warm `work` up until a call is no faster than the one before it, then say how many calls make one sample."""
+    """Warm `work` up until a call is no faster than the one before it, then say how many calls make one sample.
+
+    A call that takes long is warm after one: what a first call adds is little against it.
+    """
     seconds, before = sample(work, 1, device), math.inf
     for _ in range(10):
-        if seconds > 0.95 * before:
+        if seconds > 0.95 * before or seconds > LONG_SECONDS:
             break
         before, seconds = seconds, sample(work, 1, device)
     calls = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
-    sample(work, calls, device)  # grows the allocator's pool to what that many calls need
+    if calls > 1:
+        sample(work, calls, device)  # grows the allocator's pool to what that many calls need
     return calls
-
-
-def peak_memory(work: Work, device: torch.device) -> int | None:
-    """Bytes allocated at most above what there was before, by preparing and making one call; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    work.call(*work.prepare())
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +16,8 @@ import fastenc
 
 from . import route as routes
 from .bench.agreement import GRADIENT_FLOOR, OUTPUT_FLOOR, distance, distances
-from .bench.timing import Work, peak_memory, synchronize
+from .bench.memory import peak_bytes
+from .bench.timing import synchronize
 
 LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 3, 50, 5.0  # timed calls of each route
 LEARNING_RATE = 5e-3
@@ -192,29 +190,6 @@ def _take_turns(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> 
             synchronize(device)
             samples.append(time.perf_counter() - begin)
     return seconds
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call allocates at most at one time, by PyTorch's own allocators.
-
-    On CUDA its peak counter; on a CPU the profiler's record of every allocation and release, running sum.
-    What cuDNN or oneDNN allocate by themselves is seen by neither.
-    """
-    if device.type == "cuda":
-        return peak_memory(Work(call), device) or 0
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces every start and stop on stderr
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = os.path.join(folder, "trace.json")
-        profile.export_chrome_trace(trace)
-        with open(trace, encoding="utf-8") as file:
-            events = [event for event in json.load(file)["traceEvents"] if event["name"] == "[memory]"]
-    allocated = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        allocated += event["args"]["Bytes"]
-        peak = max(peak, allocated)
-    return peak
 
 
 def interpreted(patches: Tensor, seed: int) -> Row:

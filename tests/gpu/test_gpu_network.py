@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastenc
 from fastenc.bench.agreement import OUTPUT, distance, distances, judge
-from fastenc.bench.peers import plain_encoder
+from fastenc.bench.network_peers import plain_encoder
 from fastenc.bench.record import Network
 
 EXAMPLE_1 = Network(64, (3, 3, 3, 3, 3), 3, 32)

@@ -1,0 +1,84 @@
+"""Arguments that the subcommands share, and what makes them unusable."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+OUT = Path("bench-out")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; a whole number of at least 1 is needed")
+    return int(text)
+
+
+def minutes(text: str) -> float:
+    """A number of minutes above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not (math.isfinite(found) and found > 0):
+        raise argparse.ArgumentTypeError(f"got {text}; a number of minutes above 0 is needed")
+    return found
+
+
+def add_run(parser: argparse.ArgumentParser, default_minutes: float) -> None:
+    """--device, --out and --minutes."""
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA where there is one"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, metavar="DIR", help="folder for the record and pictures (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=minutes,
+        default=default_minutes,
+        metavar="M",
+        help="stop by itself within so many, and keep what was measured (default: %(default)g)",
+    )
+
+
+def chosen_device(asked: str, command: str) -> torch.device:
+    """The device to run on; where CUDA was asked for and there is none, a line on stderr and the CPU."""
+    if asked != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if asked == "cuda":
+        print(
+            f"fastenc bench {command}: --device cuda: torch {torch.__version__} sees no CUDA GPU here; "
+            "this runs on the CPU instead",
+            file=sys.stderr,
+        )
+    return torch.device("cpu")
+
+
+def folder_problem(folder: Path, option: str = "--out") -> str | None:
+    """Why `folder` cannot be written to; it is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return f"{option}: cannot write to {folder}: {error.strerror or error}"
+    return None
+
+
+def without_folder(arguments: Sequence[str]) -> list[str]:
+    """The command line without --out: where a record was put is nobody's business but the machine's."""
+    kept, skip = [], False
+    for each in arguments:
+        if not skip and each != "--out" and not each.startswith("--out="):
+            kept.append(each)
+        skip = each == "--out"
+    return kept

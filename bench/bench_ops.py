@@ -1,0 +1,20 @@
+"""instance_norm_prelu and its peers under pytest-benchmark: a group for each shape, layout and direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastenc.bench.ops import workloads
+from fastenc.bench.record import Workload
+from fastenc.bench.suites import DEVICE, pairs, run_peer, title
+
+LARGE = [(8, 64, 31, 32, 30), (8, 128, 16, 16, 15), (8, 512, 4, 4, 4)]
+SMALL = [(2, 8, 16, 16, 15)]
+WORKLOADS = workloads(LARGE, "bfloat16") if DEVICE.type == "cuda" else workloads(SMALL, "float32")
+
+
+@pytest.mark.parametrize(("workload", "peer"), pairs(WORKLOADS), ids=title)
+def test_instance_norm_prelu(benchmark: Any, workload: Workload, peer: str) -> None:
+    run_peer(benchmark, workload, peer)

@@ -1,0 +1,304 @@
+"""Pictures of records by matplotlib, sized for a README column, in a light and a dark theme."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle, groupby
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from .floor import ITEMSIZE
+from .peers import EAGER
+from .record import Record, Result, Workload
+from .session import bare
+
+WIDTH = 8.3  # inches: a README column of 830 pixels shows a 9-point font at about 12 pixels
+DPI = 200
+THEMES = {
+    "light": {"ink": "#1f2328", "paper": "#ffffff", "grid": "#d8dee4"},
+    "dark": {"ink": "#e6edf3", "paper": "#0d1117", "grid": "#30363d"},
+}
+GREYS, BLUES, BROWNS, ORANGES = (
+    ("#8c959f", "#656d76"),
+    ("#54aeff", "#0969da", "#79c0ff", "#218bff", "#a5d6ff", "#1f6feb"),
+    ("#bf8700", "#9a6700"),
+    ("#fb6a22", "#d1242f", "#fd8c73", "#bc4c00", "#e16f24"),
+)
+MOST_PANELS = 6  # of bars: a record begins with what matters most
+MARKERS = "osD^vPX<>*"
+DASHES = (0, (4, 2))
+
+
+def colours(peers: Iterable[str]) -> dict[str, str]:
+    """fastenc's in orange, compiled ones in blue, GroupNorm in brown, eager in grey."""
+    used: dict[tuple[str, ...], int] = {}
+    found: dict[str, str] = {}
+    for peer in peers:
+        family: tuple[str, ...]
+        if peer.startswith("fastenc"):
+            family = ORANGES
+        elif "GroupNorm" in peer:
+            family = BROWNS
+        elif peer.startswith("torch.compile"):
+            family = BLUES
+        else:
+            family = GREYS
+        found[peer] = family[used.get(family, 0) % len(family)]
+        used[family] = used.get(family, 0) + 1
+    return found
+
+
+def latest(records: Iterable[Record]) -> dict[str, list[Workload]]:
+    """By machine name: the newest measurement of every workload, GPUs first."""
+    found: dict[str, dict[Workload, Workload]] = {}
+    for record in sorted(records, key=lambda record: (record.machine.device == "cpu", record.date)):
+        measured = (each for each in record.workloads if any(result.time is not None for result in each.results))
+        found.setdefault(record.machine.name, {}).update((bare(each), each) for each in measured)
+    return {name: list(workloads.values()) for name, workloads in found.items()}
+
+
+def draw(records: Sequence[Record], folder: Path, stem: str, themes: Sequence[str] = ("light",)) -> list[Path]:
+    """Every picture that the records have figures for, as `{stem}-{picture}-{theme}.png` in `folder`.
+
+    The records are of one machine.
+    """
+    (workloads,) = latest(records).values() or ([],)
+    written = []
+    for name, picture in PICTURES.items():
+        for theme in themes:
+            with matplotlib.rc_context(style(THEMES[theme])):
+                figure = picture(workloads, THEMES[theme])
+                if figure is None:
+                    continue
+                written.append(folder / f"{stem}-{name}-{theme}.png")
+                figure.savefig(written[-1], metadata={"Software": None})
+    return written
+
+
+def style(theme: dict[str, str]) -> Any:
+    """matplotlib's settings for a theme."""
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
+    return {
+        **dict.fromkeys(inked, theme["ink"]),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme["paper"]),
+        "grid.color": theme["grid"],
+        "grid.linewidth": 0.6,
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.titlelocation": "left",
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "savefig.dpi": DPI,
+    }
+
+
+def timed(workload: Workload) -> list[Result]:
+    """The peers that have a time."""
+    return [result for result in workload.results if result.time is not None]
+
+
+def _networks(workloads: Iterable[Workload]) -> list[Workload]:
+    return [each for each in workloads if each.kind == "network" and timed(each)]
+
+
+def _title(workload: Workload) -> str:
+    network = workload.network
+    assert network is not None
+    size = "×".join(map(str, workload.shape[2:]))
+    return (
+        f"{workload.mode}, batch {workload.shape[0]}\n{workload.precision}, {size}\n"
+        f"channel {network.channel}, layers {' '.join(map(str, network.layers))}"
+    )
+
+
+def _peers(workloads: Iterable[Workload]) -> list[str]:
+    """The peers that have a time in any of the workloads, in the records' order."""
+    chosen = list(workloads)
+    have = {result.peer for each in chosen for result in timed(each)}
+    return [peer for peer in dict.fromkeys(r.peer for each in chosen for r in each.results) if peer in have]
+
+
+def _short(peer: str) -> str:
+    """A peer's name where space is short: "max-autotune, channels-last"."""
+    name = peer.replace(" channels_last_3d", ", channels-last")
+    return re.sub("torch.compile (?=max-|reduce-)", "", name)
+
+
+def _panels(
+    workloads: Sequence[Workload], fill: Callable[[Any, Workload, list[str]], str], xlabel: str
+) -> Figure | None:
+    """A panel of horizontal bars for every workload, two abreast. fill(axes, workload, peers) gives a line of title."""
+    if not workloads:
+        return None
+    workloads = workloads[:MOST_PANELS]
+    across = min(2, len(workloads))
+    lines = [workloads[i : i + across] for i in range(0, len(workloads), across)]
+    peers = [_peers(line) for line in lines]
+    heights = [0.21 * len(names) + 0.95 for names in peers]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.2), layout="constrained")
+    axes = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
+    for panels, line, names in zip(axes, lines, peers, strict=True):
+        for i, panel in enumerate(panels):
+            if i >= len(line):
+                panel.set_axis_off()
+                continue
+            more = fill(panel, line[i], names)
+            panel.set_title(f"{_title(line[i])}{more}")
+            panel.set_ylim(len(names) - 0.4, -0.6)
+            panel.set_yticks(range(len(names)), map(_short, names) if i == 0 else [])
+            panel.tick_params(axis="y", length=0)
+            panel.grid(axis="x")
+    figure.supxlabel(xlabel, fontsize=9)
+    return figure
+
+
+def speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+    """Speed-up over eager of every peer of every network, and where the physical floor lies."""
+
+    def fill(panel: Any, workload: Workload, names: list[str]) -> str:
+        shades, most = colours(result.peer for result in workload.results), 1.0
+        eager = next((r.time.median for r in timed(workload) if r.peer == EAGER and r.time is not None), None)
+        for result in timed(workload):
+            at, ratio = names.index(result.peer), result.over_eager
+            if ratio is None and result.peer != EAGER:
+                continue
+            value, low, high = (1.0, 1.0, 1.0) if ratio is None else (ratio.median, ratio.p20, ratio.p80)
+            panel.barh(at, value, color=shades[result.peer], height=0.74)
+            if ratio is not None:
+                panel.errorbar(value, at, xerr=[[value - low], [high - value]], fmt="none", ecolor=theme["ink"],
+                               elinewidth=0.8, capsize=1.5)  # fmt: skip
+            panel.annotate(f"{value:.2f}", (high, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            most = max(most, high)
+        right, more = 1.2 * most, ""
+        if workload.floor is not None and eager is not None:
+            floor = eager / workload.floor
+            more = f", floor at {floor:#.3g}"
+            if floor <= 2.5 * most:
+                right = max(right, 1.05 * floor)
+                panel.axvline(floor, color=theme["ink"], linewidth=1, linestyle=DASHES)
+        panel.set_xlim(0, right)
+        return more
+
+    return _panels(
+        _networks(workloads), fill, "speed-up over eager, with p20–p80 of the rounds; dashed: physical floor"
+    )
+
+
+def memory(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+    """Peak memory of every peer of every network."""
+
+    def fill(panel: Any, workload: Workload, names: list[str]) -> str:
+        shades, most = colours(result.peer for result in workload.results), 0.0
+        for result in timed(workload):
+            at, value = names.index(result.peer), (result.peak_memory or 0) / 1e9
+            panel.barh(at, value, color=shades[result.peer], height=0.74)
+            panel.annotate(f"{value:#.3g}", (value, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            most = max(most, value)
+        panel.set_xlim(0, 1.2 * most)
+        return ""
+
+    chosen = [each for each in _networks(workloads) if any(result.peak_memory for result in each.results)]
+    return _panels(chosen, fill, "peak memory in GB: parameters, optimizer, input and what one call allocates")
+
+
+def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+    """Fraction of the copy bandwidth that the operation reaches, over the size of its tensor."""
+    ops = [each for each in workloads if each.kind == "instance_norm_prelu" and each.floor is not None]
+    if not ops:
+        return None
+    panels = Counter((each.dtype, each.mode != "forward", each.layout) for each in ops)
+    most = max(panels.values())
+    chosen = sorted(panel for panel, sizes in panels.items() if sizes > 1 or most == 1)
+    rows = ceil(len(chosen) / 2)
+    figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
+    peers = _peers(ops)
+    shades, marks = colours(peers), dict(zip(peers, cycle(MARKERS)))
+    for panel, (dtype, backward, layout) in zip(axes.flat, chosen, strict=False):
+        here = [e for e in ops if (e.dtype, e.mode != "forward", e.layout) == (dtype, backward, layout)]
+        for peer in peers:
+            points = sorted(
+                (prod(each.shape) * ITEMSIZE[each.dtype] / 1e6, (each.floor or 0.0) / result.time.median)
+                for each in here
+                for result in timed(each)
+                if result.peer == peer and result.time is not None
+            )
+            if points:
+                panel.plot(
+                    *zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=_short(peer)
+                )
+        panel.axhline(1, color=theme["ink"], linewidth=1, linestyle=DASHES)
+        panel.set_title(f"{'backward' if backward else 'forward'}, {layout}, {dtype}")
+        panel.set_xscale("log")
+        panel.set_ylim(bottom=0)
+        panel.grid()
+    for panel in axes.flat[len(chosen) :]:
+        panel.set_axis_off()
+    figure.supxlabel("MB of x", fontsize=9)
+    figure.supylabel("fraction of copy bandwidth", fontsize=9)
+    handles = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=3)
+    return figure
+
+
+def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+    """Time over batch size on log axes, where a network was timed at more than one."""
+
+    def series(workload: Workload) -> tuple[Any, ...]:
+        return workload.mode, workload.precision, workload.network, workload.shape[2:]
+
+    by_series = sorted(_networks(workloads), key=lambda each: repr(series(each)))
+    found = [list(group) for _, group in groupby(by_series, key=series)]
+    found = [group for group in found if len({each.shape[0] for each in group}) > 1]
+    if not found:
+        return None
+    rows = ceil(len(found) / 2)
+    figure = Figure(figsize=(WIDTH, 3.0 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, min(2, len(found)), squeeze=False)
+    peers = _peers(each for group in found for each in group)
+    shades, marks = colours(peers), dict(zip(peers, cycle(MARKERS)))
+    for panel, group in zip(axes.flat, found, strict=False):
+        for peer in peers:
+            points = sorted(
+                (each.shape[0], 1e3 * result.time.median)
+                for each in group
+                for result in timed(each)
+                if result.peer == peer and result.time is not None
+            )
+            if points:
+                panel.plot(
+                    *zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=_short(peer)
+                )
+        floors = sorted((each.shape[0], 1e3 * each.floor) for each in group if each.floor is not None)
+        if floors:
+            panel.plot(*zip(*floors, strict=True), color=theme["ink"], linestyle=DASHES, linewidth=1, label="floor")
+        batches = sorted({each.shape[0] for each in group})
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(batches, [str(batch) for batch in batches])
+        panel.minorticks_off()
+        panel.set_xlabel("batch")
+        panel.set_ylabel("ms")
+        panel.set_title(f"{group[0].mode}\n{_title(group[0]).split(chr(10), 1)[1]}")
+        panel.grid()
+    for panel in axes.flat[len(found) :]:
+        panel.set_axis_off()
+    handles = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=3)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Sequence[Workload], dict[str, str]], Figure | None]] = {
+    "speedup": speedups,
+    "roofline": roofline,
+    "memory": memory,
+    "batch": scaling,
+}

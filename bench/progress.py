@@ -1,0 +1,61 @@
+"""Progress on a terminal's stderr: a bar with the time left by rich, plain lines where rich is missing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+
+class Progress:
+    """What a command is doing and how much of it is left, while the block runs.
+
+    total: the sum of what `advance` will be given, in any unit; about seconds makes for a steady bar. Where stderr is
+    no terminal nothing is shown, or, with `log`, plain lines: what a remote machine's log should hold.
+    """
+
+    def __init__(self, total: float, log: bool = False) -> None:
+        self._total, self._done, self._log = total, 0.0, log
+        self._begin = time.monotonic()
+        self._last = ""
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            try:
+                from rich.console import Console
+                from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+                from rich.progress import Progress as Bar
+            except ImportError:
+                self._log = True
+            else:
+                left = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
+                columns = (BarColumn(20), *left, TextColumn("{task.description}", markup=False))
+                self._bar = Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=600)
+                self._task = self._bar.add_task("", total=self._total)
+                self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, what: str, step: str = "") -> None:
+        """Show what is being done now, and with which step of it; a log has a line for each `what` only."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{what}: {step}" if step else what)
+        elif self._log and what != self._last:
+            self._last = what
+            elapsed = time.monotonic() - self._begin
+            left = f", about {elapsed / self._done * (self._total - self._done):.0f} s left" if self._done else ""
+            print(f"[{elapsed:4.0f} s{left}] {what}", file=sys.stderr, flush=True)
+
+    def advance(self, amount: float) -> None:
+        """So much more of the total is done."""
+        self._done = min(self._total, self._done + amount)
+        if self._bar is not None:
+            self._bar.advance(self._task, amount)

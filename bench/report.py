@@ -1,0 +1,227 @@
+"""`report`: from the committed records to README's tables and pictures. A figure without a record cannot get there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+from . import arguments as options
+from .machine import CHECKOUT
+from .peers import EAGER, FASTENC
+from .record import Record, Result, Workload, load
+from .table import against, milliseconds
+
+PURPOSE = "write README's tables and pictures from the records; refuses where there is none"
+MOST_ROWS = 8  # of networks: a record begins with what matters most, and the pictures have the rest
+BENCH = CHECKOUT / "bench"
+NO_GPU = """\
+No GPU record exists yet: nothing here has been timed on a GPU, and this README claims no speed there. On a GPU machine,
+from a checkout, this measures it (tests first, then timings; one JSON record, one table):
+
+```sh
+python3 -m fastenc bench gpu --out bench-out --minutes 8
+```
+"""
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+ALT = {
+    "speedup": "Speed-up over eager PyTorch of every peer, with the physical floor",
+    "roofline": "Fraction of the copy bandwidth that the fused operation and its peers reach, over tensor size",
+    "memory": "Peak memory of every peer",
+    "batch": "Time over batch size",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `report`."""
+    parser.add_argument(
+        "--records", type=Path, nargs="+", metavar="PATH", default=[BENCH / "records"],
+        help="records, or folders of them (default: the checkout's bench/records)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plots", type=Path, default=BENCH / "plots", metavar="DIR", help="(default: the checkout's bench/plots)"
+    )
+    parser.add_argument(
+        "--readme", type=Path, default=CHECKOUT / "README.md", metavar="FILE",
+        help="the file with the markers between which the tables go (default: the checkout's README.md)",
+    )  # fmt: skip
+    parser.epilog = "exit status: 0 done; 2 no record, one that cannot be read, no markers, or nowhere to write"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    try:
+        records = read(arguments.records)
+        before = arguments.readme.read_text(encoding="utf-8")
+        if before.count(BEGIN) != 1 or before.count(END) != 1:
+            raise ValueError(f"{arguments.readme}: needs the markers {BEGIN} and {END} once each")
+        from . import plots
+    except (OSError, ValueError) as error:
+        return _refuse(str(error))
+    except ImportError as error:
+        return _refuse(f"needs matplotlib: {error}")
+    problem = options.folder_problem(arguments.plots, "--plots")
+    if problem is not None:
+        return _refuse(problem)
+    drawn: list[Path] = []
+    for name in plots.latest(records):
+        own = [record for record in records if record.machine.name == name]
+        drawn += plots.draw(own, arguments.plots, slug(name), tuple(plots.THEMES))
+    for path in set(arguments.plots.glob("*.png")) - set(drawn):
+        path.unlink()
+    head, rest = before.split(BEGIN)
+    text = f"{head}{BEGIN}\n{figures(records, drawn, arguments.readme.parent)}{END}{rest.split(END)[1]}"
+    arguments.readme.write_text(text, encoding="utf-8")
+    print(f"{arguments.readme}: figures of {len(records)} records; {len(drawn)} pictures in {arguments.plots}")
+    return 0
+
+
+def _refuse(why: str) -> int:
+    print(f"fastenc bench report: {why}", file=sys.stderr)
+    return 2
+
+
+def read(paths: Sequence[Path]) -> list[Record]:
+    """The records at `paths`, files or folders; ValueError where there is none, or none with a time."""
+    files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    records = [load(file) for file in files]
+    if not any(result.time for record in records for each in record.workloads for result in each.results):
+        places = ", ".join(map(str, paths))
+        raise ValueError(f"--records: no record with a time in {places}: without a record there is nothing to report")
+    return records
+
+
+def slug(name: str) -> str:
+    """A machine's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def figures(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
+    """What stands between README's markers: a section for every machine, GPUs first.
+
+    pictures: those that were drawn of the records; their links are relative to the folder `readme`.
+    """
+    from . import plots
+
+    parts = []
+    for name in plots.latest(records):
+        own = [record for record in records if record.machine.name == name]
+        shown = [picture for picture in pictures if re.fullmatch(f"{slug(name)}-[a-z]+-[a-z]+", picture.stem)]
+        parts.append(section(own, shown, readme))
+    if not any(record.machine.device == "cuda" for record in records):
+        parts.append(NO_GPU)
+    return "".join(parts)
+
+
+def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
+    """One machine: what it is, its pictures, its tables."""
+    from . import plots
+
+    newest = max(records, key=lambda record: record.date)
+    machine = newest.machine
+    ((_, workloads),) = plots.latest(records).items()
+    text = [f"**{machine.name}**{_software(newest)}. {_sources(records, workloads)}\n"]
+    lights = {path.stem.split("-")[-2]: path for path in pictures if path.stem.endswith("-light")}
+    for name, light in ((name, lights[name]) for name in ALT if name in lights):
+        dark, alt = light.with_name(light.name.replace("-light.png", "-dark.png")), ALT[name]
+        here, there = (Path(os.path.relpath(path, readme)).as_posix() for path in (light, dark))
+        text.append(
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{there}">'
+            f'<img src="{here}" alt="{alt}"></picture>\n'
+        )
+    networks = [each for each in workloads if each.kind == "network"][:MOST_ROWS]
+    text += [_network_table(networks)] if networks else []
+    ops = [each for each in workloads if each.kind == "instance_norm_prelu"]
+    text += [_op_table(ops)] if ops else []
+    return "\n".join(text) + "\n"
+
+
+def _software(record: Record) -> str:
+    machine = record.machine
+    versions = {"torch": machine.torch, "triton": machine.triton, "cuDNN": machine.cudnn, "driver": machine.driver}
+    if machine.device == "cpu":
+        versions = {"torch": machine.torch}
+    threads = f", {record.settings.threads} threads" if machine.device == "cpu" else ""
+    return threads + "".join(f", {name} {version}" for name, version in versions.items() if version is not None)
+
+
+def _sources(records: Sequence[Record], workloads: Sequence[Workload]) -> str:
+    used = [
+        record for record in records if any(each == measured for measured in workloads for each in record.workloads)
+    ]
+    commands = "; ".join(
+        f"`{record.command}` on {record.date[:10]} at "
+        + (f"{record.commit[:9]}{' with changes' if record.dirty else ''}" if record.commit else "an unknown commit")
+        for record in used
+    )
+    return f"From {commands}."
+
+
+def _network_table(networks: Sequence[Workload]) -> str:
+    """A row for every network."""
+    lines = [
+        "| network | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile | of the floor "
+        "| peak memory ÷ eager's | fastest of fastenc |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for workload in networks:
+        assert workload.network is not None
+        size = "×".join(map(str, workload.shape[1:]))
+        what = (
+            f"channel {workload.network.channel}, layers {' '.join(map(str, workload.network.layers))}, {size}, "
+            f"batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
+        )
+        eager, fused, compiled, fastest = _found(workload)
+        smaller = "" if eager is None or fused is None else _quotient(fused.peak_memory, eager.peak_memory)
+        best = (
+            "" if fastest is None or fastest.time is None else f"{fastest.peer}, {milliseconds(fastest.time.median)} ms"
+        )
+        lines.append(f"| {what} | {_columns(workload, eager, fused, compiled)} | {smaller} | {best} |")
+    return "\n".join(lines) + "\n"
+
+
+def _op_table(ops: Sequence[Workload]) -> str:
+    """A row for every direction and layout of the largest tensor; the picture has the others."""
+    largest = max(prod(each.shape) for each in ops)
+    lines = [
+        "| instance_norm_prelu | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile "
+        "| of copy bandwidth |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for workload in (each for each in ops if prod(each.shape) == largest):
+        what = f"{'×'.join(map(str, workload.shape))} {workload.layout}, {workload.precision}, {workload.mode}"
+        eager, fused, compiled, _ = _found(workload)
+        lines.append(f"| {what} | {_columns(workload, eager, fused, compiled)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _found(workload: Workload) -> tuple[Result | None, Result | None, Result | None, Result | None]:
+    """eager, fastenc, the fastest torch.compile and the fastest way to run fastenc, each where it has a time."""
+    timed = [(result.time.median, result) for result in workload.results if result.time is not None]
+
+    def fastest(prefix: str) -> Result | None:
+        found = [each for each in timed if each[1].peer.startswith(prefix)]
+        return min(found, key=lambda each: each[0])[1] if found else None
+
+    by_name = {result.peer: result for _, result in timed}
+    return by_name.get(EAGER), by_name.get(FASTENC), fastest("torch.compile"), fastest(FASTENC)
+
+
+def _columns(workload: Workload, eager: Result | None, fused: Result | None, compiled: Result | None) -> str:
+    """Times, ratios and the share of the floor, as cells."""
+    times = [
+        "–" if one is None or one.time is None else milliseconds(one.time.median) for one in (eager, compiled, fused)
+    ]
+    ratios = ["–" if one is None else against(workload, one.over_fastenc) or "–" for one in (eager, compiled)]
+    share = "–"
+    if workload.floor is not None and fused is not None and fused.time is not None:
+        share = f"{100 * workload.floor / fused.time.median:.0f} %"
+    return " | ".join([*times, *ratios, share])
+
+
+def _quotient(above: int | None, below: int | None) -> str:
+    return f"{above / below:.2f}" if above is not None and below else "–"
