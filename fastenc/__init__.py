@@ -1,6 +1,7 @@
 """fastenc: a drop-in EncoderNet3d whose InstanceNorm3d and PReLU run as fused Triton kernels on NVIDIA GPUs."""
 
 from . import reference
+from .accelerate import accelerate
 from .encoder import EncoderNet1d, EncoderNet2d, EncoderNet3d, encnet12, encnet15, encnet17, encnet22
 from .explanation import explain
 from .functional import instance_norm_prelu
@@ -16,6 +17,7 @@ __all__ = [
     "EncoderNet1d",
     "EncoderNet2d",
     "EncoderNet3d",
+    "accelerate",
     "backend",
     "encnet12",
     "encnet15",
