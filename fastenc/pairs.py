@@ -70,21 +70,24 @@ def find(model: nn.Module, norms: set[nn.Module]) -> Found:
             tracer = _Tracer()
             graph = tracer.graph_of(module, training)
             if graph is not None:
-                _read(graph, norms, registered, found)
+                end = "its output is the model's"
+                if module is not model:
+                    end = f"its output leaves a {type(module).__name__}, and what calls that cannot be traced"
+                _read(graph, norms, registered, end, found)
             for box in tracer.boxes:
                 _guess(box, norms, found)
                 pending.extend(box.children())
     return found
 
 
-def _read(graph: fx.Graph, norms: set[nn.Module], registered: set[nn.Module], found: Found) -> None:
-    """Add what graph shows to found."""
+def _read(graph: fx.Graph, norms: set[nn.Module], registered: set[nn.Module], end: str, found: Found) -> None:
+    """Add what graph shows to found; `end` says what it means to reach the graph's end."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         norm = node.meta.get("module")
         if norm not in norms:
             continue
-        way = _follow(node, order, registered)
+        way = _follow(node, order, registered, end)
         if isinstance(way, str):
             found.why.setdefault(norm, []).append(way)
         else:
@@ -102,12 +105,12 @@ def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:
                 found.boxes[norm] = box
 
 
-def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module]) -> list[fx.Node] | str:
+def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module], end: str) -> list[fx.Node] | str:
     """The calls that node's output goes through up to its activation; a reason where it does not get there."""
     way: list[fx.Node] = []
     here = node
     while here is node or type(here.meta["module"]) not in ACTIVATIONS:
-        users = list(here.users)
+        users = [user for user in here.users if not _only_asks(user)]
         if not users:
             return "its output is not used"
         if len(users) > 1:
@@ -115,7 +118,7 @@ def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module]
         (here,) = users
         module = here.meta.get("module")
         if here.op == "output":
-            return "its output is the model's"
+            return end
         if type(module) not in (*ACTIVATIONS, *DROPOUTS, nn.Identity):
             return f"its output goes to {_called(here)}, not to a PReLU, LeakyReLU or ReLU module"
         if module not in registered:
@@ -125,6 +128,13 @@ def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module]
     if isinstance(x, fx.Node) and any(order[node] < order[user] < order[here] for user in x.users):
         return "its input is used again before the activation"
     return way
+
+
+def _only_asks(node: fx.Node) -> bool:
+    """Whether node asks a tensor for what is known before it is computed."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
 
 
 def _called(node: fx.Node) -> str:

@@ -8,6 +8,7 @@ deferred leaves the outermost of those modules.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -108,10 +109,9 @@ class Activation(Swapped):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if type(x) is Deferred:
-            y = None if route.observed(self) else x.activated(slope_of(self), getattr(self, "inplace", False))
-            if y is not None:
-                return y
-            x = x.plain()
+            inplace = getattr(self, "inplace", False)
+            y = None if route.observed(self) else x.activated(slope_of(self), inplace)
+            return _unfused(super().forward, x, inplace) if y is None else y  # type: ignore[misc]
         return super().forward(x)  # type: ignore[misc]
 
 
@@ -123,9 +123,7 @@ class Dropout(Swapped):
             if not self.training or self.p == 0:
                 return x
             z = None if self.inplace or route.observed(self) else x.dropped(self)
-            if z is not None:
-                return z
-            x = x.plain()
+            return _unfused(super().forward, x, self.inplace) if z is None else z  # type: ignore[misc]
         return super().forward(x)  # type: ignore[misc]
 
     def drop(self: Any, y: Tensor) -> Tensor:
@@ -168,6 +166,14 @@ class Root(Scope):
     def _unannotated(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_only(_only_annotated, lambda value: value.as_subclass(Tensor), (args, kwargs))
         return self(*args, **kwargs)
+
+
+def _unfused(forward: Callable[[Tensor], Tensor], x: Deferred, inplace: bool) -> Tensor:
+    """forward of what x stands for; in place, x itself changes."""
+    if not inplace:
+        return forward(x.plain())
+    y = forward(x)
+    return y.plain() if type(y) is Deferred else y
 
 
 def _only_annotated(value: Any) -> bool:

@@ -113,6 +113,18 @@ def test_dropout_commutes(dropout: nn.Module, training: bool) -> None:
     assert_all_near(found, gradients(untouched, x))
 
 
+def test_dropped_and_then_not_activated() -> None:
+    """A dropout whose activation was taken away still drops what it drops, in the gradients too."""
+    net, untouched = twins(stack(nn.LeakyReLU(0.1), nn.Dropout(0.5), order=1))
+    net[3], untouched[3] = nn.Tanh(), nn.Tanh()
+    x = volume(1)
+    torch.manual_seed(3)
+    with taken("fused"):
+        found = gradients(net, x)
+    torch.manual_seed(3)
+    assert_all_near(found, gradients(untouched, x))
+
+
 class Shared(nn.Module):
     """One activation after two norms, and after a plain convolution; a norm that leads nowhere; a residual."""
 
@@ -158,6 +170,10 @@ def test_aliased_modules() -> None:
 
 def tap(net: nn.Sequential) -> nn.Module:
     return net[:2]
+
+
+def tap_by_hand(net: nn.Sequential) -> nn.Module:
+    return nn.Sequential(net[0], net[1])
 
 
 def norm_replaced(net: nn.Sequential) -> nn.Module:
@@ -243,8 +259,9 @@ def activation_backward_pre_hook(net: nn.Sequential) -> nn.Module:
 
 
 SURGERY = [
-    tap, norm_replaced, norm_replaced_by_a_fresh_one, activation_replaced, activation_removed, activation_copied_out,
-    activation_twice, norm_copied_out, norm_twice, tap_of_the_middle, hook, pre_hook, backward_hook,
+    tap, tap_by_hand, norm_replaced, norm_replaced_by_a_fresh_one, activation_replaced, activation_removed,
+    activation_copied_out, activation_twice, norm_copied_out, norm_twice, tap_of_the_middle,
+    hook, pre_hook, backward_hook,
     activation_hook, activation_pre_hook, activation_pre_hook_in_place, activation_backward_hook,
     activation_backward_pre_hook,
 ]  # fmt: skip
@@ -260,6 +277,13 @@ def test_surgery(surgery: Callable[[nn.Sequential], nn.Module]) -> None:
         with torch.no_grad():
             x = volume()
             assert_near(net(x), untouched(x).double())
+
+
+def test_hook_on_an_activation_in_place() -> None:
+    """By the time a forward hook runs, the activation's input is its output."""
+    net, untouched = twins(stack(nn.LeakyReLU(0.1, inplace=True)))
+    with taken("fused"):
+        assert_like_untouched(activation_hook(net), activation_hook(untouched), volume())
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -459,6 +483,28 @@ def test_untraceable_module() -> None:
             net(volume())
         assert pairs.call_count == 3
         assert_like_untouched(net, untouched, volume())
+
+
+class Box(nn.Module):
+    """Uses its input, and then cannot be traced any further."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if (2 * x).sum() > 0 else x
+
+
+def test_reasons_against_pairing() -> None:
+    net = nn.Sequential(nn.Sequential(nn.InstanceNorm3d(2), Box()), Changes("look"), Changes("change"))
+    inner = nn.Sequential(nn.Conv3d(2, 2, 1), nn.InstanceNorm3d(2))
+    outer = Untraceable()
+    outer.inner = inner
+    found = {norm.name: norm.detail for norm in fastenc.accelerate(nn.Sequential(net, outer)).accelerated}
+    assert found == {
+        "0.0.0": "its output goes to Box, not to a PReLU, LeakyReLU or ReLU module",
+        "0.1.norm": "its output is used 3 times: square, view, ReLU",
+        "0.2.norm": "its output is used 2 times: mul_, ReLU",
+        "1.norm": "with 1.act (LeakyReLU); if they meet: the forward of Untraceable cannot be traced",
+        "1.inner.1": "its output leaves a Sequential, and what calls that cannot be traced",
+    }
 
 
 def test_only_one_mode_pairs() -> None:
@@ -750,7 +796,7 @@ def test_functional_transforms() -> None:
 
 
 def test_volumes_go_channels_last() -> None:
-    net = fastenc.accelerate(stack(nn.PReLU(4)))
+    net = fastenc.accelerate(stack(nn.PReLU(4))[:3])
     seen: list[Tensor] = []
     net[0].register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
     x = volume()
