@@ -6,6 +6,7 @@ from .encoder import EncoderNet1d, EncoderNet2d, EncoderNet3d, encnet12, encnet1
 from .explanation import explain
 from .functional import instance_norm_prelu
 from .layers import ConvModern1d, ConvModern2d, ConvModern3d
+from .modules import InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
 from .route import backend
 
 __version__ = "0.1.0"
@@ -17,6 +18,9 @@ __all__ = [
     "EncoderNet1d",
     "EncoderNet2d",
     "EncoderNet3d",
+    "InstanceNormAct1d",
+    "InstanceNormAct2d",
+    "InstanceNormAct3d",
     "accelerate",
     "backend",
     "encnet12",

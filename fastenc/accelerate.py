@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .layers import _ConvModernNd
+from .modules import _InstanceNormActNd
 from .swapped import (
     INSTANCE_NORMS,
     Activation,
@@ -118,7 +119,8 @@ def _accelerate(model: nn.Module) -> Iterator[NormOutcome]:
     from .pairs import find
 
     names = {module: name for name, module in model.named_modules()}
-    own = {inner for module in names if isinstance(module, _ConvModernNd) for inner in module.modules()}
+    units = [module for module in names if isinstance(module, (_ConvModernNd, _InstanceNormActNd))]
+    own = {inner for unit in units for inner in unit.modules()}
     norms = [module for module in names if isinstance(module, INSTANCE_NORMS)]
     left = {norm: reason for norm in norms if (reason := _why_left(norm, own))}
     found = find(model, {norm for norm in norms if norm not in left})

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from . import route
 from .layers import _ConvModernNd
+from .modules import _InstanceNormActNd
 from .swapped import LoneNorm
 
 
@@ -68,9 +69,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         shape = tuple(getattr(seen, "shape", ()))
         found.append(UnitRoute(name, shape, "triton" if reason is None else "eager", reason))
 
-    units: list[tuple[str, Any]] = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, (_ConvModernNd, LoneNorm))
-    ]
+    kinds = _ConvModernNd, _InstanceNormActNd, LoneNorm
+    units: list[tuple[str, Any]] = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, kinds)]
     hooks = {name: unit.register_forward_pre_hook(partial(ask, name), with_kwargs=True) for name, unit in units}
     try:
         with torch.no_grad(), route.backend("eager"):
