@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastenc.kernels.layout import is_channels_last
+from fastenc.kernels.layout import layout
 
 from . import reference
 from .functional import fused
@@ -103,7 +103,7 @@ def deferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
 
 def dense(x: Tensor) -> bool:
     """Whether norm(x) will have x's strides."""
-    return x.is_contiguous() or is_channels_last(x)
+    return layout(x.shape, x.stride()) is not None
 
 
 def fits(parameter: Tensor, x: Tensor, length: int) -> bool:

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 from . import route
 from .deferred import Deferred, deferred, dense, fits
-from .encoder import _channels_last
 from .functional import fused
+from .stem import channels_last
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 ACTIVATIONS = (nn.PReLU, nn.LeakyReLU, nn.ReLU)
@@ -188,7 +188,7 @@ def _only_annotated(value: Any) -> bool:
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    return x if route.reason(x) else _channels_last(x)
+    return x if route.reason(x) else channels_last(x)
 
 
 def _contiguous(y: Tensor) -> Tensor:
