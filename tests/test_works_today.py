@@ -85,6 +85,34 @@ def test_safetensors(route: str, tmp_path: Path) -> None:
         assert_same(other, plain, volume(dtype=dtype))
 
 
+@either_route
+def test_deepcopied_between_forward_and_backward(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        x = volume(dtype=dtype)
+        y = net(x)
+        twin = copy.deepcopy(net)
+        y.square().sum().backward()
+        expected = gradients(plain, x)
+        assert_all_near([p.grad for p in net.parameters()], expected[2:])
+        assert_all_near(gradients(twin, x), expected)
+        assert all(p.grad is None for p in twin.parameters())
+
+
+def test_moved_to_another_dtype_and_device() -> None:
+    """There and back, through half and an empty meta network filled by a contiguous checkpoint."""
+    net, plain = small_twins(torch.float32)
+    x = volume(dtype=torch.float32)
+    state = copy.deepcopy(net.state_dict())
+    half = net.to(memory_format=torch.channels_last_3d).half()(x.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), plain(x), rtol=0, atol=2**-7 * plain(x).abs().max().item())
+    net.to("meta")
+    assert net(x.half().to("meta")).shape == half.shape
+    net.to_empty(device="cpu").float().load_state_dict(state)
+    assert_same(net, plain, x)
+
+
 # Function transforms
 
 
