@@ -8,6 +8,7 @@ no weight that was cast, laid out or cut outlives a call.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -179,16 +180,27 @@ def prepare(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, 
         return None
     if type(layer) not in _TYPES or layer.padding_mode != "zeros" or type(layer.padding) is str:
         return None
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    weight, bias = layer.weight, layer.bias  # a replica of nn.DataParallel has them as attributes, not as parameters
     if type(weight) not in _TENSORS or x.device != weight.device:
         return None
     if x.dtype != weight.dtype and compute_dtype(x) is None:
         return None
     way = way_of(
         x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, layer.groups,
-        weight.is_contiguous(), x.device.type, fused, "cuts" in layer.__dict__,
+        weight.is_contiguous(), _device(x), fused, "cuts" in layer.__dict__,
     )  # fmt: skip
     return None if way is None else (weight, bias, way)
+
+
+def _device(x: Tensor) -> str:
+    """The kind of x's device; one that nobody has, so that nothing becomes a product, where cuBLAS would refuse.
+
+    In deterministic mode torch raises at a matrix product unless this variable is set; a convolution needs none of it.
+    """
+    kind = x.device.type
+    if kind == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return kind if os.environ.get("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8") else "cuda, no cuBLAS"
+    return kind
 
 
 def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:

@@ -160,7 +160,7 @@ def device_reason(x: Tensor) -> str | None:
 
 
 def observed(*modules: Module) -> str | None:
-    """What could notice that `modules` are not called one by one: hooks, or a forward put on an instance."""
+    """What could notice that `modules` are not called one by one: hooks, an instance's own forward, Module.compile()."""
     if _has_any_global_hook():
         return "a global module hook is registered"
     for module in modules:
@@ -169,6 +169,8 @@ def observed(*modules: Module) -> str | None:
             return f"a hook is registered on {type(module).__name__}"
         if "forward" in own:
             return f"the forward of {type(module).__name__} was replaced"
+        if own.get("_compiled_call_impl") is not None:
+            return f"{type(module).__name__} was compiled by itself"
     return None
 
 

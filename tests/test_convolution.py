@@ -6,6 +6,7 @@ The elements from which a product pays are set to 0 here, so that tiny weights t
 from collections.abc import Iterator
 from math import prod
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -262,3 +263,26 @@ def test_a_tensor_subclass_is_left_to_torch() -> None:
     layer, x = prepared("1³")
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Marked))
     assert prepare(layer, x, False) is None
+
+
+def test_a_replica_has_its_weights_as_attributes() -> None:
+    """What nn.DataParallel makes for each GPU: modules whose parameters are plain tensors, in no dict of parameters."""
+    layer, x = prepared("2³")
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = 1 * layer.weight, 1 * layer.bias
+    torch.testing.assert_close(convolve(replica, x, False), layer(x), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("variable", "taps"), [(None, 0), (":4096:8", 8), (":16:8", 8), (":0:0", 0)])
+def test_no_product_where_cublas_would_refuse(variable: str | None, taps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In deterministic mode without its workspace variable torch raises at a product, where a convolution runs."""
+    layer = nn.Conv3d(3, 4, 3, 2, 1)
+    x = mock.Mock(wraps=torch.randn(2, 3, 2, 2, 2), device=torch.device("cuda"), shape=torch.Size((2, 3, 2, 2, 2)))
+    if variable is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    else:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", variable)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    way = way_of(x.shape, layer.weight.shape, (2,) * 3, (1,) * 3, (1,) * 3, 1, True, convolution._device(x), True)
+    assert way is not None
+    assert (way.window.taps if way.window else 0) == taps
