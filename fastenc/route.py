@@ -160,7 +160,7 @@ def device_reason(x: Tensor) -> str | None:
 
 
 def observed(*modules: Module) -> str | None:
-    """What could notice that `modules` are not called one by one: hooks, an instance's own forward, Module.compile()."""
+    """What could notice that `modules` are not called one by one: hooks, an own forward, Module.compile()."""
     if _has_any_global_hook():
         return "a global module hook is registered"
     for module in modules:
