@@ -206,6 +206,19 @@ def test_autocast_has_torchs_dtypes_and_numbers(name: str, enabled: bool) -> Non
         torch.testing.assert_close(found, truth, rtol=0, atol=2 * 2**-7 * truth.abs().max().item())
 
 
+@pytest.mark.parametrize("name", WAYS)
+def test_a_backward_under_autocast_of_a_forward_without(name: str) -> None:
+    """Matrix products are on autocast's list; a convolution's backward is not, and stays in float32."""
+    layer, x = prepared(name, torch.float32)
+    x.requires_grad_()
+    results = []
+    for y in (convolve(layer, x, False), layer(x)):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(torch.autograd.grad(y, [x, layer.weight, layer.bias], torch.ones_like(y)))
+    for found, truth in zip(*results, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+
+
 def test_what_does_not_fit_is_torchs_own_call() -> None:
     layer = nn.Conv3d(3, 4, 3, padding=1)
     for x in (torch.randn(2, 5, 2, 2, 2), torch.randn(4, 2, 2, 2), torch.randn(2, 3, 2, 2, 2).double(), torch.randn(3)):
