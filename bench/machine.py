@@ -18,7 +18,7 @@ from .timing import Work, calls_per_sample, sample
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
-MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
 CONDITIONS = "temperature.gpu,clocks.sm,clocks.mem,power.draw"
 
 

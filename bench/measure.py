@@ -27,6 +27,7 @@ from .timing import calls_per_sample, sample, synchronize
 COMPILE_GUESS = {"cuda": 45.0, "cpu": 20.0}  # seconds, until a compilation has been timed
 ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 1.0}
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
+SURE_ROUNDS, SURE_SECONDS = 8, 30.0  # from 8 on an outlier is outside a ratio's interval: worth so many seconds
 COMPILING, PREPARING, TIMING = 8.0, 1.0, 2.0  # shares of the work of one peer, for the progress bar
 NOT_REACHED = "not reached"
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
@@ -212,7 +213,9 @@ class Measurement:
             turns = [(twin, self._samples[twin]), *turns, (twin, self._again)]
         begin, enough, told = time.monotonic(), ROUNDS_SECONDS[self._device.type], 0.0
         for done in range(MOST_ROUNDS):
-            share = min(done / LEAST_ROUNDS, (time.monotonic() - begin) / enough if enough else 1.0, 1.0)
+            spent = time.monotonic() - begin
+            least = SURE_ROUNDS if spent < SURE_SECONDS else LEAST_ROUNDS
+            share = max(told, min(done / least, spent / enough if enough else 1.0, 1.0))
             progress.advance((share - told) * len(calls) * TIMING / 2)
             told = share
             if share == 1:

@@ -16,7 +16,7 @@ import fastenc
 import fastenc.route
 
 from .agreement import OUTPUT
-from .peers import EAGER, FASTENC, Candidate, Contest, Peer
+from .peers import EAGER, FASTENC, Candidate, Contest, Peer, anywhere
 from .record import Network, Workload
 from .timing import Work
 
@@ -197,10 +197,16 @@ def _compiled(subject: Subject, laid_out: bool = False, mode: str = "default") -
     return candidate(subject, compiled, laid_out, begin=begin)
 
 
-def _needs_cuda(workload: Workload, device: torch.device) -> str | None:
+def _mode_needs_cuda(workload: Workload, device: torch.device) -> str | None:
     if device.type == "cuda":
         return None
     return "on a CPU this is torch.compile: what the mode adds for convolutions needs a CUDA GPU"
+
+
+def _layout_needs_cuda(workload: Workload, device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return None
+    return "on a CPU this is torch.compile: oneDNN lays the volumes of a convolution out by itself"
 
 
 def _compiled_peers() -> Iterator[tuple[str, Peer]]:
@@ -208,11 +214,9 @@ def _compiled_peers() -> Iterator[tuple[str, Peer]]:
     for mode in ("default", "max-autotune", "reduce-overhead"):
         for layout in ("", " channels_last_3d"):
             name = f"torch.compile{'' if mode == 'default' else f' {mode}'}{layout}"
+            absent = _mode_needs_cuda if mode != "default" else _layout_needs_cuda if layout else anywhere
             make = partial(_compiled, laid_out=bool(layout), mode=mode)
-            if mode == "default":
-                yield name, Peer(make, compiles=True)
-            else:
-                yield name, Peer(make, compiles=True, absent=_needs_cuda, graphs=True)
+            yield name, Peer(make, compiles=True, absent=absent, graphs=mode != "default")
 
 
 # ------------------------------------------------------------------------------------------------------ fastenc

@@ -31,8 +31,8 @@ class Progress:
             except ImportError:
                 self._log = True
             else:
-                left = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
-                columns = (BarColumn(20), *left, TextColumn("{task.description}", markup=False))
+                times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+                columns = (BarColumn(16), *times, TextColumn("{task.description}", markup=False))
                 self._bar = Bar(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=600)
                 self._task = self._bar.add_task("", total=self._total)
                 self._bar.start()
@@ -45,9 +45,12 @@ class Progress:
             self._bar.stop()
 
     def say(self, what: str, step: str = "") -> None:
-        """Show what is being done now, and with which step of it; a log has a line for each `what` only."""
+        """Show what is being done now, and which step of it; what has steps stays on the screen, or in the log."""
         if self._bar is not None:
-            self._bar.update(self._task, description=f"{what}: {step}" if step else what)
+            if step and what != self._last:
+                self._bar.console.print(what, markup=False, highlight=False)
+            self._bar.update(self._task, description=step or what)
+            self._last = what
         elif self._log and what != self._last:
             self._last = what
             elapsed = time.monotonic() - self._begin

@@ -17,7 +17,7 @@ from .machine import commit, condition, copy_bandwidth, describe, matmul_rates, 
 from .measure import DeviceLost, Measurement
 from .peers import FASTENC, contest_of
 from .progress import Progress
-from .record import GpuTests, Record, Settings, Workload, load, write
+from .record import GpuTests, MatmulRate, Record, Settings, Workload, load, write
 from .table import heading, print_table
 
 FIRST_GUESS = {
@@ -81,7 +81,7 @@ class Session:
         """Tests, ceilings, workloads; then the table, whatever came between. Returns the exit status."""
         status, note = 0, ""
         waiting = [each for each in self._measurements if bare(each.workload()) not in self._done]
-        total = CEILINGS + sum(each.units for each in waiting) + (TESTS if self._tests is not None else 0)
+        total = 2 * CEILINGS + sum(each.units for each in waiting) + (TESTS if self._tests is not None else 0)
         with Progress(total, self._log) as progress:
             try:
                 if self._done:
@@ -105,18 +105,26 @@ class Session:
                 progress.say("tests/gpu")
                 self._save(tests=self._tests(self._deadline))
             progress.advance(TESTS)
-        progress.say("this machine's copy bandwidth and matrix rates")
-        dtypes = {each.workload().dtype for each in self._measurements if each.workload().flops}
-        with time_limit(self._deadline.left()):
-            bandwidth, rates = copy_bandwidth(self._device), matmul_rates(dtypes, self._device)
-        machine = dataclasses.replace(self.record.machine, copy_bandwidth=bandwidth, matmul_rates=rates)
-        self._save(machine=machine, before=self.record.before or condition(self._device))
-        progress.advance(CEILINGS)
+        self._measure_ceilings(progress)
+        self._save(before=self.record.before or condition(self._device))
         kinds = [each.workload().kind for each in waiting]
         for i, measurement in enumerate(waiting):
             reserve = sum(self._deadline.estimate(kind, FIRST_GUESS[kind]) for kind in kinds[i:])
             measurement.run(self._deadline, reserve, progress)
             self._save()
+        self._measure_ceilings(progress)
+
+    def _measure_ceilings(self, progress: Progress) -> None:
+        """Before the workloads and after them: what else the machine does may disturb one, and the best counts."""
+        progress.say("this machine's copy bandwidth and matrix rates")
+        dtypes = {each.workload().dtype for each in self._measurements if each.workload().flops}
+        with time_limit(self._deadline.left()):
+            bandwidth, found = copy_bandwidth(self._device), matmul_rates(dtypes, self._device)
+        known = self.record.machine
+        rates = tuple(MatmulRate(each.dtype, max(each.rate, known.matmul_rate(each.dtype) or 0.0)) for each in found)
+        bandwidth = max(bandwidth, known.copy_bandwidth or 0.0)
+        self._save(machine=dataclasses.replace(known, copy_bandwidth=bandwidth, matmul_rates=rates))
+        progress.advance(CEILINGS)
 
     def _save(self, **changes: Any) -> None:
         record = dataclasses.replace(self.record, seconds=self._spent + self._deadline.elapsed(), **changes)

@@ -34,7 +34,7 @@ def title(workload: Workload) -> str:
 
 def milliseconds(seconds: float) -> str:
     """Seconds as milliseconds with four digits."""
-    return f"{seconds * 1e3:#.4g}".rstrip(".")
+    return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:#.4g}".rstrip(".")
 
 
 def megabytes(count: int) -> str:
