@@ -73,7 +73,9 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         finally:
             unit._forward_pre_hooks[hooks[name].id] = mine
         shape = tuple(getattr(seen, "shape", ()))
-        found.append(UnitRoute(name, shape, "triton" if reason is None else "eager", reason, getattr(unit, "recompute", False)))
+        found.append(
+            UnitRoute(name, shape, "triton" if reason is None else "eager", reason, getattr(unit, "recompute", False))
+        )
 
     kinds = _ConvModernNd, _InstanceNormActNd, LoneNorm
     units: list[tuple[str, Any]] = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, kinds)]
