@@ -1,19 +1,23 @@
 """accelerate on MONAI's and nnU-Net's own networks, small: what fuses, and that numbers and checkpoints stay."""
 
 import copy
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from clients import NETWORKS
 from monai.data.meta_tensor import MetaTensor
 from plain import assert_near
 from routes import eager_norms, taken
 from torch import Tensor, nn
 
 import fastenc
+from fastenc import clients
+from fastenc.__main__ import main
 
+NETWORKS = {**clients.monai(), **clients.nnunet()}
 # fused, alone
 COUNTS = {
     "UNet": (9, 0), "UNet, dropout": (4, 0), "UNet, NAD": (6, 0), "BasicUNet": (18, 0), "DynUNet": (10, 0),
@@ -163,3 +167,27 @@ def test_parts_fuse_too() -> None:
         found = net.decoder(net.encoder(x))
         assert not calls
         assert_near(found, untouched(x).double())
+
+
+KEPT = Path(__file__).parent.parent / "bench" / "accelerate_clients.md"
+
+
+def test_the_table_that_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command prints and writes is what the repository keeps, and counts what COUNTS does."""
+    assert main(["accelerate", "--out", str(tmp_path / "table.md")]) == 0
+    kept = KEPT.read_text(encoding="utf-8")
+    assert kept == capsys.readouterr().out == (tmp_path / "table.md").read_text(encoding="utf-8"), (
+        f"python -m fastenc accelerate --out bench/{KEPT.name} writes it anew"
+    )
+    for name, (fused, alone) in COUNTS.items():
+        assert f"| {name} | {fused + alone} | {fused} | {alone} | 0 |" in kept
+
+
+def test_the_table_without_a_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "monai" else find_spec(name))
+    assert main(["accelerate"]) == 2
+    out, error = capsys.readouterr()
+    assert "pip install monai" in error
+    assert "| PlainConvUNet | 10 | 10 | 0 | 0 |" in out
+    assert "BasicUNet" not in out
