@@ -7,6 +7,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+# nnU-Net's networks, for the tests. It asks for timm, and so for torchvision, which only networks left out here import.
+NO_DEPS := dynamic-network-architectures
 OLD_TRITON := .venv/triton-3.6
 
 .PHONY: demo test bench bench-smoke lint audit clean
@@ -41,6 +43,7 @@ audit: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) setuptools
 	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	$(INSTALL) --no-deps $(NO_DEPS)
 	touch $@
 
 # The oldest triton supported, and a numpy that its interpreter works with, laid over the same environment.

@@ -18,7 +18,7 @@ from .record import Mode, Network, Precision, Workload
 from .session import Session
 
 PURPOSE = "time an EncoderNet3d against every other way of running it; one record, one table, one picture"
-MODES: dict[str, Mode] = {"infer": "forward", "train": "training step"}
+MODES: dict[str, Mode] = {"infer": "forward", "gradients": "forward+backward", "train": "training step"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=options.PRECISIONS, nargs="+", default=["fp32"], help="one or more (fp32)")
     parser.add_argument(
         "--mode", choices=MODES, nargs="+", default=["infer"],
-        help="infer: forward; train: forward, backward and a fused AdamW step; one or both (infer)",
+        help="infer: forward; gradients: forward and backward; train: with a fused AdamW step; one or more (infer)",
     )  # fmt: skip
     parser.add_argument(
         "--peers", choices=CONTEST.peers, nargs="+", metavar="PEER", help=f"these only, of: {', '.join(CONTEST.peers)}"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastenc.kernels import plan
+from fastenc.kernels import launch, plan
 from fastenc.kernels.layout import MEMORY_FORMAT
 
 from .timing import Work, calls_per_sample, sample
@@ -66,12 +66,12 @@ def held_at(constant: Constant, value: Any) -> Iterator[None]:
     """Plans are made with `constant` at `value` inside the block."""
     before = getattr(plan, constant.name)
     setattr(plan, constant.name, value if constant.key is None else {**before, constant.key: value})
-    plan.make_plan.cache_clear()
+    launch.prepared.cache_clear()
     try:
         yield
     finally:
         setattr(plan, constant.name, before)
-        plan.make_plan.cache_clear()
+        launch.prepared.cache_clear()
 
 
 def seconds(shape: Shape, dtype: torch.dtype, backward: bool, device: torch.device) -> float:
@@ -83,9 +83,9 @@ def seconds(shape: Shape, dtype: torch.dtype, backward: bool, device: torch.devi
     x = torch.randn(N, C, S, 1, 1, device=device).to(dtype).contiguous(memory_format=MEMORY_FORMAT[5])
     weight, bias, slope = torch.ones(C, device=device), torch.zeros(C, device=device), torch.rand(C, device=device)
     if backward:
-        _, mean, rstd = instance_norm_prelu_forward(x, weight, bias, slope, 1e-5)
+        _, statistics = instance_norm_prelu_forward(x, weight, bias, slope, 1e-5)
         dy = torch.randn_like(x)
-        work = Work(lambda: instance_norm_prelu_backward(dy, x, weight, bias, slope, mean, rstd), queued=True)
+        work = Work(lambda: instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics), queued=True)
     else:
         work = Work(lambda: instance_norm_prelu_forward(x, weight, bias, slope, 1e-5), queued=True)
     calls = calls_per_sample(work, device) if device.type == "cuda" else 1

@@ -1,12 +1,14 @@
 """fastenc: a drop-in EncoderNet3d whose InstanceNorm3d and PReLU run as fused Triton kernels on NVIDIA GPUs."""
 
 from . import reference
+from .accelerate import accelerate
 from .encoder import EncoderNet1d, EncoderNet2d, EncoderNet3d, encnet12, encnet15, encnet17, encnet22
 from .explanation import explain
 from .freeze import freeze
 from .functional import instance_norm_prelu
 from .graph import graphed
 from .layers import ConvModern1d, ConvModern2d, ConvModern3d
+from .modules import InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
 from .route import backend
 
 __version__ = "0.1.0"
@@ -18,6 +20,10 @@ __all__ = [
     "EncoderNet1d",
     "EncoderNet2d",
     "EncoderNet3d",
+    "InstanceNormAct1d",
+    "InstanceNormAct2d",
+    "InstanceNormAct3d",
+    "accelerate",
     "backend",
     "encnet12",
     "encnet15",

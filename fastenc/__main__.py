@@ -1,4 +1,4 @@
-"""The command line: `python -m fastenc demo`, `python -m fastenc bench`, also as `fastenc`."""
+"""The command line: `python -m fastenc demo`, `accelerate`, `bench`, also as `fastenc`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("bench", help="benchmarks and proofs: python -m fastenc.bench", add_help=False)
     demo_parser = commands.add_parser("demo", help="every route on a real MRI volume, compared; a network trained")
+    clients_parser = commands.add_parser("accelerate", help="what accelerate fuses in MONAI's and nnU-Net's networks")
     if arguments[:1] == ["bench"]:
         from .bench.__main__ import main as bench
 
         return bench(arguments[1:])
+
+    if arguments[:1] == ["accelerate"]:
+        from . import clients
+
+        clients.add_arguments(clients_parser)
+        return clients.run(parser.parse_args(arguments))
 
     from . import demo
 

@@ -8,6 +8,7 @@ no weight that was cast, laid out or cut outlives a call.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fastenc.kernels.layout import MEMORY_FORMAT
 
@@ -67,6 +69,7 @@ class Way:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    fused: bool = False  # volumes are channels-last, where torch has such a layout; else they follow x
     window: Window | None = None  # None: all taps
     product_forward: bool = False
     product_backward: bool = False
@@ -133,7 +136,7 @@ def way_of(
 
     frozen: the cut weight is kept, so that cutting it costs nothing.
     """
-    ordinary = Way(stride, padding, dilation, groups) if fused else None
+    ordinary = Way(stride, padding, dilation, groups, fused) if fused else None
     size, kernel = x_shape[2:], weight_shape[2:]
     if len(x_shape) != len(weight_shape) or x_shape[0] < 1 or x_shape[1] != groups * weight_shape[1]:
         return None  # torch's own error
@@ -147,11 +150,11 @@ def way_of(
     if positions > MOST_POSITIONS:
         # A cut convolution pads both sides alike; it pays where a third of the taps or more is dead.
         if 3 * live.taps <= 2 * prod(kernel) and all(before == max(after, 0) >= 0 for before, after in live.padding):
-            return Way(stride, padding, dilation, groups, live)
+            return Way(stride, padding, dilation, groups, fused, live)
         return ordinary
     if device == "cuda" or (frozen and positions == 1):
         # The weight's bytes are the cost here: dead taps are neither read nor cast.
-        return Way(stride, padding, dilation, groups, live, True, True) if dead else ordinary
+        return Way(stride, padding, dilation, groups, fused, live, True, True) if dead else ordinary
     elements = prod(weight_shape)
     if positions == 1 and dead:
         if x_shape[0] < 2 or elements < CPU_ONE_POSITION:
@@ -163,7 +166,7 @@ def way_of(
         return ordinary
     cut = not weight_contiguous or live.taps <= CPU_CUT_TAPS
     window = live if cut else window_of(size, kernel, stride, padding, whole=True)
-    return Way(stride, padding, dilation, groups, window, forward, backward)
+    return Way(stride, padding, dilation, groups, fused, window, forward, backward)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -173,18 +176,31 @@ def is_plain(layer: nn.Module) -> bool:
 
 def prepare(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, Way] | None:
     """weight, bias and way of layer for x; None where layer(x) is to be called: torch's own way, or its own error."""
+    if is_compiling():  # a choice by the size would be baked in, and what is written down holds at every size
+        return None
     if type(layer) not in _TYPES or layer.padding_mode != "zeros" or type(layer.padding) is str:
         return None
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    weight, bias = layer.weight, layer.bias  # a replica of nn.DataParallel has them as attributes, not as parameters
     if type(weight) not in _TENSORS or x.device != weight.device:
         return None
     if x.dtype != weight.dtype and compute_dtype(x) is None:
         return None
     way = way_of(
         x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, layer.groups,
-        weight.is_contiguous(), x.device.type, fused, "cuts" in layer.__dict__,
+        weight.is_contiguous(), _device(x), fused, "cuts" in layer.__dict__,
     )  # fmt: skip
     return None if way is None else (weight, bias, way)
+
+
+def _device(x: Tensor) -> str:
+    """The kind of x's device; one that nobody has, so that nothing becomes a product, where cuBLAS would refuse.
+
+    In deterministic mode torch raises at a matrix product unless this variable is set; a convolution needs none of it.
+    """
+    kind = x.device.type
+    if kind == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return kind if os.environ.get("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8") else "cuda, no cuBLAS"
+    return kind
 
 
 def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:
@@ -197,12 +213,17 @@ def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:
     if prepared is None:
         return layer(x)
     weight, bias, way = prepared
+    return convolve_by(x, weight, bias, way, layer.__dict__.get("cuts"))
+
+
+def convolve_by(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way, cuts: Cuts | None = None) -> Tensor:
+    """The convolution of x by `way`, under autograd where anything asks for a gradient."""
     dtype = compute_dtype(x)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return Convolution.apply(x, weight, bias, way, dtype)
-    return forward(x, weight, bias, way, dtype, layer.__dict__.get("cuts"))
+    return forward(x, weight, bias, way, dtype, cuts)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
@@ -237,7 +258,7 @@ def forward(
 ) -> Tensor:
     """The convolution of x (N, in, *size) with weight (out, in, *kernel) by `way`, in `dtype` (x's where None).
 
-    y is in x's memory layout. cuts: where a frozen weight keeps its matrices.
+    y is channels-last where `way` is fused, else in x's layout. cuts: where a frozen weight keeps its matrices.
     """
     dtype = dtype or x.dtype
     x = x.to(dtype)
@@ -248,7 +269,9 @@ def forward(
         y = torch.convolution(
             x, weight, bias, way.stride, padding, way.dilation, False, (0,) * len(padding), way.groups
         )
-        return _in_layout_of(y, x)  # as it comes from cuDNN; some convolutions of a CPU know one layout only
+        return y.contiguous(
+            memory_format=_layout(x, way)
+        )  # as it comes from cuDNN; some convolutions of a CPU know one layout only
     window = way.window
     assert window is not None
     last = _channels_are_last(x, weight, way)
@@ -257,7 +280,7 @@ def forward(
     matrix = make(weight, window, dtype, last)
     # A CPU reads the weight faster as the left factor: 11 ms instead of 17 for 1024×27648 by 16 columns on two cores.
     rows = torch.mm(matrix, columns.t()).t() if x.device.type == "cpu" else torch.mm(columns, matrix.t())
-    return _as_volume(rows if bias is None else rows + bias, x, window.output)
+    return _as_volume(rows if bias is None else rows + bias, x, way)
 
 
 def backward(
@@ -273,16 +296,17 @@ def backward(
 
     Of x the gradient of x needs the shape, dtype and layout only.
     """
-    differentiated = torch.is_grad_enabled() or route.vectorised(dy)
-    if way.product_backward and not differentiated:
+    # Vectorised, it is torch's own backward on all taps, which takes many gradients at once. What follows can itself be
+    # differentiated as it stands.
+    vectorised = route.vectorised(dy)
+    if way.product_backward and not vectorised:
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
         return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
     compute = dtype or x.dtype
-    # Differentiated in its turn, or vectorised, it is torch's own backward on all taps, which has derivatives.
-    cut = _cuts(way) and not differentiated
-    laid_out = weight.to(compute) if differentiated else _laid_out(weight, x, way, compute)
+    cut = _cuts(way) and not vectorised
+    laid_out = weight.to(compute) if vectorised else _laid_out(weight, x, way, compute)
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
         dy, x.to(compute), laid_out, None if bias is None else list(bias.shape), way.stride,
         way.cut_padding if cut else way.padding, way.dilation, False, (0,) * len(way.stride), way.groups, needs,
@@ -290,9 +314,7 @@ def backward(
     if needs[0]:
         dx = dx.to(x.dtype)
     if needs[1]:
-        dweight = (
-            dweight.to(weight.dtype) if differentiated else _gradient(dweight, weight, way.window if cut else None)
-        )
+        dweight = dweight.to(weight.dtype) if vectorised else _gradient(dweight, weight, way.window if cut else None)
     return dx, dweight, dbias.to(bias.dtype) if needs[2] and bias is not None else None
 
 
@@ -312,7 +334,7 @@ def _product_backward(
     dx = dweight = dbias = None
     if needs[0]:
         dcolumns = torch.mm(rows, _matrix(weight, window, dtype, last))
-        dx = _scattered(dcolumns, x, window, way.stride, last).to(x.dtype)
+        dx = _scattered(dcolumns, x, window, way.stride, last).to(x.dtype, memory_format=_layout(x, way))
     if needs[1]:
         dmatrix = torch.mm(rows.t(), _columns(x.to(dtype), window, way.stride, last))
         taps = [high - low for low, high in zip(window.low, window.high, strict=True)]
@@ -333,8 +355,8 @@ def _laid_out(weight: Tensor, x: Tensor, way: Way, dtype: torch.dtype) -> Tensor
     """The weight in `dtype`, cut to the window, and channels-last where x is: one copy at most."""
     if way.window is not None and _cuts(way):
         weight = weight[way.window.slices]
-    if x.dim() in MEMORY_FORMAT and not x.is_contiguous():
-        return weight.to(dtype, memory_format=MEMORY_FORMAT[x.dim()])
+    if way.fused or _cuts(way):
+        return weight.to(dtype, memory_format=_layout(x, way))
     return weight.to(dtype)
 
 
@@ -367,7 +389,7 @@ def _columns(x: Tensor, window: Window, stride: tuple[int, ...], last: bool) -> 
 
 
 def _scattered(dcolumns: Tensor, x: Tensor, window: Window, stride: tuple[int, ...], last: bool) -> Tensor:
-    """The sum of dcolumns over all columns that an element of x stands in, in x's layout: `_columns` transposed."""
+    """The sum of dcolumns over all columns that an element of x stands in: `_columns` transposed."""
     axes = len(stride)
     taps = [high - low for low, high in zip(window.low, window.high, strict=True)]
     padded = [size + before + after for size, (before, after) in zip(x.shape[2:], window.padding, strict=True)]
@@ -384,21 +406,23 @@ def _scattered(dcolumns: Tensor, x: Tensor, window: Window, stride: tuple[int, .
             d = torch.ops.aten.unfold_backward(d, sizes, 2 + axis, taps[axis], stride[axis])
     if any(before or after for before, after in window.padding):
         d = F.pad(d, [-pad for pair in reversed(window.padding) for pad in pair])
-    return _in_layout_of(d, x)
+    return d
 
 
-def _as_volume(rows: Tensor, x: Tensor, output: tuple[int, ...]) -> Tensor:
-    """Rows [N·positions, out] as (N, out, *output) in x's layout."""
+def _as_volume(rows: Tensor, x: Tensor, way: Way) -> Tensor:
+    """Rows [N·positions, out] as (N, out, *output)."""
+    assert way.window is not None
+    output = way.window.output
     if prod(output) == 1:
         return rows.contiguous().view(*rows.shape, *output)
-    return _in_layout_of(rows.unflatten(0, (x.shape[0], *output)).movedim(-1, 1), x)
+    return rows.unflatten(0, (x.shape[0], *output)).movedim(-1, 1).contiguous(memory_format=_layout(x, way))
 
 
-def _in_layout_of(tensor: Tensor, x: Tensor) -> Tensor:
-    """tensor, dense and with x's axes, channels-last where x is, else contiguous."""
-    if x.is_contiguous() or x.dim() not in MEMORY_FORMAT:
-        return tensor.contiguous()
-    return tensor.contiguous(memory_format=MEMORY_FORMAT[x.dim()])
+def _layout(x: Tensor, way: Way) -> torch.memory_format:
+    """The memory format of every volume of a convolution of x."""
+    if way.fused or not x.is_contiguous():
+        return MEMORY_FORMAT.get(x.dim(), torch.contiguous_format)
+    return torch.contiguous_format
 
 
 def _gradient(part: Tensor, weight: Tensor, window: Window | None) -> Tensor:

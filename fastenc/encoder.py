@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 from torch import Tensor, nn
-
-from fastenc.kernels.layout import MEMORY_FORMAT
+from torch.compiler import is_compiling
 
 from . import route
 from .convolution import CONVOLUTIONS, convolve, is_plain
 from .layers import _BlockConvStkNd, _ConvModernNd, integer, per_axis
+from .stem import channels_last, stem
 
 POOLS: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
@@ -80,9 +80,10 @@ class _EncoderNetNd(nn.Module):
         was_contiguous = fused and x.is_contiguous()
         layers = list(self.netbody)
         pool = layers.pop() if self.is_out_vector else None
-        if route.watched(x) is None:
+        if route.watched(x) is None and not is_compiling():
             x = self._walk(layers, x, fused)
         else:
+            x = channels_last(x) if fused else x
             for layer in layers:
                 x = layer(x)
         if pool is None:
@@ -97,13 +98,14 @@ class _EncoderNetNd(nn.Module):
 
         No volume is held here that the next step does not need, so that a unit may write over what it is given.
         """
+        fresh = False
         if fused:
-            x = _channels_last(x)
+            first, *layers = layers
+            x, fresh = stem(first, x), is_plain(first) and route.observed(first) is None
         steps: list[nn.Module] = []
         for layer in layers:
             unseen = type(layer) is _BlockConvStkNd and route.observed(layer) is None
             steps += layer.units() if unseen else [layer]  # type: ignore[operator]
-        fresh = False
         for step in steps:
             if route.observed(step) is not None:
                 x, fresh = step(x), False
@@ -112,17 +114,6 @@ class _EncoderNetNd(nn.Module):
             else:
                 x, fresh = convolve(step, x, fused), is_plain(step)
         return x
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """x (N, C, *spatial) laid out as (N, *spatial, C), where torch's convolutions have that layout: 2-D and 3-D."""
-    memory_format = MEMORY_FORMAT.get(x.dim())
-    if memory_format is None:
-        return x
-    if x.shape[1] == 1:
-        # One channel is both layouts at once; cuDNN goes by the strides, so spell them out.
-        return x.squeeze(1).contiguous().unsqueeze(-1).movedim(-1, 1)
-    return x.contiguous(memory_format=memory_format)
 
 
 def _depths(layers: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which route each unit of a network takes for an input, and why."""
+"""Which route each unit of a network, or each norm that `accelerate` found, takes for an input, and why."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch.func import functional_call
 
 from . import route
 from .layers import _ConvModernNd
+from .modules import _InstanceNormActNd
+from .swapped import LoneNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Explanation:
 
 
 def explain(model: nn.Module, x: Tensor) -> Explanation:
-    """The route of each unit of `model` for x, with the reason where it is not Triton's.
+    """The route of each unit, and of each accelerated norm, of `model` for x, with the reason where it is not Triton's.
 
     Runs the model once on x, without gradients, on the eager route and on copies of its buffers, and asks every unit as
     it is called.
@@ -63,18 +65,25 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     chosen = route.chosen()
 
     def ask(name: str, unit: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        seen = arguments[0] if arguments else keywords["x"]
-        with route.backend(chosen):
-            reason = unit.why_eager(seen)
+        (seen,) = arguments or keywords.values()
+        mine = unit._forward_pre_hooks.pop(hooks[name].id)  # a hook is a reason
+        try:
+            with route.backend(chosen):
+                reason = unit.why_eager(seen)
+        finally:
+            unit._forward_pre_hooks[hooks[name].id] = mine
         shape = tuple(getattr(seen, "shape", ()))
-        found.append(UnitRoute(name, shape, "triton" if reason is None else "eager", reason, unit.recompute))
+        found.append(
+            UnitRoute(name, shape, "triton" if reason is None else "eager", reason, getattr(unit, "recompute", False))
+        )
 
-    units = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvModernNd)]
-    hooks = [unit.register_forward_pre_hook(partial(ask, name), with_kwargs=True) for name, unit in units]
+    kinds = _ConvModernNd, _InstanceNormActNd, LoneNorm
+    units: list[tuple[str, Any]] = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, kinds)]
+    hooks = {name: unit.register_forward_pre_hook(partial(ask, name), with_kwargs=True) for name, unit in units}
     try:
         with torch.no_grad(), route.backend("eager"):
             functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (x,))
     finally:
-        for hook in hooks:
+        for hook in hooks.values():
             hook.remove()
     return Explanation(tuple(found))

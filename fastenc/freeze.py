@@ -25,7 +25,7 @@ class Frozen:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self._model, self._dtype = model, dtype
-        self._copy = _copied(model, dtype)
+        self._copy, self._structure = _copied(model, dtype), _structure(model)
 
     @property
     def model(self) -> nn.Module:
@@ -40,15 +40,16 @@ class Frozen:
     def refresh(self) -> bool:
         """Take the model's weights and buffers again, into the memory that holds them now.
 
-        Returns False where the model has changed more than its numbers (another device, shape or structure), so that
-        the copy was made anew.
+        Returns False where the model has changed more than its numbers (another device, dtype, shape or module), so
+        that the copy was made anew.
         """
-        sources, targets = (dict(_tensors(module)) for module in (self._model, self._copy))
-        if not _alike(sources, targets):
-            self._copy = _copied(self._model, self._dtype)
+        structure = _structure(self._model)
+        if structure != self._structure:
+            self._copy, self._structure = _copied(self._model, self._dtype), structure
             return False
+        sources = _tensors(self._model)
         with torch.no_grad():
-            for name, target in targets.items():
+            for name, target in _tensors(self._copy).items():
                 target.copy_(sources[name])
             for module in self._copy.modules():
                 if isinstance(module.__dict__.get("cuts"), Cuts):
@@ -64,7 +65,7 @@ class Frozen:
     def _precision(self) -> AbstractContextManager[object]:
         if self._dtype is None:
             return nullcontext()
-        device = next((tensor.device.type for _, tensor in _tensors(self._copy)), "cpu")
+        device = next((tensor.device.type for tensor in self._copy.parameters()), "cpu")
         return torch.autocast(device, self._dtype, cache_enabled=False)
 
 
@@ -89,16 +90,15 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen:
     return Frozen(model, dtype)
 
 
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name."""
-    return [*module.named_parameters(), *module.named_buffers()]
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _alike(sources: dict[str, Tensor], targets: dict[str, Tensor]) -> bool:
-    return list(sources) == list(targets) and all(
-        source.shape == target.shape and source.device == target.device
-        for source, target in zip(sources.values(), targets.values(), strict=True)
-    )
+def _structure(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """All of a model but its numbers: its modules, and the name, shape, dtype and device of its tensors."""
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    return modules, [(name, t.shape, t.dtype, t.device) for name, t in _tensors(model).items()]
 
 
 def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import recompute, route
 from .convolution import CONVOLUTIONS, convolve, is_plain, prepare
@@ -132,7 +133,7 @@ class _ConvModernNd(nn.Module):
         slope = activation.weight if type(activation) is nn.PReLU else 0.0
         if not _fits(norm, slope, x):
             x = activation(norm(x))  # torch's own error
-        elif self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled():
+        elif self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling():
             return _recomputed(x, norm, slope, layers[2])
         else:
             in_place = (fresh if at == 0 else is_plain(layers[at - 1])) and not torch.is_grad_enabled()
@@ -144,7 +145,7 @@ class _ConvModernNd(nn.Module):
     def _run_eager(self, x: Tensor) -> Tensor:
         """The submodules in turn; the convolution on its live taps where nothing could notice."""
         layers = tuple(self.mconv._modules.values())
-        plain = type(self.mconv) is nn.Sequential and route.observed(self.mconv, *layers) is None
+        plain = not is_compiling() and type(self.mconv) is nn.Sequential and route.observed(self.mconv, *layers) is None
         if not plain or route.watched(x) is not None:
             return self.mconv(x)
         for layer in layers:

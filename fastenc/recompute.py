@@ -49,33 +49,31 @@ class RecomputedUnit(torch.autograd.Function):
         dtypes: tuple[torch.dtype | None, torch.dtype | None],
     ) -> Tensor:
         try:
-            y, mean, rstd = launchers()[0](x, weight, bias, slope, eps, dtypes[0])
+            y, statistics = launchers()[0](x, weight, bias, slope, eps, dtypes[0])
         except Exception as error:
             if not route.machine_fault(error, x.device):
                 raise
-            y, mean, rstd = reference.forward(x, weight, bias, slope, eps), None, None
+            y, statistics = reference.forward(x, weight, bias, slope, eps), None
         shared = slope if isinstance(slope, Tensor) else None
-        ctx.save_for_backward(x, weight, bias, shared, convolution_weight, convolution_bias, mean, rstd)
+        ctx.save_for_backward(x, weight, bias, shared, convolution_weight, convolution_bias, statistics)
         ctx.slope, ctx.eps, ctx.way, ctx.dtypes = None if shared is not None else slope, eps, way, dtypes
         return convolution.forward(y, convolution_weight, convolution_bias, way, dtypes[1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dout,) = grad_outputs
-        *tensors, mean, rstd = ctx.saved_tensors
-        if mean is None or torch.is_grad_enabled() or route.vectorised(dout):
+        *tensors, statistics = ctx.saved_tensors
+        if statistics is None or torch.is_grad_enabled() or route.vectorised(dout):
             return _by_the_formula(ctx, dout, tensors)
         try:
-            return _by_the_kernels(ctx, dout, tensors, mean, rstd)
+            return _by_the_kernels(ctx, dout, tensors, statistics)
         except Exception as error:
             if not route.machine_fault(error, dout.device):
                 raise
             return _by_the_formula(ctx, dout, tensors)
 
 
-def _by_the_kernels(
-    ctx: Any, dout: Tensor, tensors: list[Any], mean: Tensor, rstd: Tensor
-) -> tuple[Tensor | None, ...]:
+def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, slope, convolution_weight, convolution_bias = tensors
     slope = ctx.slope if slope is None else slope
     forward, backward = launchers()
@@ -83,7 +81,7 @@ def _by_the_kernels(
     needs = ctx.needs_input_grad
     dweight = dbias = None
     if needs[5] or needs[6]:
-        y = forward(x, weight, bias, slope, ctx.eps, dtype, statistics=(mean, rstd))[0]
+        y = forward(x, weight, bias, slope, ctx.eps, dtype, statistics=statistics)[0]
         _, dweight, dbias = convolution.backward(
             dout, y, convolution_weight, convolution_bias, way, compute_dtype, (False, needs[5], needs[6])
         )
@@ -96,7 +94,7 @@ def _by_the_kernels(
     dy = convolution.backward(
         dout, like, convolution_weight, convolution_bias, way, compute_dtype, (True, False, False)
     )[0]
-    gradients = backward(dy, x, weight, bias, slope, mean, rstd, needs[:4], in_place=True)
+    gradients = backward(dy, x, weight, bias, slope, statistics, needs[:4], in_place=True)
     return (*gradients, None, dweight, dbias, None, None)
 
 

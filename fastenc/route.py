@@ -10,18 +10,26 @@ import importlib.util
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.autograd.forward_ad
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import Module, Parameter
 from torch.nn.modules.module import _has_any_global_hook
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "triton", "eager")
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 OLDEST_ARCHITECTURE = (8, 0)  # the oldest that the kernels are compiled for in the tests: bfloat16 starts there
+
+TRANSFORM = "a torch.func transform (grad, vmap, jvp, …) is active"
+FORWARD_MODE = "forward-mode differentiation is active"
 
 logger = logging.getLogger("fastenc")
 
@@ -30,6 +38,15 @@ def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     return name
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """torch.compile calls `function` while it traces and takes the result for a constant.
+
+    What torch.compiler.assume_constant_result does, without the second that importing torch._dynamo costs.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 _backend = _checked(os.environ.get("FASTENC_BACKEND", "auto"), "environment variable FASTENC_BACKEND")
@@ -74,24 +91,29 @@ def eager(reason: str | None) -> bool:
         return False
     if _backend == "triton":
         raise RuntimeError(f'backend "triton" was asked for, but {reason}')
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         logger.debug("eager route: %s", reason)
     return True
 
 
 def watched(x: object) -> str | None:
     """What PyTorch does at this moment that has to see the submodules and plain operations; None if nothing."""
-    if torch.compiler.is_compiling():
-        return "torch.compile or torch.export is tracing"
-    if type(x) is not Tensor and type(x) is not Parameter:
+    if is_compiling():
+        why = _traced_reason()
+        if why is not None:
+            return why
+        # torch.export without Dynamo runs this very code on fake tensors, a subclass.
+        if is_dynamo_compiling() and type(x) is not Tensor and type(x) is not Parameter:
+            return f"x is a {type(x).__name__}, not a plain torch.Tensor"
+    elif type(x) is not Tensor and type(x) is not Parameter:
         return f"x is a {type(x).__name__}, not a plain torch.Tensor"
-    if torch.jit.is_tracing() or torch.jit.is_scripting():
+    elif _get_tracing_state() is not None:
         return "torch.jit or the ONNX exporter is tracing"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform (grad, vmap, jvp, …) is active"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    if torch._C._len_torch_dispatch_stack():
+    elif _are_functorch_transforms_active():
+        return TRANSFORM
+    elif forward_ad._current_level >= 0:
+        return FORWARD_MODE
+    elif _len_torch_dispatch_stack():
         return "a TorchDispatchMode is active, which sees aten operations only"
     return None
 
@@ -111,16 +133,26 @@ def reason(x: Any) -> str | None:
     return device_reason(x)
 
 
+@constant_in_graphs
+def _traced_reason() -> str | None:
+    """Why what torch.compile or torch.export is tracing must be plain PyTorch."""
+    if torch.onnx.is_in_onnx_export():
+        return "the ONNX exporter is tracing"
+    if _are_functorch_transforms_active():
+        return TRANSFORM
+    return FORWARD_MODE if forward_ad._current_level >= 0 else None
+
+
 def vectorised(dy: Tensor) -> bool:
     """Whether a gradient stands for many at once: torch.vmap, `is_grads_batched`, `jacobian(vectorize=True)`."""
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return _are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def device_reason(x: Tensor) -> str | None:
     """Why the kernels cannot run on x's device."""
     if x.is_cuda:
-        return _cuda_reason(x.get_device()) or _faults.get(x.device)
-    if x.device.type != "cpu":
+        return _cuda_reason(x.get_device())
+    if not x.is_cpu:
         return f"x is on {x.device}; the kernels run on CUDA"
     if _backend == "auto":
         return "x is on the CPU; the kernels run on CUDA"
@@ -128,7 +160,7 @@ def device_reason(x: Tensor) -> str | None:
 
 
 def observed(*modules: Module) -> str | None:
-    """What could notice that `modules` are not called one by one: hooks, or a forward put on an instance."""
+    """What could notice that `modules` are not called one by one: hooks, an own forward, Module.compile()."""
     if _has_any_global_hook():
         return "a global module hook is registered"
     for module in modules:
@@ -137,6 +169,8 @@ def observed(*modules: Module) -> str | None:
             return f"a hook is registered on {type(module).__name__}"
         if "forward" in own:
             return f"the forward of {type(module).__name__} was replaced"
+        if own.get("_compiled_call_impl") is not None:
+            return f"{type(module).__name__} was compiled by itself"
     return None
 
 
@@ -144,9 +178,15 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@lru_cache(maxsize=64)
+@constant_in_graphs
 def _cuda_reason(index: int) -> str | None:
-    """Why GPU number `index` cannot run the kernels: asked once per process."""
+    """Why GPU number `index` cannot run the kernels."""
+    return _lacking(index) or (_faults.get(torch.device("cuda", index)) if _faults else None)
+
+
+@lru_cache(maxsize=64)
+def _lacking(index: int) -> str | None:
+    """What GPU number `index` or this process lacks to run the kernels: asked once."""
     if not has_triton():
         return "triton is not installed"
     if torch.version.hip is not None:
@@ -158,6 +198,7 @@ def _cuda_reason(index: int) -> str | None:
     return None
 
 
+@constant_in_graphs
 def _interpreter_reason() -> str | None:
     if not has_triton():
         return "triton is not installed"

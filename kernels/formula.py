@@ -74,6 +74,14 @@ def parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C: tl.co
 
 
 @triton.jit
+def statistics(Statistics, row, N, C, exists):
+    """mean and rstd of rows: of all rows the means come first, then the rstd, one tensor for both."""
+    mean = tl.load(Statistics + row, mask=exists, other=0.0)  # [BLOCK_C]
+    rstd = tl.load(Statistics + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0)  # [BLOCK_C]
+    return mean, rstd
+
+
+@triton.jit
 def tile_statistics(x, valid, count):
     """Mean and M2 = Σ(x − mean)² of `count` elements down each column of a tile; x is 0 where not valid.
 

@@ -8,6 +8,7 @@ One pass where a row of x and dy fits on chip, split where it does not. No sum i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
@@ -15,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formula import divisible, locate, normalize, parameters, prelu_dslope, prelu_dz
-from .launch import device_guard, multiprocessors, slope_arguments
+from .formula import divisible, locate, normalize, parameters, prelu_dslope, prelu_dz, statistics
+from .launch import elsewhere, prepared
 from .layout import like, readable
-from .plan import COMBINE_WARPS, RELOAD_BLOCK_S, SUM_N_C, SUM_N_N, make_plan
+from .plan import COMBINE_WARPS, RELOAD_BLOCK_S, SUM_N_C, SUM_N_N, ceil_div
 
 _RELOAD_BLOCK_S = tl.constexpr(RELOAD_BLOCK_S)
 
@@ -38,7 +39,7 @@ def tile_dx(centered, dz, scale, mean_dz, slant):
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
 def backward_one_pass(
-    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Mean, Rstd, Sums, N, C, S,
+    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, N, C, S,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
@@ -53,8 +54,7 @@ def backward_one_pass(
     valid = (s < S)[:, None] & exists[None, :]
     x = tl.load(X + base + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
     dy = tl.load(DY + base + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-    mean = tl.load(Mean + row, mask=exists, other=0.0)  # [BLOCK_C]
-    rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
+    mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     centered, dz, dslope = tile_terms(x, dy, mean, rstd * weight, bias, a)
     sum_dz = tl.sum(dz, axis=0)
@@ -65,7 +65,7 @@ def backward_one_pass(
             tl.store(Sums + 2 * rows + row, tl.sum(dslope, axis=0), mask=exists)
         tl.store(Sums + row, sum_dz, mask=exists)
     if BLOCK_S >= _RELOAD_BLOCK_S:
-        rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
+        rstd = tl.load(Statistics + rows + row, mask=exists, other=0.0)  # [BLOCK_C]
         if Weight is not None:
             weight = tl.load(Weight + c, mask=exists, other=0.0).to(tl.float32)  # [BLOCK_C]
     sum_dz_xhat = sum_dz_centered * rstd
@@ -78,7 +78,7 @@ def backward_one_pass(
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
 def backward_sums(
-    DY, X, Weight, Bias, Slope, slope, slope_step, Mean, Rstd, ChunkSums, N, C, S, chunks, tiles,
+    DY, X, Weight, Bias, Slope, slope, slope_step, Statistics, ChunkSums, N, C, S, chunks, tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
@@ -88,8 +88,7 @@ def backward_sums(
     else:
         S = divisible(S, VEC)
     row, c, exists, base, start, step, chunk = locate(tl.program_id(0), N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
-    mean = tl.load(Mean + row, mask=exists, other=0.0)  # [BLOCK_C]
-    rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
+    mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     scale = rstd * weight
     first = tl.cast(chunk, tl.int64) * (tiles * BLOCK_S)
@@ -140,7 +139,7 @@ def backward_combine(
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
 def backward_apply(
-    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Mean, Rstd, Sums, N, C, S, chunks, tiles,
+    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, N, C, S, chunks, tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """dx of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2."""
@@ -150,8 +149,7 @@ def backward_apply(
         S = divisible(S, VEC)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row, c, exists, base, start, step, chunk = locate(block, N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
-    mean = tl.load(Mean + row, mask=exists, other=0.0)  # [BLOCK_C]
-    rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
+    mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     mean_dz = tl.load(Sums + row, mask=exists, other=0.0) / S  # [BLOCK_C]
     slant = rstd * tl.load(Sums + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0) / S  # [BLOCK_C]
@@ -191,84 +189,85 @@ def instance_norm_prelu_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     slope: Tensor | float,
-    mean: Tensor,
-    rstd: Tensor,
-    needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
+    statistics: Tensor,
+    needs: Sequence[bool] = (True, True, True, True),
     in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Launch the backward of `instance_norm_prelu_forward`, whose x, mean and rstd it takes.
+    """Launch the backward of `instance_norm_prelu_forward`, whose x and statistics it takes.
 
     dy of y's shape, any strides. needs: which of dx, dweight, dbias, dslope to compute; the others come back None.
     in_place: dx may be written over dy, where their dtypes are one. dx is in x's layout and dtype, the others in their
     parameter's shape and dtype.
     """
-    x, channels_last = readable(x)
-    dy = like(dy, x, channels_last)
-    N, C = x.shape[0], x.shape[1]
-    rows = N * C
-    S = x.numel() // rows
-    wanted = (
-        bias if needs[2] else None,
-        weight if needs[1] else None,
-        slope if needs[3] and isinstance(slope, Tensor) else None,
-    )
-    need_dx, need_dslope = needs[0], wanted[2] is not None
-    need_sums = any(parameter is not None for parameter in wanted)
-    if not (need_dx or need_sums):
+    device = x.get_device()
+    if elsewhere(device):
+        with torch.cuda.device(device):
+            return instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics, needs, in_place)
+    stride = x.stride()
+    launch = prepared(x.shape, stride, x.itemsize, device, True)
+    if launch is None:
+        return instance_norm_prelu_backward(dy, readable(x), weight, bias, slope, statistics, needs, in_place)
+    N, C, S, channels_last, plan, tile = launch
+    if dy.stride() != stride:
+        dy = like(dy, x)
+    if isinstance(slope, Tensor):
+        pointer, number, slope_step = slope, 0.0, 1 if slope.numel() > 1 else 0
+    else:
+        pointer, number, slope_step = None, float(slope), 0
+    wanted = (bias if needs[2] else None, weight if needs[1] else None, pointer if needs[3] else None)
+    need_dslope = wanted[2] is not None
+    need_sums = need_dslope or wanted[0] is not None or wanted[1] is not None
+    # Written over dy, if at all: every program loads all it needs of it ahead of its first store, and no other's part.
+    dx = None if not needs[0] else dy if in_place and dy.dtype == x.dtype else torch.empty_like(x)
+    if dx is None and not need_sums:
         return None, None, None, None
-    plan = make_plan(N, C, S, x.itemsize, channels_last, multiprocessors(x), True)
     kinds = 3 if need_dslope else 2
-    # Every program loads all it needs of dy ahead of its first store, and no other program's elements.
-    dx = None if not need_dx else dy if in_place and dy.dtype == x.dtype else torch.empty_like(x)
-    pointer, number, slope_step = slope_arguments(slope)
-    tile = {
-        "BLOCK_S": plan.BLOCK_S,
-        "BLOCK_C": plan.BLOCK_C,
-        "VEC": plan.VEC,
-        "CHANNELS_LAST": channels_last,
-        "num_warps": plan.num_warps,
-    }
-    with device_guard(x):
-        if plan.one_pass:
-            sums = torch.empty((kinds, rows), dtype=torch.float32, device=x.device) if need_sums else None
-            backward_one_pass[(plan.grid,)](
-                dy, x, dx, weight, bias, pointer, number, slope_step, mean, rstd, sums, N, C, S,
-                SLOPE_GRAD=need_dslope, **tile,
+    sums = None
+    if need_sums or not plan.one_pass:
+        sums = torch.empty(kinds, N * C, dtype=torch.float32, device=x.device)
+    if plan.one_pass:
+        backward_one_pass[(plan.grid,)](
+            dy, x, dx, weight, bias, pointer, number, slope_step, statistics, sums, N, C, S,
+            SLOPE_GRAD=need_dslope, **tile,
+        )  # fmt: skip
+    else:
+        chunk_sums = torch.empty(kinds, N * C * plan.chunks, dtype=torch.float32, device=x.device)
+        backward_sums[(plan.grid,)](
+            dy, x, weight, bias, pointer, number, slope_step, statistics, chunk_sums, N, C, S,
+            plan.chunks, plan.tiles, SLOPE_GRAD=need_dslope, **tile,
+        )  # fmt: skip
+        backward_combine[(plan.combine_grid, kinds)](
+            chunk_sums, sums, N, C, plan.chunks,
+            BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last,
+            num_warps=COMBINE_WARPS,
+        )  # fmt: skip
+        if dx is not None:
+            backward_apply[(plan.grid,)](
+                dy, x, dx, weight, bias, pointer, number, slope_step, statistics, sums, N, C, S,
+                plan.chunks, plan.tiles, **tile,
             )  # fmt: skip
-        else:
-            sums = torch.empty((kinds, rows), dtype=torch.float32, device=x.device)
-            chunk_sums = torch.empty((kinds, rows * plan.chunks), dtype=torch.float32, device=x.device)
-            backward_sums[(plan.grid,)](
-                dy, x, weight, bias, pointer, number, slope_step, mean, rstd, chunk_sums, N, C, S,
-                plan.chunks, plan.tiles, SLOPE_GRAD=need_dslope, **tile,
-            )  # fmt: skip
-            backward_combine[(plan.combine_grid, kinds)](
-                chunk_sums, sums, N, C, plan.chunks,
-                BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last,
-                num_warps=COMBINE_WARPS,
-            )  # fmt: skip
-            if dx is not None:
-                backward_apply[(plan.grid,)](
-                    dy, x, dx, weight, bias, pointer, number, slope_step, mean, rstd, sums, N, C, S,
-                    plan.chunks, plan.tiles, **tile,
-                )  # fmt: skip
-        if sums is None or not need_sums:
-            return dx, None, None, None
-        dbias, dweight, dslope = _parameter_gradients(sums, N, C, wanted)
+    if sums is None or not need_sums:
+        return dx, None, None, None
+    dbias, dweight, dslope = _parameter_gradients(sums, N, C, wanted)
     return dx, dweight, dbias, dslope
 
 
-def _parameter_gradients(sums: Tensor, N: int, C: int, wanted: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+def _parameter_gradients(sums: Tensor, N: int, C: int, wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The sums (kinds, N·C) over n, and over c for a slope that the channels share, as gradients of `wanted`."""
     dtypes = {parameter.dtype for parameter in wanted if parameter is not None and parameter.numel() == C}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    kinds = sums.shape[0]
     if N > 1 or dtype != torch.float32:
-        total = torch.empty((sums.shape[0], C), dtype=dtype, device=sums.device)
-        backward_sum_n[(triton.cdiv(C, SUM_N_C), sums.shape[0])](
-            sums, total, N, C, BLOCK_N=SUM_N_N, BLOCK_C=SUM_N_C, num_warps=4
-        )
+        total = torch.empty(kinds, C, dtype=dtype, device=sums.device)
+        backward_sum_n[(ceil_div(C, SUM_N_C), kinds)](sums, total, N, C, BLOCK_N=SUM_N_N, BLOCK_C=SUM_N_C, num_warps=4)
         sums = total
-    return [
-        None if parameter is None else (part if parameter.numel() == C else part.sum(0, True)).to(parameter.dtype)
-        for parameter, part in zip_longest(wanted, sums)
-    ]
+    found: list[Tensor | None] = []
+    for parameter, part in zip_longest(wanted, sums.unbind()):
+        if parameter is None:
+            part = None
+        elif parameter.numel() != C:
+            part = part.sum(0, True).to(parameter.dtype)
+        elif parameter.dtype != part.dtype:
+            part = part.to(parameter.dtype)
+        found.append(part)
+    return found

@@ -20,16 +20,17 @@ from .formula import (
     parameters,
     prelu,
     reciprocal_deviation,
+    statistics,
     tile_statistics,
 )
-from .launch import device_guard, multiprocessors, slope_arguments
+from .launch import elsewhere, prepared
 from .layout import readable
-from .plan import COMBINE_WARPS, make_plan
+from .plan import COMBINE_WARPS
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
 def forward_one_pass(
-    X, Y, Weight, Bias, Slope, slope, slope_step, Mean, Rstd, N, C, S, eps,
+    X, Y, Weight, Bias, Slope, slope, slope_step, Statistics, N, C, S, eps,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Statistics, normalisation and activation of BLOCK_C whole rows."""
@@ -47,8 +48,8 @@ def forward_one_pass(
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     z = normalize(x, mean[None, :], (rstd * weight)[None, :], bias[None, :])
     tl.store(Y + base + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
-    tl.store(Mean + row, mean, mask=exists)
-    tl.store(Rstd + row, rstd, mask=exists)
+    tl.store(Statistics + row, mean, mask=exists)
+    tl.store(Statistics + tl.cast(N, tl.int64) * C + row, rstd, mask=exists)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "chunks", "tiles"])
@@ -90,7 +91,7 @@ def forward_statistics(
 
 @triton.jit(do_not_specialize=["N", "C", "S", "chunks", "chunk_size"])
 def forward_combine(
-    ChunkCenter, ChunkMean, ChunkM2, Mean, Rstd, N, C, S, chunks, chunk_size, eps,
+    ChunkCenter, ChunkMean, ChunkM2, Statistics, N, C, S, chunks, chunk_size, eps,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """mean and rstd of BLOCK_C rows from their chunks' statistics, in a fixed order."""
@@ -113,13 +114,13 @@ def forward_combine(
             chunk_center - center[None, :] + chunk_mean, chunk_m2, size[:, None], total
         )
         mean, m2, count = merge(mean, m2, count, tile_mean, tile_m2, total)
-    tl.store(Mean + row, center + mean, mask=exists)
-    tl.store(Rstd + row, reciprocal_deviation(m2, S, eps), mask=exists)
+    tl.store(Statistics + row, center + mean, mask=exists)
+    tl.store(Statistics + tl.cast(N, tl.int64) * C + row, reciprocal_deviation(m2, S, eps), mask=exists)
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
 def forward_apply(
-    X, Y, Weight, Bias, Slope, slope, slope_step, Mean, Rstd, N, C, S, chunks, tiles,
+    X, Y, Weight, Bias, Slope, slope, slope_step, Statistics, N, C, S, chunks, tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2."""
@@ -129,8 +130,7 @@ def forward_apply(
         S = divisible(S, VEC)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row, c, exists, base, start, step, chunk = locate(block, N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
-    mean = tl.load(Mean + row, mask=exists, other=0.0)  # [BLOCK_C]
-    rstd = tl.load(Rstd + row, mask=exists, other=0.0)  # [BLOCK_C]
+    mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     scale = rstd * weight
     first = tl.cast(chunk, tl.int64) * (tiles * BLOCK_S)
@@ -153,45 +153,49 @@ def instance_norm_prelu_forward(
     eps: float,
     dtype: torch.dtype | None = None,
     in_place: bool = False,
-    statistics: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    statistics: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Launch y = PReLU(norm(x)).
 
     x (N, C, *spatial) of float32, bfloat16 or float16, S ≥ 2 positions, N, C ≥ 1; weight, bias (C,) or None; slope
     (C,), (1,) or a number; dtype of y, x's where None. in_place: y may be written over x, where their dtypes are one.
-    statistics: the mean and rstd of an earlier launch on the same x; y is then the same to the bit, and rows that are
-    split are read once. Returns y, in x's layout where that is readable, and mean and rstd, float32 of N·C elements.
+    statistics: what an earlier launch on the same x returned; y is then the same to the bit, and a row that is split is
+    read once. Returns y, in x's layout where that is readable, and the statistics (2, N·C) in float32: mean and rstd of
+    each (n, c).
     """
-    x, channels_last = readable(x)
-    N, C = x.shape[0], x.shape[1]
-    S = x.numel() // (N * C)
-    plan = make_plan(N, C, S, x.itemsize, channels_last, multiprocessors(x), False)
-    # Every program loads all it needs of x ahead of its first store, and no other program's elements.
-    y = x if in_place and dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
-    mean, rstd = statistics or torch.empty((2, N * C), dtype=torch.float32, device=x.device).unbind()
-    pointer, number, slope_step = slope_arguments(slope)
-    tile = {
-        "BLOCK_S": plan.BLOCK_S,
-        "BLOCK_C": plan.BLOCK_C,
-        "VEC": plan.VEC,
-        "CHANNELS_LAST": channels_last,
-        "num_warps": plan.num_warps,
-    }
-    with device_guard(x):
-        if plan.one_pass:
-            forward_one_pass[(plan.grid,)](
-                x, y, weight, bias, pointer, number, slope_step, mean, rstd, N, C, S, eps, **tile
-            )
-            return y, mean, rstd
-        if statistics is None:
-            parts = torch.empty((3, N * C * plan.chunks), dtype=torch.float32, device=x.device).unbind()
-            forward_statistics[(plan.grid,)](x, *parts, N, C, S, plan.chunks, plan.tiles, **tile)
-            forward_combine[(plan.combine_grid,)](
-                *parts, mean, rstd, N, C, S, plan.chunks, plan.tiles * plan.BLOCK_S, eps,
-                BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last,
-                num_warps=COMBINE_WARPS,
-            )  # fmt: skip
-        forward_apply[(plan.grid,)](
-            x, y, weight, bias, pointer, number, slope_step, mean, rstd, N, C, S, plan.chunks, plan.tiles, **tile
+    device = x.get_device()
+    if elsewhere(device):
+        with torch.cuda.device(device):
+            return instance_norm_prelu_forward(x, weight, bias, slope, eps, dtype, in_place, statistics)
+    launch = prepared(x.shape, x.stride(), x.itemsize, device, False)
+    if launch is None:
+        return instance_norm_prelu_forward(readable(x), weight, bias, slope, eps, dtype, in_place, statistics)
+    N, C, S, channels_last, plan, tile = launch
+    if in_place and (dtype is None or dtype == x.dtype):
+        y = x  # every program loads all it needs of it ahead of its first store, and no other's part
+    else:
+        y = torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
+    known = statistics is not None
+    if statistics is None:
+        statistics = torch.empty(2, N * C, dtype=torch.float32, device=x.device)
+    if isinstance(slope, Tensor):
+        pointer, number, slope_step = slope, 0.0, 1 if slope.numel() > 1 else 0
+    else:
+        pointer, number, slope_step = None, float(slope), 0
+    if plan.one_pass:
+        forward_one_pass[(plan.grid,)](
+            x, y, weight, bias, pointer, number, slope_step, statistics, N, C, S, eps, **tile
         )
-    return y, mean, rstd
+        return y, statistics
+    if not known:
+        parts = torch.empty((3, N * C * plan.chunks), dtype=torch.float32, device=x.device).unbind()
+        forward_statistics[(plan.grid,)](x, *parts, N, C, S, plan.chunks, plan.tiles, **tile)
+        forward_combine[(plan.combine_grid,)](
+            *parts, statistics, N, C, S, plan.chunks, plan.tiles * plan.BLOCK_S, eps,
+            BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last,
+            num_warps=COMBINE_WARPS,
+        )  # fmt: skip
+    forward_apply[(plan.grid,)](
+        x, y, weight, bias, pointer, number, slope_step, statistics, N, C, S, plan.chunks, plan.tiles, **tile
+    )
+    return y, statistics

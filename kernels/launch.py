@@ -1,38 +1,48 @@
-"""What every launcher asks of the device."""
+"""What every launcher works out before it launches: from x's shape and strides once, then from a cache."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor
+
+from .layout import layout
+from .plan import Plan, make_plan
 
 # Plans for CPU tensors (interpreted or compiled without a GPU) are those of an H100 or H200.
 CPU_MULTIPROCESSORS = 132
 
-_NOTHING = nullcontext()
+
+@lru_cache(maxsize=4096)
+def prepared(
+    shape: Sequence[int], stride: Sequence[int], itemsize: int, device: int, backward: bool
+) -> tuple[int, int, int, bool, Plan, dict[str, Any]] | None:
+    """N, C, S, whether x is channels-last, the plan and the launch options made of it; None where x is not readable.
+
+    device is `x.get_device()`: the number of the GPU, negative for a CPU.
+    """
+    found = layout(shape, stride)
+    if found is None:
+        return None
+    N, C = shape[:2]
+    S = 1
+    for size in shape[2:]:
+        S *= size
+    channels_last = found == "channels_last"
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else CPU_MULTIPROCESSORS
+    plan = make_plan(N, C, S, itemsize, channels_last, sms, backward)
+    tile = {
+        "BLOCK_S": plan.BLOCK_S,
+        "BLOCK_C": plan.BLOCK_C,
+        "VEC": plan.VEC,
+        "CHANNELS_LAST": channels_last,
+        "num_warps": plan.num_warps,
+    }
+    return N, C, S, channels_last, plan, tile
 
 
-@lru_cache(maxsize=64)
-def _cuda_multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def multiprocessors(x: Tensor) -> int:
-    """Multiprocessors of x's device."""
-    return _cuda_multiprocessors(x.get_device()) if x.is_cuda else CPU_MULTIPROCESSORS
-
-
-def device_guard(x: Tensor) -> AbstractContextManager[object]:
-    """Makes x's GPU the current one, to which triton launches; costs nothing where it already is."""
-    if not x.is_cuda or torch.cuda.current_device() == x.get_device():
-        return _NOTHING
-    return torch.cuda.device(x.device)
-
-
-def slope_arguments(slope: Tensor | float) -> tuple[Tensor | None, float, int]:
-    """What a kernel takes for a slope: pointer, number, and the step from one channel's slope to the next."""
-    if isinstance(slope, Tensor):
-        return slope, 0.0, int(slope.numel() > 1)
-    return None, float(slope), 0
+def elsewhere(device: int) -> bool:
+    """Whether x's device, `x.get_device()`, is not the current GPU, to which triton launches."""
+    return device >= 0 and torch.cuda.current_device() != device

@@ -1,7 +1,9 @@
-"""Which of the two memory layouts the kernels read a volume in. One function decides, from strides alone.
+"""Which of the two memory layouts the kernels read a volume in. One function decides, from shape and strides alone.
 
 Needs torch only, so that the fakes that torch.compile asks for strides can use it without triton.
 """
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,32 +11,39 @@ from torch import Tensor
 MEMORY_FORMAT = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether x (N, C, *spatial) lies in memory as (N, *spatial, C). torch names this for 4-D and 5-D tensors only."""
-    memory_format = MEMORY_FORMAT.get(x.dim())
-    if memory_format is None:
-        return x.movedim(1, -1).is_contiguous()
-    return x.is_contiguous(memory_format=memory_format)
+def layout(shape: Sequence[int], stride: Sequence[int]) -> str | None:
+    """How x (N, C, *spatial) lies in memory: "contiguous", "channels_last" as (N, *spatial, C), or None, neither.
 
-
-def readable(x: Tensor) -> tuple[Tensor, bool]:
-    """x in a layout that the kernels read, and whether that is channels-last.
-
-    A tensor that is both (C == 1, say) counts as contiguous. One that is neither is copied: to channels-last where
-    torch has a format of that name, else to contiguous.
+    A tensor that is both (C == 1, one spatial position) counts as contiguous.
     """
-    if x.is_contiguous():
-        return x, False
-    if is_channels_last(x):
-        return x, True
-    if x.dim() in MEMORY_FORMAT:
-        x = x.contiguous(memory_format=MEMORY_FORMAT[x.dim()])
-        return x, not x.is_contiguous()
-    return x.contiguous(), False
+    axes = range(len(shape))
+    if _packed(shape, stride, reversed(axes)):
+        return "contiguous"
+    if _packed(shape, stride, (1, *reversed(axes[2:]), 0)):
+        return "channels_last"
+    return None
 
 
-def like(dy: Tensor, x: Tensor, channels_last: bool) -> Tensor:
+def _packed(shape: Sequence[int], stride: Sequence[int], axes: Iterable[int]) -> bool:
+    """Whether the elements lie side by side when `axes` run from the fastest to the slowest."""
+    elements = 1
+    for axis in axes:
+        if shape[axis] != 1:
+            if stride[axis] != elements:
+                return False
+            elements *= shape[axis]
+    return True
+
+
+def readable(x: Tensor) -> Tensor:
+    """x in a layout that the kernels read: itself, or a copy, channels-last where torch has a format of that name."""
+    if layout(x.shape, x.stride()) is not None:
+        return x
+    return x.contiguous(memory_format=MEMORY_FORMAT.get(x.dim(), torch.contiguous_format))
+
+
+def like(dy: Tensor, x: Tensor) -> Tensor:
     """dy, of x's shape, in x's layout: itself where it already is, else a copy."""
-    if is_channels_last(dy) if channels_last else dy.is_contiguous():
+    if layout(dy.shape, dy.stride()) == layout(x.shape, x.stride()):
         return dy
     return torch.empty_like(x, dtype=dy.dtype).copy_(dy)

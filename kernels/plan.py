@@ -7,7 +7,6 @@ nothing; N and the number of SMs decide only run-time integers (how many program
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import gcd
 
 VECTOR_BYTES = 16  # the widest load or store of a thread
@@ -103,7 +102,6 @@ def least_width(C: int, itemsize: int, channels_last: bool) -> int:
     return min(whole, sector) if C % sector == 0 or sector > C else whole
 
 
-@lru_cache(maxsize=4096)
 def make_plan(N: int, C: int, S: int, itemsize: int, channels_last: bool, sms: int, backward: bool) -> Plan:
     """The plan for x (N, C, S) of `itemsize`-byte elements on a GPU with `sms` multiprocessors.
 

@@ -45,13 +45,13 @@ def _forward_by_formula(
     if in_place and dtype in (None, x.dtype):
         for sample in x:  # one at a time: what a launch allocates is the output alone, and here not even that
             sample.copy_(fastenc.reference.forward(sample[None], weight, bias, slope, eps)[0])
-        return x, *torch.empty(2, x.shape[0] * x.shape[1])
+        return x, torch.empty(2, x.shape[0] * x.shape[1])
     y = torch.empty_like(x, dtype=dtype).copy_(fastenc.reference.forward(x, weight, bias, slope, eps))
-    return y, *torch.empty(2, x.shape[0] * x.shape[1])
+    return y, torch.empty(2, x.shape[0] * x.shape[1])
 
 
 def _backward_by_formula(
-    dy: torch.Tensor, x: torch.Tensor, weight: Any, bias: Any, slope: Any, mean: Any, rstd: Any,
+    dy: torch.Tensor, x: torch.Tensor, weight: Any, bias: Any, slope: Any, statistics: Any,
     needs: Any = (True,) * 4, in_place: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     gradients = fastenc.reference.backward(dy, x, weight, bias, slope)

@@ -6,6 +6,7 @@ The elements from which a product pays are set to 0 here, so that tiny weights t
 from collections.abc import Iterator
 from math import prod
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def test_any_geometry_against_torch(case: dict[str, Any]) -> None:
     expected = CONV[order](x, weight, bias, case["stride"], case["padding"])
     y = Convolution.apply(x, weight, bias, way, None)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
-    layout = torch.contiguous_format if x.is_contiguous() else MEMORY_FORMAT[x.dim()]
+    follows = x.is_contiguous() and not case["fused"]
+    layout = torch.contiguous_format if follows else MEMORY_FORMAT.get(x.dim(), torch.contiguous_format)
     assert y.is_contiguous(memory_format=layout)
     dy = random(*y.shape)
     found = torch.autograd.grad(y, leaves, dy)
@@ -204,6 +206,19 @@ def test_autocast_has_torchs_dtypes_and_numbers(name: str, enabled: bool) -> Non
         torch.testing.assert_close(found, truth, rtol=0, atol=2 * 2**-7 * truth.abs().max().item())
 
 
+@pytest.mark.parametrize("name", WAYS)
+def test_a_backward_under_autocast_of_a_forward_without(name: str) -> None:
+    """Matrix products are on autocast's list; a convolution's backward is not, and stays in float32."""
+    layer, x = prepared(name, torch.float32)
+    x.requires_grad_()
+    results = []
+    for y in (convolve(layer, x, False), layer(x)):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(torch.autograd.grad(y, [x, layer.weight, layer.bias], torch.ones_like(y)))
+    for found, truth in zip(*results, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+
+
 def test_what_does_not_fit_is_torchs_own_call() -> None:
     layer = nn.Conv3d(3, 4, 3, padding=1)
     for x in (torch.randn(2, 5, 2, 2, 2), torch.randn(4, 2, 2, 2), torch.randn(2, 3, 2, 2, 2).double(), torch.randn(3)):
@@ -261,3 +276,26 @@ def test_a_tensor_subclass_is_left_to_torch() -> None:
     layer, x = prepared("1³")
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Marked))
     assert prepare(layer, x, False) is None
+
+
+def test_a_replica_has_its_weights_as_attributes() -> None:
+    """What nn.DataParallel makes for each GPU: modules whose parameters are plain tensors, in no dict of parameters."""
+    layer, x = prepared("2³")
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = 1 * layer.weight, 1 * layer.bias
+    torch.testing.assert_close(convolve(replica, x, False), layer(x), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("variable", "taps"), [(None, 0), (":4096:8", 8), (":16:8", 8), (":0:0", 0)])
+def test_no_product_where_cublas_would_refuse(variable: str | None, taps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In deterministic mode without its workspace variable torch raises at a product, where a convolution runs."""
+    layer = nn.Conv3d(3, 4, 3, 2, 1)
+    x = mock.Mock(wraps=torch.randn(2, 3, 2, 2, 2), device=torch.device("cuda"), shape=torch.Size((2, 3, 2, 2, 2)))
+    if variable is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    else:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", variable)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    way = way_of(x.shape, layer.weight.shape, (2,) * 3, (1,) * 3, (1,) * 3, 1, True, convolution._device(x), True)
+    assert way is not None
+    assert (way.window.taps if way.window else 0) == taps

@@ -83,7 +83,7 @@ def _a_gpu_that_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kernel_that_cannot_run_here_falls_back_and_warns_once(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    forward = functional._launchers()[0]
+    forward = functional.launchers()[0]
     broken = failing(RuntimeError("Failed to find C compiler."))
     x, weight, bias, slope = torch.randn(2, 3, 4, 5), torch.ones(3), torch.zeros(3), torch.rand(3)
 
@@ -96,7 +96,7 @@ def test_a_kernel_that_cannot_run_here_falls_back_and_warns_once(
         expected = result()
     for launchers in ((broken, broken), (forward, broken)):
         route._faults.clear()
-        monkeypatch.setattr(functional, "_launchers", lambda pair=launchers: pair)
+        monkeypatch.setattr(functional, "launchers", lambda pair=launchers: pair)
         recwarn.clear()
         with interpreted():
             for found in (result(), result()):
@@ -112,7 +112,7 @@ def test_a_kernel_that_cannot_run_here_falls_back_and_warns_once(
 @pytest.mark.usefixtures("_a_gpu_that_is_a_cpu")
 def test_out_of_memory_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = failing(torch.OutOfMemoryError("CUDA out of memory."))
-    monkeypatch.setattr(functional, "_launchers", lambda: (broken, broken))
+    monkeypatch.setattr(functional, "launchers", lambda: (broken, broken))
     with pytest.raises(torch.OutOfMemoryError):
         fastenc.instance_norm_prelu(torch.randn(2, 3, 4))
     assert not route._faults

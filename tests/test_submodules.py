@@ -283,6 +283,7 @@ TAMPERED: dict[str, Callable[[nn.Module], Any]] = {
     "activation is Tanh": put(1, nn.Tanh),
     "activation is a subclass": put(1, lambda: ShiftedPReLU(2)),
     "activation has a forward of its own": own_forward(1),
+    "norm compiled by itself": lambda unit: unit.mconv[0].compile(backend="eager"),
 }
 
 
@@ -367,6 +368,22 @@ def test_replaced_around_the_units(name: str) -> None:
         REPLACED[name](network)
     with taken("fused"):
         assert_all_near(results(net), results(plain))
+
+
+@pytest.mark.parametrize("place", [MIDDLE, "netbody.1"])
+def test_a_part_compiled_by_itself_is_called(place: str) -> None:
+    """nn.Module.compile changes what a call of that module does, so it has to be called."""
+    net, plain = network_twins()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    with taken("fused"):
+        net.get_submodule(place).compile(backend=compiler)
+        assert_all_near(results(net), results(plain))
+    assert graphs
 
 
 def test_one_unit_used_alone() -> None:

@@ -1,0 +1,146 @@
+"""The fused operation as `torch.library` operators: what torch.compile and torch.export write down on the Triton route.
+
+    fastenc::instance_norm_prelu           x, parameters → y, statistics
+    fastenc::instance_norm_prelu_backward  dy, x, parameters, statistics → dx, dweight, dbias, dslope
+
+slope is a tensor, or None and `number` holds. statistics is (2, N·C) in float32: mean and rstd of each (n, c). A
+gradient that nobody wants is an empty tensor: an operator returns tensors, never None. They end in the launchers of
+fastenc.kernels, which is where triton is imported: at the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastenc.kernels.layout import readable
+
+from . import reference, route
+
+NAME = "fastenc::instance_norm_prelu"
+PARAMETERS = "Tensor? weight, Tensor? bias, Tensor? slope, float number"
+
+_library = torch.library.Library("fastenc", "DEF")
+_library.define(f"instance_norm_prelu(Tensor x, {PARAMETERS}, float eps, ScalarType? dtype) -> (Tensor, Tensor)")
+_library.define(
+    f"instance_norm_prelu_backward(Tensor dy, Tensor x, {PARAMETERS}, Tensor statistics, bool[4] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | float,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """y by the operator, which torch.compile and torch.export keep as one node and differentiate."""
+    shared, number = (slope, 0.0) if isinstance(slope, Tensor) else (None, float(slope))
+    return torch.ops.fastenc.instance_norm_prelu(x, weight, bias, shared, number, eps, dtype)[0]
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | None,
+    number: float,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    _refuse(x)
+    from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
+
+    return instance_norm_prelu_forward(x, weight, bias, number if slope is None else slope, eps, dtype)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | None,
+    number: float,
+    statistics: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    _refuse(x)
+    from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
+
+    shared = number if slope is None else slope
+    dx, *others = instance_norm_prelu_backward(dy, x, weight, bias, shared, statistics, needs)
+    # The parameters' gradients are parts of one tensor; what an operator returns must share no memory.
+    gradients = (dx, *(None if other is None else other.clone() for other in others))
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _refuse(x: Tensor) -> None:
+    """Raise where the kernels cannot run on x: a graph was compiled or exported for another machine, say."""
+    reason = route.device_reason(x)
+    if reason is not None:
+        raise RuntimeError(f"{NAME} runs as Triton kernels only, but {reason}")
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | None,
+    number: float,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    return _alike(readable(x), dtype or x.dtype), x.new_empty((2, x.shape[0] * x.shape[1]), dtype=torch.float32)
+
+
+def _alike(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What empty_like of a dense x is; on axes of one element the fake of empty_like chooses strides of its own."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | None,
+    number: float,
+    statistics: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    wanted = (readable(x), weight, bias, slope)
+    return tuple(
+        _alike(tensor, tensor.dtype) if need and tensor is not None else x.new_empty(0)
+        for tensor, need in zip(wanted, needs, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, slope, ctx.number, ctx.eps, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, bias, slope, output[1])
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, slope, statistics = ctx.saved_tensors
+    if torch.is_grad_enabled():  # differentiated in its turn: the operator has no second derivative, the formula has
+        shared = ctx.number if slope is None else slope
+        return (*reference.backward(dy, x, weight, bias, shared, ctx.eps), None, None, None)
+    present = (True, weight is not None, bias is not None, slope is not None)
+    needs = [need and there for need, there in zip(ctx.needs_input_grad[:4], present, strict=True)]
+    arguments = (dy, x, weight, bias, slope, ctx.number, statistics, needs)
+    gradients = torch.ops.fastenc.instance_norm_prelu_backward(*arguments)
+    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    return (*wanted, None, None, None)
+
+
+_library.impl("instance_norm_prelu", _forward, "CompositeExplicitAutograd")
+_library.impl("instance_norm_prelu_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake(NAME, _fake_forward, lib=_library)
+torch.library.register_fake(f"{NAME}_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(NAME, _differentiate, setup_context=_save, lib=_library)

@@ -1,0 +1,119 @@
+"""Instance normalisation and activation as one module, for new networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import route
+from .deferred import fits
+from .functional import fused
+from .layers import INSTANCE_NORMS
+from .swapped import ACTIVATIONS, slope_of, takes, why_not_plain
+
+
+class _InstanceNormActNd(nn.Module):
+    """Instance normalisation and activation over `order` spatial axes. See `InstanceNormAct3d`."""
+
+    def __init__(
+        self, order: int, num_features: int, activation: nn.Module, eps: float, affine: bool, device: Any, dtype: Any
+    ) -> None:
+        super().__init__()
+        if type(activation) not in ACTIVATIONS:
+            needed = ", ".join(f"nn.{kind.__name__}" for kind in ACTIVATIONS)
+            came = activation.__name__ if isinstance(activation, type) else type(activation).__name__
+            raise TypeError(f"activation must be a module of one of {needed}, got {came}")
+        if isinstance(activation, nn.PReLU) and activation.num_parameters not in (1, num_features):
+            raise ValueError(
+                f"activation must have 1 slope or num_features={num_features}, got {activation.num_parameters}"
+            )
+        self.norm = INSTANCE_NORMS[order](num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.activation = activation
+
+    def why_eager(self, x: object) -> str | None:
+        """Why norm and activation run one by one on x; None if they run as one kernel."""
+        return route.reason(x) or route.observed(self.norm, self.activation) or self._why_not_plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """activation(norm(x))."""
+        slope = slope_of(self.activation)
+        if (
+            torch.compiler.is_compiling()
+            or route.eager(self.why_eager(x))
+            or not takes(self.norm, x)
+            or (isinstance(slope, Tensor) and not (fits(slope, x, 1) or fits(slope, x, x.size(1))))
+        ):
+            return self.activation(self.norm(x))
+        return fused(x, self.norm.weight, self.norm.bias, slope, self.norm.eps)
+
+    def _why_not_plain(self) -> str | None:
+        if type(self.norm) not in INSTANCE_NORMS.values():
+            return f"its norm is {self.norm}, not one of torch's own"
+        if type(self.activation) not in ACTIVATIONS:
+            return f"its activation is {self.activation}, not a plain PReLU, LeakyReLU or ReLU"
+        return why_not_plain(self.norm)
+
+
+class InstanceNormAct1d(_InstanceNormActNd):
+    """`InstanceNormAct3d` over one spatial axis."""
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: nn.Module,
+        *,
+        eps: float = 1e-5,
+        affine: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(1, num_features, activation, eps, affine, device, dtype)
+
+
+class InstanceNormAct2d(_InstanceNormActNd):
+    """`InstanceNormAct3d` over two spatial axes."""
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: nn.Module,
+        *,
+        eps: float = 1e-5,
+        affine: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(2, num_features, activation, eps, affine, device, dtype)
+
+
+class InstanceNormAct3d(_InstanceNormActNd):
+    """y = activation(norm(x)) in one kernel: nn.InstanceNorm3d and the activation behind it, as one module.
+
+        norm_act = fastenc.InstanceNormAct3d(32, nn.LeakyReLU(0.01), affine=True)
+
+    Args:
+        num_features: channels C of x.
+        activation: an nn.PReLU (of 1 or C slopes), nn.LeakyReLU or nn.ReLU. In place or not makes no difference.
+        eps, affine, device, dtype: of the norm, as in nn.InstanceNorm3d.
+
+    Its children `norm` and `activation` are the two modules that it replaces, with their parameters, and it runs them
+    one by one wherever the kernel does not apply. x (N, C, D, H, W) → y of the same shape.
+
+    Raises:
+        TypeError: activation is anything else.
+        ValueError: a PReLU of another number of slopes.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: nn.Module,
+        *,
+        eps: float = 1e-5,
+        affine: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(3, num_features, activation, eps, affine, device, dtype)

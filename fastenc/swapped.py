@@ -1,0 +1,222 @@
+"""The classes that accelerated modules get in place of their own: each a subclass of the original, of the same name.
+
+A norm hands out a `Deferred` while one of the modules that were seen to lead it to an activation is running, and the
+activation takes it up; on the eager route, and to whatever else they are given, both do what torch.nn does. Nothing
+deferred leaves the outermost of those modules.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function
+from torch.utils._pytree import tree_map_only
+
+from . import route
+from .deferred import Deferred, deferred, dense, fits
+from .functional import fused
+from .stem import channels_last
+
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+ACTIVATIONS = (nn.PReLU, nn.LeakyReLU, nn.ReLU)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+class _Running(threading.local):
+    """How many scopes are running in this thread."""
+
+    scopes = 0
+
+
+_running = _Running()
+
+
+class Swapped:
+    """What all of them share: they pickle and copy as (how they were made, state)."""
+
+    _mixin: type
+    _original: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(max(2, protocol))
+        function, arguments, *state = made
+        if arguments[:1] == (type(self),) and function.__name__ == "__newobj__":
+            return _new, (self._mixin, self._original, *arguments[1:]), *state
+        return made
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            "torch.jit.script cannot compile an accelerated module: fastenc.accelerate(model, undo=True) first"
+        )
+
+
+def swap(mixin: Any, module: Any) -> None:
+    """Make module behave as mixin says, and otherwise as it did."""
+    original: Any = type(module)
+    module.__class__ = _swapped(mixin, original)
+
+
+def restore(module: Any) -> None:
+    """Take `swap` back."""
+    if isinstance(module, Swapped) and "_original" in vars(type(module)):
+        module.__class__ = module._original
+
+
+@cache
+def _swapped(mixin: Any, original: Any) -> Any:
+    same = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(original.__name__, (mixin, original), {**same, "_mixin": mixin, "_original": original})
+
+
+def _new(mixin: Any, original: Any, *arguments: Any) -> Any:
+    cls = _swapped(mixin, original)
+    return cls.__new__(cls, *arguments)
+
+
+class LoneNorm(Swapped):
+    """An InstanceNorm without an activation behind it: the fused kernel with slope 1."""
+
+    def why_eager(self: Any, x: object) -> str | None:
+        """Why the norm runs as torch's own on x; None if the kernel runs."""
+        return route.reason(x) or route.observed(self) or why_not_plain(self)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x.plain() if type(x) is Deferred else x
+        if torch.compiler.is_compiling() or route.eager(self.why_eager(x)) or not takes(self, x):
+            return super().forward(x)  # type: ignore[misc]
+        return self._normalized(x)
+
+    def _normalized(self: Any, x: Tensor) -> Tensor:
+        return fused(x, self.weight, self.bias, 1.0, self.eps)
+
+
+class PairedNorm(LoneNorm):
+    """An InstanceNorm ahead of an activation."""
+
+    def _normalized(self: Any, x: Tensor) -> Tensor:
+        if _running.scopes and dense(x):
+            return deferred(x, self.weight, self.bias, self.eps)
+        return fused(x, self.weight, self.bias, 1.0, self.eps)
+
+
+class Activation(Swapped):
+    """A PReLU, LeakyReLU or ReLU that fuses with a norm which waits for it."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if type(x) is Deferred:
+            inplace = getattr(self, "inplace", False)
+            y = None if route.observed(self) else x.activated(slope_of(self), inplace)
+            return _unfused(super().forward, x, inplace) if y is None else y  # type: ignore[misc]
+        return super().forward(x)  # type: ignore[misc]
+
+
+class Dropout(Swapped):
+    """A dropout between a norm and its activation: it scales by factors ≥ 0, so the activation may come first."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if type(x) is Deferred:
+            if not self.training or self.p == 0:
+                return x
+            z = None if self.inplace or route.observed(self) else x.dropped(self)
+            return _unfused(super().forward, x, self.inplace) if z is None else z  # type: ignore[misc]
+        return super().forward(x)  # type: ignore[misc]
+
+    def drop(self: Any, y: Tensor) -> Tensor:
+        """What the original does."""
+        return super().forward(y)  # type: ignore[misc]
+
+
+class Scope(Swapped):
+    """The innermost module in whose forward a norm meets its activation."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        _running.scopes += 1
+        try:
+            y = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _running.scopes -= 1
+        if type(y) is Tensor or _running.scopes:
+            return y
+        return tree_map_only(Deferred, Deferred.plain, y)
+
+
+class Root(Scope):
+    """The model itself: volumes are laid out channels-last as they come in, and their maps as they were as they go."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        annotated = [value for value in given if _only_annotated(value)]
+        if annotated:
+            return handle_torch_function(self._unannotated, annotated, *args, **kwargs)
+        contiguous = [value for value in given if value.dim() > 3 and value.is_contiguous() and not route.reason(value)]
+        if not contiguous:
+            return super().__call__(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, _laid_out, (args, kwargs))
+        return tree_map_only(Tensor, _contiguous, super().__call__(*args, **kwargs))
+
+    def _unannotated(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(_only_annotated, lambda value: value.as_subclass(Tensor), (args, kwargs))
+        return self(*args, **kwargs)
+
+
+def _unfused(forward: Callable[[Tensor], Tensor], x: Deferred, inplace: bool) -> Tensor:
+    """forward of what x stands for; in place, x itself changes."""
+    if not inplace:
+        return forward(x.plain())
+    y = forward(x)
+    return y.plain() if type(y) is Deferred else y
+
+
+def _only_annotated(value: Any) -> bool:
+    """Whether value is an ordinary tensor of another class, say MONAI's MetaTensor: what it adds can be put back."""
+    return (
+        isinstance(value, Tensor)
+        and type(value) is not Tensor
+        and type(value) is not nn.Parameter
+        and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and route.reason(value.as_subclass(Tensor)) is None
+    )
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x if route.reason(x) else channels_last(x)
+
+
+def _contiguous(y: Tensor) -> Tensor:
+    return y.contiguous() if type(y) is Tensor and y.dim() > 3 else y
+
+
+def slope_of(activation: nn.Module) -> Tensor | float:
+    """The slope below zero of a PReLU, LeakyReLU or ReLU."""
+    if isinstance(activation, nn.PReLU):
+        return activation.weight
+    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+
+
+def why_not_plain(norm: Any) -> str | None:
+    """Why norm, an InstanceNorm, does more than normalise by the statistics of its input."""
+    if norm.track_running_stats or norm.running_mean is not None:
+        return "it keeps running statistics"
+    return None
+
+
+def takes(norm: Any, x: Tensor) -> bool:
+    """Whether x is what norm normalises; torch has its own word for what is not."""
+    C = norm.num_features
+    weight, bias = norm.weight, norm.bias
+    return (
+        x.dim() == norm._get_no_batch_dim() + 1
+        and x.size(1) == C
+        and 0 < 2 * C * x.size(0) <= x.numel()
+        and (weight is None or fits(weight, x, C))
+        and (bias is None or fits(bias, x, C))
+    )
