@@ -24,7 +24,7 @@ test: lint $(OLD_TRITON)/installed
 # Save a run by ARGS=--benchmark-autosave, compare another commit with it by ARGS=--benchmark-compare.
 bench: .venv/installed
 	mkdir -p bench-out
-	$(BIN)/python -m pytest bench/bench_*.py --benchmark-sort=median --benchmark-columns=median,iqr,min,max,rounds \
+	$(BIN)/python -m pytest bench/bench_*.py --benchmark-sort=min --benchmark-columns=median,iqr,min,max,rounds \
 		--benchmark-json=bench-out/benchmarks.json $(ARGS)
 
 # Each benchmark once, untimed.

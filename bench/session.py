@@ -112,11 +112,13 @@ class Session:
             reserve = sum(self._deadline.estimate(kind, FIRST_GUESS[kind]) for kind in kinds[i:])
             measurement.run(self._deadline, reserve, progress)
             self._save()
-        self._measure_ceilings(progress)
+        if self._deadline.left() > 2 * self._deadline.estimate("ceilings", 0.0):
+            self._measure_ceilings(progress)
 
     def _measure_ceilings(self, progress: Progress) -> None:
         """Before the workloads and after them: what else the machine does may disturb one, and the best counts."""
         progress.say("this machine's copy bandwidth and matrix rates")
+        begin = self._deadline.elapsed()
         dtypes = {each.workload().dtype for each in self._measurements if each.workload().flops}
         with time_limit(self._deadline.left()):
             bandwidth, found = copy_bandwidth(self._device), matmul_rates(dtypes, self._device)
@@ -124,6 +126,7 @@ class Session:
         rates = tuple(MatmulRate(each.dtype, max(each.rate, known.matmul_rate(each.dtype) or 0.0)) for each in found)
         bandwidth = max(bandwidth, known.copy_bandwidth or 0.0)
         self._save(machine=dataclasses.replace(known, copy_bandwidth=bandwidth, matmul_rates=rates))
+        self._deadline.note("ceilings", self._deadline.elapsed() - begin)
         progress.advance(CEILINGS)
 
     def _save(self, **changes: Any) -> None:
