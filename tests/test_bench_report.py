@@ -94,6 +94,7 @@ def test_the_newest_measurement_of_a_workload_counts_and_noise_is_called_noise(
     monkeypatch.setattr(plots, "draw", lambda *arguments: [])
     written(tmp_path / "records", "A CPU", "cpu", "2026-03-01", noise=9.0)
     written(tmp_path / "records", "A CPU", "cpu", "2026-02-01")
+    (tmp_path / "records" / "A-CPU-2026-02-01.json").rename(tmp_path / "records" / "Z.json")
     assert run(tmp_path) == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "≈ 1: 4.00 (4.00–4.00)" in text
