@@ -66,7 +66,7 @@ class Frozen:
         if self._dtype is None:
             return nullcontext()
         device = next((tensor.device.type for tensor in self._copy.parameters()), "cpu")
-        return torch.autocast(device, self._dtype, cache_enabled=False)
+        return torch.autocast(device, self._dtype)
 
 
 def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen:

@@ -112,6 +112,7 @@ def test_a_copy_is_frozen_from_a_copy_of_the_model(travel: Any) -> None:
     y = frozen(x)
     assert len(pickle.dumps(frozen)) < 1.1 * len(pickle.dumps(net))  # the frozen copies do not travel
     twin = travel(frozen)
+    assert all(torch.equal(a, b) for a, b in zip(twin.model.parameters(), net.parameters(), strict=True))
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()

@@ -187,7 +187,8 @@ def test_recompute_differentiated_twice_and_vectorised() -> None:
         assert_all_near([torch.autograd.functional.jacobian(net, x, vectorize=True)], [expected])
 
 
-def test_recompute_of_a_tied_parameter() -> None:
+@pytest.mark.parametrize("twice", [False, True])
+def test_recompute_of_a_tied_parameter(twice: bool) -> None:
     """One Parameter as the norm's weight and as the slope: two gradients, added by autograd once each."""
     with taken("fused") as dtype:
         found = []
@@ -195,8 +196,30 @@ def test_recompute_of_a_tied_parameter() -> None:
             network.recompute = True
             for unit in network.netbody[1].conv_list:
                 unit.mconv[1].weight = unit.mconv[0].weight
-            found.append(gradients(network, volume(dtype=dtype)))
+            x = volume(dtype=dtype).requires_grad_()
+            leaves = [x, *network.parameters()]
+            first = torch.autograd.grad(network(x).square().sum(), leaves, create_graph=twice)
+            second = torch.autograd.grad(first[0].square().sum(), leaves) if twice else ()
+            found.append([gradient.detach() for gradient in (*first, *second)])
         assert_all_near(*found)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_float32_volume_under_autocast(recompute: bool) -> None:
+    """The activation is where autocast lowers the precision; 2 ULP of bfloat16 in the largest of each sum."""
+    unit = fastenc.ConvModern3d(2, 3)
+    unit.recompute = recompute
+    x = torch.randn(2, 2, 4, 5, 3)
+    results = []
+    for route in ("fused", "auto"):
+        leaf = x.clone().requires_grad_()
+        with taken(route):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = unit(leaf)
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), [leaf, *unit.parameters()])])
+    for found, truth in zip(*results, strict=True):
+        assert found.dtype == truth.dtype
+        torch.testing.assert_close(found, truth, rtol=0, atol=2 * 2**-7 * truth.abs().max().item())
 
 
 def test_recompute_on_a_built_network_and_in_a_pickle() -> None:
