@@ -1,8 +1,9 @@
 """A normalised volume that is not computed before it is known what becomes of it.
 
 An accelerated norm hands out a `Deferred` in place of z = norm(x). The activation it was meant for turns it into
-PReLU(z) by one kernel; for anything else it is z, computed at the first look: to PyTorch it is an ordinary tensor of
-the autograd graph, with shape, strides, dtype and gradient. So nothing depends on what the activation turns out to be.
+PReLU(z) by one kernel, or, where a residual r was added on the way, into PReLU(z + r). For anything else it is z,
+computed at the first look: to PyTorch it is an ordinary tensor of the autograd graph, with shape, strides, dtype and
+gradient. So nothing depends on what the activation turns out to be.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch.utils._pytree import tree_map_only
 from fastenc.kernels.layout import layout
 
 from . import reference
-from .functional import fused
+from .functional import fused, fused_residual
 
 
 class Deferred(Tensor):
-    """z = norm(x), or dropout(z), to be computed."""
+    """z = norm(x), or dropout(z), or z + residual, to be computed."""
 
     x: Tensor
     weight: Tensor | None
@@ -30,6 +31,7 @@ class Deferred(Tensor):
     grad_mode: bool
     dropout: Any
     noise: list[Tensor]
+    residual: Tensor | None
     value: Tensor | None
     overwritten: bool
 
@@ -40,9 +42,9 @@ class Deferred(Tensor):
     def __new__(cls, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Deferred:
         z = Tensor._make_wrapper_subclass(cls, x.size(), strides=x.stride(), dtype=x.dtype, device=x.device)
         z.x, z.weight, z.bias, z.eps = x, weight, bias, eps
-        z.versions = _versions(x, weight, bias)
+        z.versions = _versions(x, weight, bias, None)
         z.grad_mode = torch.is_grad_enabled()
-        z.dropout = z.value = None
+        z.dropout = z.residual = z.value = None
         z.overwritten = False
         return z
 
@@ -58,12 +60,12 @@ class Deferred(Tensor):
 
     def activated(self, slope: Tensor | float, inplace: bool) -> Tensor | None:
         """PReLU(z) in one kernel; None where z was looked at already, or where slope does not fit it."""
-        if self.value is not None or self.grad_mode != torch.is_grad_enabled():
+        if self._looked_at() or self.grad_mode != torch.is_grad_enabled():
             return None
         if isinstance(slope, Tensor) and not (fits(slope, self.x, 1) or fits(slope, self.x, self.x.size(1))):
             return None
         self._check_unchanged()
-        y = fused(self.x, self.weight, self.bias, slope, self.eps)
+        y = self._computed(slope)
         if self.dropout is not None:
             y = self.dropout.drop(y)  # positive factors, and a slope on either side of them: the same
         if inplace:
@@ -71,24 +73,68 @@ class Deferred(Tensor):
         return y
 
     def dropped(self, dropout: nn.Module) -> Deferred | None:
-        """dropout(z), to be computed; None where z was looked at already."""
-        if self.value is not None or self.dropout is not None or self.grad_mode != torch.is_grad_enabled():
+        """dropout(z), to be computed; None where z was looked at already, or is no norm's output any more."""
+        if self._looked_at() or self._changed() or self.grad_mode != torch.is_grad_enabled():
             return None
         return _Drop.apply(self, dropout) if self.requires_grad else _dropped(self, dropout, [])
 
     def plain(self) -> Tensor:
         """z as a plain tensor, with its history."""
-        if self.value is not None or self.dropout is not None:
+        if self._looked_at() or self.dropout is not None:
             return self.clone()
         self._check_unchanged()
         with torch.set_grad_enabled(self.grad_mode):
-            return fused(self.x, self.weight, self.bias, 1.0, self.eps)
+            return self._computed(1.0)
+
+    def __add__(self, other: Any) -> Tensor:
+        z = self._plus(other)
+        return super().__add__(other) if z is None else z
+
+    def __radd__(self, other: Any) -> Tensor:
+        z = self._plus(other)
+        return super().__radd__(other) if z is None else z
+
+    def __iadd__(self, other: Any) -> Tensor:
+        z = self._plus(other)
+        if z is None:
+            return super().__iadd__(other)
+        if z.requires_grad:
+            self.overwritten = True
+            return z
+        self.residual, self.versions = z.residual, z.versions
+        return self
+
+    def _plus(self, other: Any) -> Deferred | None:
+        """z + other, to be computed; None where z was looked at already, or where other does not lie as x does."""
+        x = self.x
+        if (
+            self._looked_at() or self._changed() or self.grad_mode != torch.is_grad_enabled()
+            or type(other) not in (Tensor, Deferred) or other.shape != x.shape or other.stride() != x.stride()
+            or other.dtype != x.dtype or other.device != x.device
+        ):  # fmt: skip
+            return None
+        r = other.plain() if type(other) is Deferred else other
+        self._check_unchanged()
+        if torch.is_grad_enabled() and (self.requires_grad or r.requires_grad):
+            return _Add.apply(self, r)
+        return _added(self, r)
+
+    def _computed(self, slope: Tensor | float) -> Tensor:
+        if self.residual is None:
+            return fused(self.x, self.weight, self.bias, slope, self.eps)
+        return fused_residual(self.x, self.weight, self.bias, slope, self.eps, self.residual)
+
+    def _looked_at(self) -> bool:
+        return self.value is not None or self.overwritten
+
+    def _changed(self) -> bool:
+        return self.dropout is not None or self.residual is not None
 
     def _check_unchanged(self) -> None:
-        if self.versions != _versions(self.x, self.weight, self.bias):
+        if self.versions != _versions(self.x, self.weight, self.bias, self.residual):
             raise RuntimeError(
-                "the input, weight or bias of an accelerated norm was changed in place before its output was used; "
-                "fastenc.accelerate(model, undo=True) gives the original model back"
+                "the input, weight, bias or residual of an accelerated norm was changed in place before its output was "
+                "used; fastenc.accelerate(model, undo=True) gives the original model back"
             )
 
 
@@ -122,17 +168,17 @@ def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
 
 def _value(z: Deferred) -> Tensor:
     """z without history, computed at the first call."""
-    if z.value is None:
+    if z.value is None and not z.overwritten:
         z._check_unchanged()
         with torch.no_grad():
-            z.value = fused(z.x, z.weight, z.bias, 1.0, z.eps)
+            z.value = z._computed(1.0)
             if z.dropout is not None:
                 z.noise.append(z.dropout.drop(torch.ones_like(z.value)))
                 z.value = z.value * z.noise[0]
-    elif z.overwritten and z.requires_grad:
+    elif z.value is None or (z.overwritten and z.requires_grad):
         raise RuntimeError(
-            "the output of an accelerated norm was used after its in-place activation had replaced it; use the "
-            "activation's output, or fastenc.accelerate(model, undo=True)"
+            "the output of an accelerated norm was used after its in-place activation or addition had replaced it; use "
+            "what that returned, or fastenc.accelerate(model, undo=True)"
         )
     return z.value
 
@@ -140,6 +186,12 @@ def _value(z: Deferred) -> Tensor:
 def _dropped(z: Deferred, dropout: nn.Module, noise: list[Tensor]) -> Deferred:
     copy = Deferred(z.x, z.weight, z.bias, z.eps)
     copy.versions, copy.dropout, copy.noise = z.versions, dropout, noise
+    return copy
+
+
+def _added(z: Deferred, residual: Tensor) -> Deferred:
+    copy = Deferred(z.x, z.weight, z.bias, z.eps)
+    copy.residual, copy.versions = residual, _versions(z.x, z.weight, z.bias, residual)
     return copy
 
 
@@ -172,3 +224,17 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0] * ctx.noise[0], None
+
+
+class _Add(torch.autograd.Function):
+    """Gives a Deferred with a residual its place in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Deferred, residual: Tensor) -> Deferred:
+        copy = _added(z, residual)
+        copy.grad_mode = True
+        return copy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], gradients[0]

@@ -14,8 +14,6 @@ from torch.compiler import is_compiling
 
 from . import library, reference, route
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]
-
 
 def instance_norm_prelu(
     x: Tensor,
@@ -23,12 +21,14 @@ def instance_norm_prelu(
     bias: Tensor | None = None,
     slope: Tensor | float = 0.25,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Instance normalisation followed by PReLU, as one operation.
 
         y = z where z > 0 else slope·z,   z = (x − mean)/√(variance + eps)·weight + bias
 
-    with mean and (biased) variance of each (n, c) over its spatial positions.
+    with mean and (biased) variance of each (n, c) over its spatial positions. With a residual, z + residual takes the
+    place of z: the end of a residual block, in the same traffic and one reading of the residual.
 
     Equivalent to ``F.prelu(F.instance_norm(x, weight=weight, bias=bias, eps=eps), slope)``, or to ``F.leaky_relu``
     where slope is a number.
@@ -39,15 +39,19 @@ def instance_norm_prelu(
         weight, bias: (C,) in x's dtype or float32, or None for 1 and 0.
         slope: (C,) or (1,) in x's dtype or float32: PReLU; or a number: LeakyReLU (0.0 is ReLU, 1.0 no activation).
         eps: added to the variance.
+        residual: of x's shape and dtype, or None.
 
     Returns:
         y of x's shape and memory layout, in x's dtype; under autocast with a tensor slope, in autocast's dtype.
 
     Raises:
-        ValueError: one spatial position, no sample or no channel; a parameter of the wrong length, dtype or device.
-        TypeError: x or a parameter is not a tensor.
+        ValueError: one spatial position, no sample or no channel; a parameter of the wrong length, dtype or device; a
+            residual of another shape, dtype or device than x's.
+        TypeError: x, a parameter or residual is not a tensor.
         RuntimeError: backend "triton" was asked for and cannot be taken.
     """
+    if residual is not None:
+        return _with_residual(x, weight, bias, slope, eps, residual)
     if _positions(x, weight, bias, slope) < 2 or ((why := route.reason(x)) is not None and route.eager(why)):
         return reference.forward(x, weight, bias, slope, eps)
     return fused(x, weight, bias, slope, eps)
@@ -86,6 +90,36 @@ def fused(
         return reference.forward(x, weight, bias, slope, eps)
 
 
+def _with_residual(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float, residual: Tensor
+) -> Tensor:
+    """`instance_norm_prelu` with a residual, which nobody has looked at yet."""
+    positions = _positions(x, weight, bias, slope)
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a torch.Tensor, got {type(residual).__name__}")
+    for what, came, needed in (
+        ("shape", tuple(residual.shape), tuple(x.shape)),
+        ("dtype", residual.dtype, x.dtype),
+        ("device", residual.device, x.device),
+    ):
+        if came != needed:
+            raise ValueError(f"residual must have x's {what} {needed}, got {came}")
+    why = route.reason(x) or route.reason(residual)
+    if positions < 2 or (why is not None and route.eager(why)):
+        return reference.forward(x, weight, bias, slope, eps, residual)
+    return fused_residual(x, weight, bias, slope, eps, residual)
+
+
+def fused_residual(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float, residual: Tensor
+) -> Tensor:
+    """`fused`, with a residual of x's shape, dtype and device."""
+    dtype = output_dtype(x, slope)
+    if is_compiling():
+        return library.forward(x, weight, bias, slope, eps, dtype, residual)
+    return InstanceNormAddPReLU.apply(x, weight, bias, slope, eps, dtype, residual)  # type: ignore[attr-defined]
+
+
 class InstanceNormPReLU(_SingleLevelFunction):
     """The Triton route under autograd. Saves x and the statistics, nothing else of x's size.
 
@@ -118,7 +152,7 @@ class InstanceNormPReLU(_SingleLevelFunction):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         x, weight, bias, slope, statistics = ctx.saved_tensors
         slope = ctx.slope if slope is None else slope
@@ -132,6 +166,51 @@ class InstanceNormPReLU(_SingleLevelFunction):
                 raise
             gradients = reference.backward(dy, x, weight, bias, slope, ctx.eps)
         return (*gradients, None, None)
+
+
+class InstanceNormAddPReLU(_SingleLevelFunction):
+    """`InstanceNormPReLU` with a residual; saves that too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        slope: Tensor | float,
+        eps: float,
+        dtype: torch.dtype | None,
+        residual: Tensor,
+    ) -> Tensor:
+        try:
+            y, statistics = launchers()[0](x, weight, bias, slope, eps, dtype, residual=residual)
+        except Exception as error:
+            if not route.machine_fault(error, x.device):
+                raise
+            y, statistics = reference.forward(x, weight, bias, slope, eps, residual), None
+        shared = slope if isinstance(slope, Tensor) else None
+        ctx.save_for_backward(x, weight, bias, shared, statistics, residual)
+        ctx.slope, ctx.eps = None if shared is not None else slope, eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        x, weight, bias, slope, statistics, residual = ctx.saved_tensors
+        slope = ctx.slope if slope is None else slope
+        gradients: tuple[Tensor | None, ...]
+        if statistics is None or is_grad_enabled() or route.vectorised(dy):
+            gradients = reference.backward(dy, x, weight, bias, slope, ctx.eps, residual)
+        else:
+            needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[6])
+            try:
+                gradients = launchers()[1](dy, x, weight, bias, slope, statistics, needs, residual=residual)
+            except Exception as error:
+                if not route.machine_fault(error, x.device):
+                    raise
+                gradients = reference.backward(dy, x, weight, bias, slope, ctx.eps, residual)
+        *others, dr = gradients
+        return (*others, None, None, dr)
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
     fastenc::instance_norm_prelu           x, parameters → y, statistics
     fastenc::instance_norm_prelu_backward  dy, x, parameters, statistics → dx, dweight, dbias, dslope
+    fastenc::instance_norm_add_prelu, and its _backward: the same with a residual, and dr
 
 slope is a tensor, or None and `number` holds. statistics is (2, N·C) in float32: mean and rstd of each (n, c). A
 gradient that nobody wants is an empty tensor: an operator returns tensors, never None. They end in the launchers of
@@ -20,7 +21,7 @@ from fastenc.kernels.layout import readable
 
 from . import reference, route
 
-NAME = "fastenc::instance_norm_prelu"
+NAME, NAME_RESIDUAL = "fastenc::instance_norm_prelu", "fastenc::instance_norm_add_prelu"
 PARAMETERS = "Tensor? weight, Tensor? bias, Tensor? slope, float number"
 
 _library = torch.library.Library("fastenc", "DEF")
@@ -28,6 +29,15 @@ _library.define(f"instance_norm_prelu(Tensor x, {PARAMETERS}, float eps, ScalarT
 _library.define(
     f"instance_norm_prelu_backward(Tensor dy, Tensor x, {PARAMETERS}, Tensor statistics, bool[4] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+# Operators of their own, so that a graph written down without a residual stays what it is.
+_library.define(
+    f"instance_norm_add_prelu(Tensor x, {PARAMETERS}, float eps, ScalarType? dtype, Tensor residual)"
+    " -> (Tensor, Tensor)"
+)
+_library.define(
+    f"instance_norm_add_prelu_backward(Tensor dy, Tensor x, {PARAMETERS}, Tensor statistics, bool[5] needs,"
+    " Tensor residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -38,10 +48,13 @@ def forward(
     slope: Tensor | float,
     eps: float,
     dtype: torch.dtype | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """y by the operator, which torch.compile and torch.export keep as one node and differentiate."""
     shared, number = (slope, 0.0) if isinstance(slope, Tensor) else (None, float(slope))
-    return torch.ops.fastenc.instance_norm_prelu(x, weight, bias, shared, number, eps, dtype)[0]
+    if residual is None:
+        return torch.ops.fastenc.instance_norm_prelu(x, weight, bias, shared, number, eps, dtype)[0]
+    return torch.ops.fastenc.instance_norm_add_prelu(x, weight, bias, shared, number, eps, dtype, residual)[0]
 
 
 def _forward(
@@ -52,11 +65,13 @@ def _forward(
     number: float,
     eps: float,
     dtype: torch.dtype | None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _refuse(x)
     from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
 
-    return instance_norm_prelu_forward(x, weight, bias, number if slope is None else slope, eps, dtype)
+    shared = number if slope is None else slope
+    return instance_norm_prelu_forward(x, weight, bias, shared, eps, dtype, residual=residual)
 
 
 def _backward(
@@ -68,14 +83,16 @@ def _backward(
     number: float,
     statistics: Tensor,
     needs: Sequence[bool],
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     _refuse(x)
     from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
 
     shared = number if slope is None else slope
-    dx, *others = instance_norm_prelu_backward(dy, x, weight, bias, shared, statistics, needs)
+    dx, *others = instance_norm_prelu_backward(dy, x, weight, bias, shared, statistics, needs, residual=residual)
     # The parameters' gradients are parts of one tensor; what an operator returns must share no memory.
-    gradients = (dx, *(None if other is None else other.clone() for other in others))
+    others[:3] = [None if other is None else other.clone() for other in others[:3]]
+    gradients = (dx, *others)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -94,6 +111,7 @@ def _fake_forward(
     number: float,
     eps: float,
     dtype: torch.dtype | None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _alike(readable(x), dtype or x.dtype), x.new_empty((2, x.shape[0] * x.shape[1]), dtype=torch.float32)
 
@@ -112,8 +130,9 @@ def _fake_backward(
     number: float,
     statistics: Tensor,
     needs: Sequence[bool],
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    wanted = (readable(x), weight, bias, slope)
+    wanted = (readable(x), weight, bias, slope, *(() if residual is None else (readable(x),)))
     return tuple(
         _alike(tensor, tensor.dtype) if need and tensor is not None else x.new_empty(0)
         for tensor, need in zip(wanted, needs, strict=True)
@@ -121,26 +140,30 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, slope, ctx.number, ctx.eps, _ = inputs
+    x, weight, bias, slope, ctx.number, ctx.eps, _, *residual = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, bias, slope, output[1])
+    ctx.save_for_backward(x, weight, bias, slope, output[1], *residual)
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, slope, statistics = ctx.saved_tensors
+    x, weight, bias, slope, statistics, *residual = ctx.saved_tensors
     if torch.is_grad_enabled():  # differentiated in its turn: the operator has no second derivative, the formula has
         shared = ctx.number if slope is None else slope
-        return (*reference.backward(dy, x, weight, bias, shared, ctx.eps), None, None, None)
+        gradients = reference.backward(dy, x, weight, bias, shared, ctx.eps, *residual)
+        return (*gradients[:4], None, None, None, *gradients[4:])
     present = (True, weight is not None, bias is not None, slope is not None)
     needs = [need and there for need, there in zip(ctx.needs_input_grad[:4], present, strict=True)]
-    arguments = (dy, x, weight, bias, slope, ctx.number, statistics, needs)
-    gradients = torch.ops.fastenc.instance_norm_prelu_backward(*arguments)
+    needs += ctx.needs_input_grad[7:]
+    operators = torch.ops.fastenc
+    backward = operators.instance_norm_add_prelu_backward if residual else operators.instance_norm_prelu_backward
+    gradients = backward(dy, x, weight, bias, slope, ctx.number, statistics, needs, *residual)
     wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    return (*wanted, None, None, None)
+    return (*wanted[:4], None, None, None, *wanted[4:])
 
 
-_library.impl("instance_norm_prelu", _forward, "CompositeExplicitAutograd")
-_library.impl("instance_norm_prelu_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake(NAME, _fake_forward, lib=_library)
-torch.library.register_fake(f"{NAME}_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(NAME, _differentiate, setup_context=_save, lib=_library)
+for _name in (NAME, NAME_RESIDUAL):
+    _library.impl(_name, _forward, "CompositeExplicitAutograd")
+    _library.impl(f"{_name}_backward", _backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(_name, _fake_forward, lib=_library)
+    torch.library.register_fake(f"{_name}_backward", _fake_backward, lib=_library)
+    torch.library.register_autograd(_name, _differentiate, setup_context=_save, lib=_library)

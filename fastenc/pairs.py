@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .swapped import ACTIVATIONS, DROPOUTS
+from .swapped import ACTIVATIONS, DROPOUTS, INSTANCE_NORMS
 
 WORDS = {operator.add: "an addition", operator.iadd: "an addition in place"}
 HOOKS = (
@@ -91,7 +91,7 @@ def _read(graph: fx.Graph, norms: set[nn.Module], registered: set[nn.Module], en
         if isinstance(way, str):
             found.why.setdefault(norm, []).append(way)
         else:
-            *between, activation = (step.meta["module"] for step in way)
+            *between, activation = (step.meta["module"] for step in way if "module" in step.meta)
             found.pair(norm, activation, _innermost(node, way[-1]), between)
 
 
@@ -107,6 +107,19 @@ def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:
 
 def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module], end: str) -> list[fx.Node] | str:
     """The calls that node's output goes through up to its activation; a reason where it does not get there."""
+    way = _way(node, registered, end)
+    if isinstance(way, str):
+        return way
+    for step in (node, *(step for step in way if step.target in WORDS)):
+        for operand in step.args:
+            if isinstance(operand, fx.Node) and any(order[step] < order[u] < order[way[-1]] for u in operand.users):
+                what = "its input" if step is node else "what it is added to"
+                return f"{what} is used again before the activation"
+    return way
+
+
+def _way(node: fx.Node, registered: set[nn.Module], end: str) -> list[fx.Node] | str:
+    """As `_follow`, whatever happens to the operands. One addition of a residual may lie on the way."""
     way: list[fx.Node] = []
     here = node
     while here is node or type(here.meta["module"]) not in ACTIVATIONS:
@@ -115,19 +128,35 @@ def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module]
             return "its output is not used"
         if len(users) > 1:
             return f"its output is used {len(users)} times: {', '.join(map(_called, users))}"
-        (here,) = users
+        last, (here,) = here, users
         module = here.meta.get("module")
         if here.op == "output":
             return end
+        if _adds(here, last) and node.target not in WORDS and not _has_dropout(way):
+            rest = _way(here, registered, end)
+            if isinstance(rest, list) and not _has_dropout(rest):
+                return [*way, here, *rest]
         if type(module) not in (*ACTIVATIONS, *DROPOUTS, nn.Identity):
             return f"its output goes to {_called(here)}, not to a PReLU, LeakyReLU or ReLU module"
         if module not in registered:
             return f"its output goes to a {_called(here)} that is not registered in the model"
         way.append(here)
-    (x, *_) = node.args or (None,)
-    if isinstance(x, fx.Node) and any(order[node] < order[user] < order[here] for user in x.users):
-        return "its input is used again before the activation"
     return way
+
+
+def _adds(node: fx.Node, z: fx.Node) -> bool:
+    """Whether node adds a tensor to z, which is the one that waits where two norms meet."""
+    operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
+    if node.target not in WORDS or len(operands) != 2:
+        return False
+    first, other = operands
+    return first is z or (
+        other is z and node.target is operator.add and type(first.meta.get("module")) not in INSTANCE_NORMS
+    )
+
+
+def _has_dropout(way: list[fx.Node]) -> bool:
+    return any(type(step.meta.get("module")) in DROPOUTS for step in way)
 
 
 def _only_asks(node: fx.Node) -> bool:

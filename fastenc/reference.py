@@ -2,6 +2,7 @@
 
 With mean and variance of each (n, c) over its S spatial positions:
     rstd = 1/√(variance + eps),  x̂ = (x − mean)·rstd,  z = x̂·weight + bias,  y = z where z > 0 else slope·z
+and with a residual r, z + r in place of z.
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ def forward(
     bias: Tensor | None = None,
     slope: Tensor | float = 0.25,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y by torch's own two operations. x (N, C, *spatial); weight, bias (C,) or None; slope (C,), (1,) or a number."""
+    """y by torch's own two operations. x (N, C, *spatial); weight, bias (C,) or None; slope (C,), (1,) or a number.
+
+    residual: of x's shape and dtype, or None.
+    """
     z = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+    if residual is not None:
+        z = z + residual
     if isinstance(slope, Tensor):
         # instance_norm takes float32 parameters with a low-precision x; prelu wants one dtype.
         return F.prelu(z, slope if slope.dtype == z.dtype else slope.to(z.dtype))
@@ -33,8 +40,9 @@ def backward(
     bias: Tensor | None = None,
     slope: Tensor | float = 0.25,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight, dbias and dslope in closed form; None where there is no such parameter.
+    residual: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias and dslope in closed form, and, with a residual, dr; None where there is no such parameter.
 
     Plain differentiable operations of x, dy and the parameters, so that it has derivatives in its turn. Low precision
     is computed in float32.
@@ -53,6 +61,7 @@ def backward(
     xhat = centered * rstd
     z = xhat if weight is None else xhat * wider(weight)
     z = z if bias is None else z + wider(bias)
+    z = z if residual is None else z + residual.to(wide)
     dz = torch.where(z > 0, dy_wide, slope_wide * dy_wide)
     dxhat = dz if weight is None else dz * wider(weight)
     dx = rstd * (dxhat - dxhat.mean(axes, keepdim=True) - xhat * (dxhat * xhat).mean(axes, keepdim=True))
@@ -63,4 +72,5 @@ def backward(
     if isinstance(slope, Tensor):
         dslope = torch.where(z > 0, 0.0, z * dy_wide).sum(over).to(slope.dtype)
         dslope = dslope.sum(0, True) if slope.numel() == 1 else dslope
-    return dx.to(x.dtype), dweight, dbias, dslope
+    gradients = dx.to(x.dtype), dweight, dbias, dslope
+    return gradients if residual is None else (*gradients, dz.to(residual.dtype))

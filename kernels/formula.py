@@ -127,6 +127,14 @@ def normalize(x, mean, scale, bias):
 
 
 @triton.jit
+def plus(z, R, base, offset, valid):
+    """z + r, with r laid out as x; z where there is no R."""
+    if R is not None:
+        z += tl.load(R + base + offset, mask=valid, other=0.0).to(tl.float32)
+    return z
+
+
+@triton.jit
 def prelu(z, slope):
     """z where z > 0, slope·z elsewhere: at exactly 0, and at NaN, the slope branch, as torch does."""
     return tl.where(z > 0.0, z, slope * z)

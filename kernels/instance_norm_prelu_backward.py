@@ -1,8 +1,8 @@
-"""The gradients of y = PReLU(z), z = x̂·weight + bias, x̂ = (x − mean)·rstd, from dy, x, mean and rstd.
+"""The gradients of y = PReLU(z), z = x̂·weight + bias (+ r), x̂ = (x − mean)·rstd, from dy, x, r, mean and rstd.
 
 With dz = dy·PReLU'(z), and Σ over the S positions of an (n, c):
     dx      = rstd·weight·(dz − (Σdz + x̂·Σdz·x̂)/S)
-    dweight = Σₙ Σ dz·x̂,   dbias = Σₙ Σ dz,   dslope = Σₙ Σ_{z ≤ 0} dy·z
+    dweight = Σₙ Σ dz·x̂,   dbias = Σₙ Σ dz,   dslope = Σₙ Σ_{z ≤ 0} dy·z,   dr = dz
 One pass where a row of x and dy fits on chip, split where it does not. No sum is atomic: results are repeatable.
 """
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formula import divisible, locate, normalize, parameters, prelu_dslope, prelu_dz, statistics
+from .formula import divisible, locate, normalize, parameters, plus, prelu_dslope, prelu_dz, statistics
 from .launch import elsewhere, prepared
 from .layout import like, readable
 from .plan import COMBINE_WARPS, RELOAD_BLOCK_S, SUM_N_C, SUM_N_N, ceil_div
@@ -25,9 +25,9 @@ _RELOAD_BLOCK_S = tl.constexpr(RELOAD_BLOCK_S)
 
 
 @triton.jit
-def tile_terms(x, dy, mean, scale, bias, a):
+def tile_terms(x, dy, mean, scale, bias, a, R, base, offset, valid):
     """x − mean, dz and the slope's term of a tile [BLOCK_S, BLOCK_C]; dy is 0 on positions that do not exist."""
-    z = normalize(x, mean[None, :], scale[None, :], bias[None, :])
+    z = plus(normalize(x, mean[None, :], scale[None, :], bias[None, :]), R, base, offset, valid)
     return x - mean[None, :], prelu_dz(dy, z, a[None, :]), prelu_dslope(dy, z)
 
 
@@ -39,11 +39,11 @@ def tile_dx(centered, dz, scale, mean_dz, slant):
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
 def backward_one_pass(
-    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, N, C, S,
+    DY, X, R, DX, DR, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, N, C, S,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """dx and the three sums of BLOCK_C whole rows; DX or Sums is None where nobody asks for it."""
+    """dx, dr and the three sums of BLOCK_C whole rows; DX, DR or Sums is None where nobody asks for it."""
     if CHANNELS_LAST:
         C = divisible(C, VEC)
     else:
@@ -56,7 +56,9 @@ def backward_one_pass(
     dy = tl.load(DY + base + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
     mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    centered, dz, dslope = tile_terms(x, dy, mean, rstd * weight, bias, a)
+    centered, dz, dslope = tile_terms(x, dy, mean, rstd * weight, bias, a, R, base, offset, valid)
+    if DR is not None:
+        tl.store(DR + base + offset, dz.to(DR.dtype.element_ty), mask=valid)
     sum_dz = tl.sum(dz, axis=0)
     sum_dz_centered = tl.sum(dz * centered, axis=0)
     rows = tl.cast(N, tl.int64) * C
@@ -78,11 +80,11 @@ def backward_one_pass(
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
 def backward_sums(
-    DY, X, Weight, Bias, Slope, slope, slope_step, Statistics, ChunkSums, N, C, S, chunks, tiles,
+    DY, X, R, DR, Weight, Bias, Slope, slope, slope_step, Statistics, ChunkSums, N, C, S, chunks, tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """The three sums of one chunk of BLOCK_C rows, laid out as x would be with `chunks` elements a row."""
+    """The three sums of one chunk of BLOCK_C rows, laid out as x would be with `chunks` elements a row; and dr."""
     if CHANNELS_LAST:
         C = divisible(C, VEC)
     else:
@@ -103,7 +105,9 @@ def backward_sums(
         valid = (s < last - s0)[:, None] & exists[None, :]
         x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
         dy = tl.load(DY + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-        centered, dz, dslope = tile_terms(x, dy, mean, scale, bias, a)
+        centered, dz, dslope = tile_terms(x, dy, mean, scale, bias, a, R, at, offset, valid)
+        if DR is not None:
+            tl.store(DR + at + offset, dz.to(DR.dtype.element_ty), mask=valid)
         sum_dz += tl.sum(dz, axis=0)
         sum_dz_xhat += tl.sum(dz * centered, axis=0) * rstd
         if SLOPE_GRAD:
@@ -163,7 +167,7 @@ def backward_apply(
         valid = (s < last - s0)[:, None] & exists[None, :]
         x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
         dy = tl.load(DY + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-        centered, dz, _ = tile_terms(x, dy, mean, scale, bias, a)
+        centered, dz, _ = tile_terms(x, dy, mean, scale, bias, a, None, at, offset, valid)
         dx = tile_dx(centered, dz, scale, mean_dz, slant)
         tl.store(DX + at + offset, dx.to(DX.dtype.element_ty), mask=valid)
 
@@ -190,23 +194,25 @@ def instance_norm_prelu_backward(
     bias: Tensor | None,
     slope: Tensor | float,
     statistics: Tensor,
-    needs: Sequence[bool] = (True, True, True, True),
+    needs: Sequence[bool] = (True, True, True, True, True),
     in_place: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    residual: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
     """Launch the backward of `instance_norm_prelu_forward`, whose x and statistics it takes.
 
-    dy of y's shape, any strides. needs: which of dx, dweight, dbias, dslope to compute; the others come back None.
-    in_place: dx may be written over dy, where their dtypes are one. dx is in x's layout and dtype, the others in their
-    parameter's shape and dtype.
+    dy of y's shape, any strides. residual: the forward's. needs: which of dx, dweight, dbias, dslope and, with a
+    residual, dr to compute; the others come back None.
+    in_place: dx may be written over dy, where their dtypes are one. dx and dr are in x's layout and dtype, the others
+    in their parameter's shape and dtype.
     """
     device = x.get_device()
     if elsewhere(device):
         with torch.cuda.device(device):
-            return instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics, needs, in_place)
+            return instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics, needs, in_place, residual)
     stride = x.stride()
-    launch = prepared(x.shape, stride, x.itemsize, device, True)
+    launch = prepared(x.shape, stride, x.itemsize, device, True, residual is not None)
     if launch is None:
-        return instance_norm_prelu_backward(dy, readable(x), weight, bias, slope, statistics, needs, in_place)
+        return instance_norm_prelu_backward(dy, readable(x), weight, bias, slope, statistics, needs, in_place, residual)
     N, C, S, channels_last, plan, tile = launch
     if dy.stride() != stride:
         dy = like(dy, x)
@@ -219,21 +225,28 @@ def instance_norm_prelu_backward(
     need_sums = need_dslope or wanted[0] is not None or wanted[1] is not None
     # Written over dy, if at all: every program loads all it needs of it ahead of its first store, and no other's part.
     dx = None if not needs[0] else dy if in_place and dy.dtype == x.dtype else torch.empty_like(x)
-    if dx is None and not need_sums:
-        return None, None, None, None
+    dr = None
+    if residual is not None:
+        residual = like(residual, x)
+        if needs[4]:
+            dr = torch.empty_like(x)
+        elif not plan.one_pass:
+            dr = dx  # dz waits there for the launch that turns it into dx
+    if dx is None and dr is None and not need_sums:
+        return (None,) * (4 if residual is None else 5)
     kinds = 3 if need_dslope else 2
     sums = None
     if need_sums or not plan.one_pass:
         sums = torch.empty(kinds, N * C, dtype=torch.float32, device=x.device)
     if plan.one_pass:
         backward_one_pass[(plan.grid,)](
-            dy, x, dx, weight, bias, pointer, number, slope_step, statistics, sums, N, C, S,
+            dy, x, residual, dx, dr, weight, bias, pointer, number, slope_step, statistics, sums, N, C, S,
             SLOPE_GRAD=need_dslope, **tile,
         )  # fmt: skip
     else:
         chunk_sums = torch.empty(kinds, N * C * plan.chunks, dtype=torch.float32, device=x.device)
         backward_sums[(plan.grid,)](
-            dy, x, weight, bias, pointer, number, slope_step, statistics, chunk_sums, N, C, S,
+            dy, x, residual, dr, weight, bias, pointer, number, slope_step, statistics, chunk_sums, N, C, S,
             plan.chunks, plan.tiles, SLOPE_GRAD=need_dslope, **tile,
         )  # fmt: skip
         backward_combine[(plan.combine_grid, kinds)](
@@ -242,14 +255,18 @@ def instance_norm_prelu_backward(
             num_warps=COMBINE_WARPS,
         )  # fmt: skip
         if dx is not None:
+            if dr is not None:  # it is dz, which a slope of 1 leaves as it is
+                dy, pointer, number, slope_step = dr, None, 1.0, 0
             backward_apply[(plan.grid,)](
                 dy, x, dx, weight, bias, pointer, number, slope_step, statistics, sums, N, C, S,
                 plan.chunks, plan.tiles, **tile,
             )  # fmt: skip
-    if sums is None or not need_sums:
-        return dx, None, None, None
-    dbias, dweight, dslope = _parameter_gradients(sums, N, C, wanted)
-    return dx, dweight, dbias, dslope
+    dbias = dweight = dslope = None
+    if sums is not None and need_sums:
+        dbias, dweight, dslope = _parameter_gradients(sums, N, C, wanted)
+    if residual is None:
+        return dx, dweight, dbias, dslope
+    return dx, dweight, dbias, dslope, dr if needs[4] else None
 
 
 def _parameter_gradients(sums: Tensor, N: int, C: int, wanted: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""y = PReLU((x − mean)·rstd·weight + bias), with mean and rstd of each (n, c) over its S positions.
+"""y = PReLU((x − mean)·rstd·weight + bias + r), with mean and rstd of each (n, c) over its S positions; r is optional.
 
 One pass where a row fits on chip: x is read once, y written once. Split where it does not: partial statistics of each
 chunk, one tiny launch that combines them, and a second reading of x.
@@ -18,19 +18,20 @@ from .formula import (
     merge,
     normalize,
     parameters,
+    plus,
     prelu,
     reciprocal_deviation,
     statistics,
     tile_statistics,
 )
 from .launch import elsewhere, prepared
-from .layout import readable
+from .layout import like, readable
 from .plan import COMBINE_WARPS
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
 def forward_one_pass(
-    X, Y, Weight, Bias, Slope, slope, slope_step, Statistics, N, C, S, eps,
+    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, N, C, S, eps,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Statistics, normalisation and activation of BLOCK_C whole rows."""
@@ -46,7 +47,7 @@ def forward_one_pass(
     mean, m2 = tile_statistics(x, valid, S)
     rstd = reciprocal_deviation(m2, S, eps)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    z = normalize(x, mean[None, :], (rstd * weight)[None, :], bias[None, :])
+    z = plus(normalize(x, mean[None, :], (rstd * weight)[None, :], bias[None, :]), R, base, offset, valid)
     tl.store(Y + base + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
     tl.store(Statistics + row, mean, mask=exists)
     tl.store(Statistics + tl.cast(N, tl.int64) * C + row, rstd, mask=exists)
@@ -120,7 +121,7 @@ def forward_combine(
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
 def forward_apply(
-    X, Y, Weight, Bias, Slope, slope, slope_step, Statistics, N, C, S, chunks, tiles,
+    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, N, C, S, chunks, tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2."""
@@ -141,7 +142,7 @@ def forward_apply(
         at = base + s0 * step
         valid = (s < last - s0)[:, None] & exists[None, :]
         x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-        z = normalize(x, mean[None, :], scale[None, :], bias[None, :])
+        z = plus(normalize(x, mean[None, :], scale[None, :], bias[None, :]), R, at, offset, valid)
         tl.store(Y + at + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
 
 
@@ -154,27 +155,30 @@ def instance_norm_prelu_forward(
     dtype: torch.dtype | None = None,
     in_place: bool = False,
     statistics: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch y = PReLU(norm(x)).
+    """Launch y = PReLU(norm(x)), or PReLU(norm(x) + residual).
 
     x (N, C, *spatial) of float32, bfloat16 or float16, S ≥ 2 positions, N, C ≥ 1; weight, bias (C,) or None; slope
     (C,), (1,) or a number; dtype of y, x's where None. in_place: y may be written over x, where their dtypes are one.
     statistics: what an earlier launch on the same x returned; y is then the same to the bit, and a row that is split is
-    read once. Returns y, in x's layout where that is readable, and the statistics (2, N·C) in float32: mean and rstd of
-    each (n, c).
+    read once. residual: of x's shape, any strides. Returns y, in x's layout where that is readable, and the statistics
+    (2, N·C) in float32: mean and rstd of each (n, c).
     """
     device = x.get_device()
     if elsewhere(device):
         with torch.cuda.device(device):
-            return instance_norm_prelu_forward(x, weight, bias, slope, eps, dtype, in_place, statistics)
-    launch = prepared(x.shape, x.stride(), x.itemsize, device, False)
+            return instance_norm_prelu_forward(x, weight, bias, slope, eps, dtype, in_place, statistics, residual)
+    launch = prepared(x.shape, x.stride(), x.itemsize, device, False, residual is not None)
     if launch is None:
-        return instance_norm_prelu_forward(readable(x), weight, bias, slope, eps, dtype, in_place, statistics)
+        return instance_norm_prelu_forward(readable(x), weight, bias, slope, eps, dtype, in_place, statistics, residual)
     N, C, S, channels_last, plan, tile = launch
     if in_place and (dtype is None or dtype == x.dtype):
         y = x  # every program loads all it needs of it ahead of its first store, and no other's part
     else:
         y = torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
+    if residual is not None:
+        residual = like(residual, x)
     known = statistics is not None
     if statistics is None:
         statistics = torch.empty(2, N * C, dtype=torch.float32, device=x.device)
@@ -184,7 +188,7 @@ def instance_norm_prelu_forward(
         pointer, number, slope_step = None, float(slope), 0
     if plan.one_pass:
         forward_one_pass[(plan.grid,)](
-            x, y, weight, bias, pointer, number, slope_step, statistics, N, C, S, eps, **tile
+            x, residual, y, weight, bias, pointer, number, slope_step, statistics, N, C, S, eps, **tile
         )
         return y, statistics
     if not known:
@@ -196,6 +200,6 @@ def instance_norm_prelu_forward(
             num_warps=COMBINE_WARPS,
         )  # fmt: skip
     forward_apply[(plan.grid,)](
-        x, y, weight, bias, pointer, number, slope_step, statistics, N, C, S, plan.chunks, plan.tiles, **tile
+        x, residual, y, weight, bias, pointer, number, slope_step, statistics, N, C, S, plan.chunks, plan.tiles, **tile
     )
     return y, statistics

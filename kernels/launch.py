@@ -17,7 +17,7 @@ CPU_MULTIPROCESSORS = 132
 
 @lru_cache(maxsize=4096)
 def prepared(
-    shape: Sequence[int], stride: Sequence[int], itemsize: int, device: int, backward: bool
+    shape: Sequence[int], stride: Sequence[int], itemsize: int, device: int, backward: bool, residual: bool = False
 ) -> tuple[int, int, int, bool, Plan, dict[str, Any]] | None:
     """N, C, S, whether x is channels-last, the plan and the launch options made of it; None where x is not readable.
 
@@ -32,7 +32,7 @@ def prepared(
         S *= size
     channels_last = found == "channels_last"
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else CPU_MULTIPROCESSORS
-    plan = make_plan(N, C, S, itemsize, channels_last, sms, backward)
+    plan = make_plan(N, C, S, itemsize, channels_last, sms, backward, residual)
     tile = {
         "BLOCK_S": plan.BLOCK_S,
         "BLOCK_C": plan.BLOCK_C,

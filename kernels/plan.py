@@ -23,6 +23,14 @@ ONE_PASS = {
     (True, True): (16384, 16),
 }
 
+# With a residual, which is one tensor more on chip.
+ONE_PASS_RESIDUAL = {
+    (False, False): (16384, 32),
+    (False, True): (8192, 16),
+    (True, False): (16384, 16),
+    (True, True): (16384, 16),
+}
+
 # (elements of a tile, warps) of the streaming kernels by backward: at least two programs to an SM, two or more 16-byte
 # loads in flight per thread.
 STREAM = {False: (8192, 8), True: (4096, 8)}
@@ -102,7 +110,9 @@ def least_width(C: int, itemsize: int, channels_last: bool) -> int:
     return min(whole, sector) if C % sector == 0 or sector > C else whole
 
 
-def make_plan(N: int, C: int, S: int, itemsize: int, channels_last: bool, sms: int, backward: bool) -> Plan:
+def make_plan(
+    N: int, C: int, S: int, itemsize: int, channels_last: bool, sms: int, backward: bool, residual: bool = False
+) -> Plan:
     """The plan for x (N, C, S) of `itemsize`-byte elements on a GPU with `sms` multiprocessors.
 
     Raises ValueError when a size is not positive: an empty grid must never be launched.
@@ -112,13 +122,14 @@ def make_plan(N: int, C: int, S: int, itemsize: int, channels_last: bool, sms: i
     VEC = gcd(C if channels_last else S, VECTOR_BYTES // itemsize)
     least = least_width(C, itemsize, channels_last)
     rows = max(SHORTEST_ROW, power_of_2(S))
-    if rows * least <= ONE_PASS[channels_last, backward][0]:
-        return one_pass(N, C, S, itemsize, channels_last, backward, VEC, least, rows)
+    most, most_warps = (ONE_PASS_RESIDUAL if residual else ONE_PASS)[channels_last, backward]
+    if rows * least <= most:
+        return one_pass(N, C, S, itemsize, channels_last, VEC, least, rows, most_warps)
     return split(N, C, S, itemsize, channels_last, backward, VEC, least, sms)
 
 
 def one_pass(
-    N: int, C: int, S: int, itemsize: int, channels_last: bool, backward: bool, VEC: int, least: int, rows: int
+    N: int, C: int, S: int, itemsize: int, channels_last: bool, VEC: int, least: int, rows: int, most_warps: int
 ) -> Plan:
     """Whole rows held on chip: x is read once."""
     if channels_last:
@@ -126,7 +137,6 @@ def one_pass(
         BLOCK_C = max(least, min(power_of_2(C), a_warp // rows))
     else:
         BLOCK_C = max(1, SHORT_ROWS_TILE // rows)
-    most_warps = ONE_PASS[channels_last, backward][1]
     num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD)))
     return Plan(True, rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, 1, 0)
 

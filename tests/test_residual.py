@@ -1,0 +1,228 @@
+"""instance_norm_prelu with a residual: y = PReLU(norm(x) + r), both routes, against the formula in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from routes import taken
+from test_compile import EXAMPLE_1
+from test_library import Compiled
+from torch import Tensor
+from torch.library import opcheck
+
+import fastenc
+from fastenc.bench.ceilings import traffic_ceiling
+from fastenc.bench.compile import instructions, recorded, resources
+from fastenc.bench.interpret import Traffic
+from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
+from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
+from fastenc.kernels.launch import prepared
+from fastenc.kernels.layout import MEMORY_FORMAT
+
+OPERATOR = torch.ops.fastenc.instance_norm_add_prelu.default
+BACKWARD = torch.ops.fastenc.instance_norm_add_prelu_backward.default
+LAYOUTS = ("contiguous", "channels_last")
+ONE_PASS, SPLIT = (4, 5, 6), (17, 16, 16)  # channels-last; a contiguous row splits beyond 16,384 positions
+ULPS = 4
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    return x.contiguous(memory_format=MEMORY_FORMAT[x.dim()]) if layout == "channels_last" else x.contiguous()
+
+
+def arguments(
+    spatial: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32, N: int = 2, C: int = 8
+) -> list[Tensor]:
+    """x, weight, bias, slope, residual."""
+    x, residual = (laid_out(torch.randn(N, C, *spatial).to(dtype), layout) for _ in range(2))
+    return [x, torch.randn(C), torch.randn(C), torch.rand(C) - 0.3, residual]
+
+
+def plain(x: Tensor, weight: Any, bias: Any, slope: Any, residual: Tensor) -> Tensor:
+    z = F.instance_norm(x, weight=weight, bias=bias, eps=1e-5) + residual
+    return F.prelu(z, slope.to(z.dtype)) if isinstance(slope, Tensor) else F.leaky_relu(z, slope)
+
+
+def ours(x: Tensor, weight: Any, bias: Any, slope: Any, residual: Tensor) -> Tensor:
+    return fastenc.instance_norm_prelu(x, weight, bias, slope, residual=residual)
+
+
+def outcome(op: Callable[..., Tensor], args: list[Any], dy: Tensor) -> dict[str, Tensor]:
+    """y and the gradient of every tensor."""
+    names = ("x", "weight", "bias", "slope", "residual")
+    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+    wanted = {name: leaf for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)}
+    y = op(*leaves)
+    return {
+        "y": y.detach(),
+        **dict(zip(wanted, torch.autograd.grad(y, [*wanted.values()], dy.to(y.dtype)), strict=True)),
+    }
+
+
+def check(args: list[Any], dy: Tensor) -> None:
+    """No farther from float64 than twice torch, and a few ULP of the largest value, or, in a sum, of all its terms."""
+    with taken("triton"):
+        found = outcome(ours, args, dy)
+    torchs = outcome(plain, args, dy)
+    truth = outcome(plain, [a.double() if isinstance(a, Tensor) else a for a in args], dy.double())
+    for name, value in truth.items():
+        mine, theirs = found[name], torchs[name]
+        assert mine.shape == value.shape
+        assert mine.dtype == theirs.dtype
+        assert mine.stride() == args[0].stride() or name not in ("y", "x", "residual")
+        terms = value.abs().max()
+        if value.dim() == 1:
+            terms = (
+                terms + (dy.double().abs() * (1 + truth["y"].abs() + args[0].double().abs())).sum((0, 2, 3, 4)).max()
+            )
+        error = (mine.double() - value).abs().max()
+        limit = 2 * (theirs.double() - value).abs().max() + ULPS * torch.finfo(mine.dtype).eps * terms
+        assert error <= limit, f"{name}: error {error:.3g}, limit {limit:.3g}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("spatial", [(2, 1, 1), ONE_PASS, SPLIT])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_as_near_as_torch(dtype: torch.dtype, spatial: tuple[int, ...], layout: str) -> None:
+    args = arguments(spatial, layout, dtype)
+    check(args, laid_out(torch.randn(args[0].shape).to(dtype), layout))
+
+
+def test_contiguous_rows_split() -> None:
+    args = arguments((33, 17, 32), N=1, C=2)
+    check(args, torch.randn(args[0].shape))
+
+
+@pytest.mark.parametrize("spatial", [ONE_PASS, SPLIT])
+@pytest.mark.parametrize("slope", [torch.tensor([0.3]), 0.01, 0.0], ids=str)
+def test_other_parameters(slope: Tensor | float, spatial: tuple[int, ...]) -> None:
+    x, _, _, _, residual = arguments(spatial, C=3)
+    check([x, None, None, slope, residual], torch.randn(x.shape))
+
+
+@pytest.mark.parametrize("spatial", [ONE_PASS, SPLIT])
+def test_residual_of_other_strides(spatial: tuple[int, ...]) -> None:
+    x, weight, bias, slope, residual = arguments(spatial, "channels_last", C=3)
+    for other in (residual.contiguous(), torch.stack([residual, residual], -1)[..., 0], residual[:1].expand(x.shape)):
+        args = [x, weight, bias, slope, other]
+        dy = torch.randn(x.shape)
+        with taken("triton"):
+            found = outcome(ours, args, dy)
+        expected = outcome(plain, [a.double() for a in args], dy.double())
+        for name, value in expected.items():
+            assert (found[name].double() - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.parametrize("spatial", [ONE_PASS, SPLIT])
+def test_only_the_gradients_asked_for(spatial: tuple[int, ...]) -> None:
+    args = arguments(spatial, "channels_last")
+    dy = laid_out(torch.randn(args[0].shape), "channels_last")
+    with taken("triton"):
+        full = outcome(ours, args, dy)
+        for i, name in ((0, "x"), (3, "slope"), (4, "residual")):
+            leaves = [a.detach() for a in args]
+            leaves[i].requires_grad_()
+            (grad,) = torch.autograd.grad(ours(*leaves), leaves[i], dy)
+            assert torch.equal(grad, full[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("spatial", [(8, 8, 16), (33, 32, 16)])
+def test_traffic(spatial: tuple[int, ...], layout: str) -> None:
+    """The ceilings of the plain operation, and each reading of r and writing of dr, which is dz, read again, on top."""
+    args = arguments(spatial, layout, N=1)
+    x = args[0]
+    N, C, S = *x.shape[:2], x[0, 0].numel()
+    dy = laid_out(torch.randn(x.shape), layout)
+    with taken("triton"):
+        leaves = [a.requires_grad_() for a in args]
+        with Traffic() as forward:
+            y = ours(*leaves)
+        with Traffic() as backward:
+            torch.autograd.grad(y, leaves, dy)
+    for traffic, back in ((forward, False), (backward, True)):
+        split = not prepared(x.shape, x.stride(), 4, -1, back, True)[4].one_pass  # type: ignore[index]
+        assert traffic.sectors / (x.numel() * 4) <= traffic_ceiling(N, C, S, 4, back, split) + (2 if back else 1)
+
+
+def test_eager_route_to_the_bit() -> None:
+    args = arguments(ONE_PASS)
+    dy = torch.randn(args[0].shape)
+    expected = outcome(plain, args, dy)
+    for name, value in outcome(ours, args, dy).items():
+        assert torch.equal(value, expected[name])
+
+
+def test_double_backward() -> None:
+    args = arguments(ONE_PASS, "channels_last")
+
+    def penalty(op: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        first = torch.autograd.grad(op(*leaves).pow(3).sum(), [leaves[0], leaves[4]], create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+    truth = penalty(plain, [a.double() for a in args])
+    with taken("triton"):
+        found = penalty(ours, args)
+    for mine, value in zip(found, truth, strict=True):
+        assert (mine.double() - value).norm() <= 1e-5 * value.norm()
+
+
+@pytest.mark.parametrize(
+    ("residual", "error", "words"),
+    [
+        (1.0, TypeError, "residual must be a torch.Tensor, got float"),
+        (torch.zeros(2, 8, 4, 5, 1), ValueError, r"residual must have x's shape \(2, 8, 4, 5, 6\), got"),
+        (
+            torch.zeros(2, 8, 4, 5, 6).double(),
+            ValueError,
+            "residual must have x's dtype torch.float32, got torch.float64",
+        ),
+    ],
+)
+def test_bad_residual(residual: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        ours(*arguments(ONE_PASS)[:4], residual)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operators(layout: str) -> None:
+    x, weight, bias, slope, residual = arguments((2, 3, 2), layout, C=3)
+    with taken("fused"):
+        leaves = [a.requires_grad_() for a in (x, weight, bias, slope)]
+        opcheck(OPERATOR, (*leaves, 0.0, 1e-5, None, residual.requires_grad_()))
+        opcheck(OPERATOR, (x, None, None, None, 0.1, 1e-5, torch.bfloat16, residual.detach()))
+        x, weight, bias, slope, residual = (a.detach() for a in (*leaves, residual))
+        _, statistics = OPERATOR(x, weight, bias, slope, 0.0, 1e-5, None, residual)
+        for needs in ([True] * 5, [True, False, False, False, False], [False, True, False, False, True]):
+            opcheck(BACKWARD, (torch.randn(x.shape), x, weight, bias, slope, 0.0, statistics, needs, residual))
+
+
+def test_compiled() -> None:
+    args = arguments(ONE_PASS, "channels_last")
+    dy = torch.randn(args[0].shape)
+    with taken("fused"):
+        compiled = Compiled(ours)
+        expected = outcome(ours, args, dy)
+        for name, value in outcome(compiled, args, dy).items():
+            assert torch.equal(value, expected[name])
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_example_1_does_not_spill(architecture: int) -> None:
+    checked = set()
+    for C, spatial in EXAMPLE_1:
+        shape = (2, C, *spatial)
+        x, dy, residual = (torch.empty(shape, dtype=torch.bfloat16, memory_format=MEMORY_FORMAT[5]) for _ in range(3))
+        parameters = [torch.ones(C) for _ in range(3)]
+        with recorded(architecture) as launches:
+            _, statistics = instance_norm_prelu_forward(x, *parameters, 1e-5, residual=residual)
+            instance_norm_prelu_backward(dy, x, *parameters, statistics, residual=residual)
+        for launch in launches:
+            if launch.key not in checked:
+                checked.add(launch.key)
+                cubin = launch.compiled.asm["cubin"]
+                assert resources(cubin)["STACK"] == 0, (launch.name, C, spatial)
+                assert instructions(cubin)["spill"] == 0, (launch.name, C, spatial)
