@@ -131,8 +131,9 @@ def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
         here, there = (Path(os.path.relpath(path, readme)).as_posix() for path in (light, dark))
         text.append(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{there}">'
-            f'<img src="{here}" alt="{alt}"></picture>\n'
+            f'<img src="{here}" alt="{alt}"></picture>'
         )
+    text += [""] if lights else []
     networks = [each for each in workloads if each.kind == "network"][:MOST_ROWS]
     text += [_network_table(networks)] if networks else []
     ops = [each for each in workloads if each.kind == "instance_norm_prelu"]
