@@ -14,6 +14,7 @@ from torch import Tensor
 import fastenc
 import fastenc.route
 
+from . import cudnn_norm
 from .agreement import OUTPUT
 from .peers import EAGER, FASTENC, Candidate, Contest, Peer
 from .record import Workload
@@ -93,6 +94,10 @@ def group_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
     return F.prelu(F.group_norm(x, x.shape[1], weight, bias, EPS), slope)
 
 
+def _cudnn_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
+    return cudnn_norm.instance_norm_prelu(x, weight, bias, slope, EPS)
+
+
 def _fused_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
     return fastenc.instance_norm_prelu(x, weight, bias, slope, EPS)
 
@@ -108,6 +113,7 @@ CONTEST = Contest(
         EAGER: Peer(partial(candidate, op=plain_op)),
         "GroupNorm(C, C)": Peer(partial(candidate, op=group_op)),
         FASTENC: Peer(partial(candidate, op=_fused_op, note=_route)),
+        "cuDNN + PReLU": Peer(partial(candidate, op=_cudnn_op), absent=cudnn_norm.absent),
         "torch.compile": Peer(
             lambda subject: candidate(subject, torch.compile(plain_op, dynamic=False)), compiles=True
         ),
