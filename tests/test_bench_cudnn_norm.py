@@ -72,6 +72,9 @@ class Graph:
                 (variance + eps).rsqrt(),
             )
         else:
+            variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+            torch.testing.assert_close(given["mean"], mean)
+            torch.testing.assert_close(given["inv_variance"], (variance + EPS).rsqrt())
             dx, dscale, _, _ = reference.backward(given["grad"].float(), x, scale, None, 1.0, EPS)
             assert dscale is not None
             results = (
