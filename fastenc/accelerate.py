@@ -72,9 +72,9 @@ def accelerate(model: Model, *, undo: bool = False) -> Model:
     The modules get other classes, of the same names, and nothing else: parameters, keys of the state dict, hooks,
     copies and pickles stay as they were, and so do the numbers. What leads from norm to activation is read off a trace
     of the forward; dropout and Identity in between are no obstacle, nor is the addition, by + or +=, of a residual. A
-    norm with no activation behind it runs as the kernel alone. On CUDA, volumes are laid out channels-last as they enter the model. Whatever the kernels do not
-    cover (`fastenc.explain(model, x)` says what, and why) runs as it did before, and so does everything under
-    torch.compile, export and other tracers. Repeating the call looks anew.
+    norm with no activation behind it runs as the kernel alone. On CUDA, volumes are laid out channels-last as they
+    enter the model. Whatever the kernels do not cover (`fastenc.explain(model, x)` says what, and why) runs as it did
+    before, and so does everything under torch.compile, export and other tracers. Repeating the call looks anew.
 
     Args:
         model: any nn.Module.
