@@ -92,7 +92,7 @@ class Deferred(Tensor):
 
     def __radd__(self, other: Any) -> Tensor:
         z = self._plus(other)
-        return super().__radd__(other) if z is None else z
+        return NotImplemented if z is None else z  # other's own __add__, then
 
     def __iadd__(self, other: Any) -> Tensor:
         z = self._plus(other)

@@ -57,10 +57,10 @@ def backward_one_pass(
     mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     centered, dz, dslope = tile_terms(x, dy, mean, rstd * weight, bias, a, R, base, offset, valid)
-    if DR is not None:
-        tl.store(DR + base + offset, dz.to(DR.dtype.element_ty), mask=valid)
     sum_dz = tl.sum(dz, axis=0)
     sum_dz_centered = tl.sum(dz * centered, axis=0)
+    if DR is not None:
+        tl.store(DR + base + offset, dz.to(DR.dtype.element_ty), mask=valid)
     rows = tl.cast(N, tl.int64) * C
     if Sums is not None:
         if SLOPE_GRAD:
