@@ -85,8 +85,7 @@ def fused(
     try:
         return launchers()[0](x, weight, bias, slope, eps, dtype, in_place)[0]
     except Exception as error:
-        if not route.machine_fault(error, x.device):
-            raise
+        route.fall_back(error, x.device)
         return reference.forward(x, weight, bias, slope, eps)
 
 
@@ -140,8 +139,7 @@ class InstanceNormPReLU(_SingleLevelFunction):
         try:
             y, statistics = launchers()[0](x, weight, bias, slope, eps, dtype)
         except Exception as error:
-            if not route.machine_fault(error, x.device):
-                raise
+            route.fall_back(error, x.device)
             y, statistics = reference.forward(x, weight, bias, slope, eps), None
         if isinstance(slope, Tensor):
             ctx.save_for_backward(x, weight, bias, slope, statistics)
@@ -162,8 +160,7 @@ class InstanceNormPReLU(_SingleLevelFunction):
         try:
             gradients = launchers()[1](dy, x, weight, bias, slope, statistics, ctx.needs_input_grad)
         except Exception as error:
-            if not route.machine_fault(error, x.device):
-                raise
+            route.fall_back(error, x.device)
             gradients = reference.backward(dy, x, weight, bias, slope, ctx.eps)
         return (*gradients, None, None)
 
@@ -185,8 +182,7 @@ class InstanceNormAddPReLU(_SingleLevelFunction):
         try:
             y, statistics = launchers()[0](x, weight, bias, slope, eps, dtype, residual=residual)
         except Exception as error:
-            if not route.machine_fault(error, x.device):
-                raise
+            route.fall_back(error, x.device)
             y, statistics = reference.forward(x, weight, bias, slope, eps, residual), None
         shared = slope if isinstance(slope, Tensor) else None
         ctx.save_for_backward(x, weight, bias, shared, statistics, residual)
@@ -206,8 +202,7 @@ class InstanceNormAddPReLU(_SingleLevelFunction):
             try:
                 gradients = launchers()[1](dy, x, weight, bias, slope, statistics, needs, residual=residual)
             except Exception as error:
-                if not route.machine_fault(error, x.device):
-                    raise
+                route.fall_back(error, x.device)
                 gradients = reference.backward(dy, x, weight, bias, slope, ctx.eps, residual)
         *others, dr = gradients
         return (*others, None, None, dr)

@@ -6,7 +6,8 @@
 
 slope is a tensor, or None and `number` holds. statistics is (2, N·C) in float32: mean and rstd of each (n, c). A
 gradient that nobody wants is an empty tensor: an operator returns tensors, never None. They end in the launchers of
-fastenc.kernels, which is where triton is imported: at the first call.
+fastenc.kernels, which is where triton is imported: at the first call. Where a launch fails for want of something that
+the machine lacks, what was written down is run by the formula.
 """
 
 from __future__ import annotations
@@ -68,10 +69,16 @@ def _forward(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _refuse(x)
-    from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
-
     shared = number if slope is None else slope
-    return instance_norm_prelu_forward(x, weight, bias, shared, eps, dtype, residual=residual)
+    if route.fault(x.device) is None:
+        try:
+            from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
+
+            return instance_norm_prelu_forward(x, weight, bias, shared, eps, dtype, residual=residual)
+        except Exception as error:
+            route.fall_back(error, x.device)
+    y = reference.forward(x, weight, bias, shared, eps, residual)
+    return _as_declared(y, x, dtype), reference.statistics(x, eps)
 
 
 def _backward(
@@ -86,20 +93,31 @@ def _backward(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     _refuse(x)
-    from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
-
     shared = number if slope is None else slope
-    dx, *others = instance_norm_prelu_backward(dy, x, weight, bias, shared, statistics, needs, residual=residual)
+    gradients = None
+    if route.fault(x.device) is None:
+        try:
+            from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
+
+            gradients = instance_norm_prelu_backward(dy, x, weight, bias, shared, statistics, needs, residual=residual)
+        except Exception as error:
+            route.fall_back(error, x.device)
+    if gradients is None:
+        found = reference.backward(dy, x, weight, bias, shared, residual=residual, statistics=statistics)
+        gradients = tuple(part if part is None or part.dim() == 1 else _as_declared(part, x) for part in found)
+    dx, *others = gradients
     # The parameters' gradients are parts of one tensor; what an operator returns must share no memory.
     others[:3] = [None if other is None else other.clone() for other in others[:3]]
-    gradients = (dx, *others)
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return tuple(
+        gradient if need and gradient is not None else x.new_empty(0)
+        for gradient, need in zip((dx, *others), needs, strict=True)
+    )
 
 
 def _refuse(x: Tensor) -> None:
     """Raise where the kernels cannot run on x: a graph was compiled or exported for another machine, say."""
     reason = route.device_reason(x)
-    if reason is not None:
+    if reason is not None and route.fault(x.device) is None:
         raise RuntimeError(f"{NAME} runs as Triton kernels only, but {reason}")
 
 
@@ -114,6 +132,11 @@ def _fake_forward(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _alike(readable(x), dtype or x.dtype), x.new_empty((2, x.shape[0] * x.shape[1]), dtype=torch.float32)
+
+
+def _as_declared(volume: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """volume, in the dtype and the layout that the fakes have told."""
+    return _alike(readable(x), dtype or x.dtype).copy_(volume)
 
 
 def _alike(x: Tensor, dtype: torch.dtype) -> Tensor:

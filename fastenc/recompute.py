@@ -51,8 +51,7 @@ class RecomputedUnit(torch.autograd.Function):
         try:
             y, statistics = launchers()[0](x, weight, bias, slope, eps, dtypes[0])
         except Exception as error:
-            if not route.machine_fault(error, x.device):
-                raise
+            route.fall_back(error, x.device)
             y, statistics = reference.forward(x, weight, bias, slope, eps), None
         shared = slope if isinstance(slope, Tensor) else None
         ctx.save_for_backward(x, weight, bias, shared, convolution_weight, convolution_bias, statistics)
@@ -65,23 +64,22 @@ class RecomputedUnit(torch.autograd.Function):
         *tensors, statistics = ctx.saved_tensors
         if statistics is None or torch.is_grad_enabled() or route.vectorised(dout):
             return _by_the_formula(ctx, dout, tensors)
-        try:
-            return _by_the_kernels(ctx, dout, tensors, statistics)
-        except Exception as error:
-            if not route.machine_fault(error, dout.device):
-                raise
-            return _by_the_formula(ctx, dout, tensors)
+        return _by_the_kernels(ctx, dout, tensors, statistics)
 
 
 def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, slope, convolution_weight, convolution_bias = tensors
     slope = ctx.slope if slope is None else slope
-    forward, backward = launchers()
     way, (dtype, compute_dtype) = ctx.way, ctx.dtypes
     needs = ctx.needs_input_grad
     dweight = dbias = None
+    # Only what launches is repeated by the formula: an error of the convolution is not the kernels'.
     if needs[5] or needs[6]:
-        y = forward(x, weight, bias, slope, ctx.eps, dtype, statistics=statistics)[0]
+        try:
+            y = launchers()[0](x, weight, bias, slope, ctx.eps, dtype, statistics=statistics)[0]
+        except Exception as error:
+            route.fall_back(error, x.device)
+            return _by_the_formula(ctx, dout, tensors)
         _, dweight, dbias = convolution.backward(
             dout, y, convolution_weight, convolution_bias, way, compute_dtype, (False, needs[5], needs[6])
         )
@@ -94,7 +92,11 @@ def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tens
     dy = convolution.backward(
         dout, like, convolution_weight, convolution_bias, way, compute_dtype, (True, False, False)
     )[0]
-    gradients = backward(dy, x, weight, bias, slope, statistics, needs[:4], in_place=True)
+    try:
+        gradients = launchers()[1](dy, x, weight, bias, slope, statistics, needs[:4], in_place=True)
+    except Exception as error:
+        route.fall_back(error, x.device)
+        return _by_the_formula(ctx, dout, tensors)
     return (*gradients, None, dweight, dbias, None, None)
 
 

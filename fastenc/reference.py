@@ -41,11 +41,12 @@ def backward(
     slope: Tensor | float = 0.25,
     eps: float = 1e-5,
     residual: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """dx, dweight, dbias and dslope in closed form, and, with a residual, dr; None where there is no such parameter.
 
-    Plain differentiable operations of x, dy and the parameters, so that it has derivatives in its turn. Low precision
-    is computed in float32.
+    Plain differentiable operations of x, dy and the parameters, so that it has derivatives in its turn; of those only
+    where no `statistics` are given, which stand in for eps. Low precision is computed in float32.
     """
     axes = tuple(range(2, x.dim()))
     per_channel = (1, -1) + (1,) * len(axes)
@@ -56,8 +57,12 @@ def backward(
 
     x_wide, dy_wide = x.to(wide), dy.to(wide)
     slope_wide = wider(slope) if isinstance(slope, Tensor) else slope
-    centered = x_wide - x_wide.mean(axes, keepdim=True)
-    rstd = torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
+    if statistics is None:
+        centered = x_wide - x_wide.mean(axes, keepdim=True)
+        rstd = torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
+    else:
+        mean, rstd = statistics.view(2, *x.shape[:2], *(1,) * len(axes))
+        centered = x_wide - mean
     xhat = centered * rstd
     z = xhat if weight is None else xhat * wider(weight)
     z = z if bias is None else z + wider(bias)
@@ -74,3 +79,9 @@ def backward(
         dslope = dslope.sum(0, True) if slope.numel() == 1 else dslope
     gradients = dx.to(x.dtype), dweight, dbias, dslope
     return gradients if residual is None else (*gradients, dz.to(residual.dtype))
+
+
+def statistics(x: Tensor, eps: float) -> Tensor:
+    """(2, N·C) in float32: mean and rstd of each (n, c), as the kernels keep them for the backward."""
+    variance, mean = torch.var_mean(x.float().flatten(2), dim=2, correction=0)
+    return torch.stack((mean.flatten(), torch.rsqrt(variance + eps).flatten()))

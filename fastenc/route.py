@@ -12,6 +12,8 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from subprocess import CalledProcessError
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +32,7 @@ OLDEST_ARCHITECTURE = (8, 0)  # the oldest that the kernels are compiled for in 
 
 TRANSFORM = "a torch.func transform (grad, vmap, jvp, …) is active"
 FORWARD_MODE = "forward-mode differentiation is active"
+NO_TRITON = "triton is not installed"
 
 logger = logging.getLogger("fastenc")
 
@@ -51,6 +54,8 @@ def constant_in_graphs(function: Function) -> Function:
 
 _backend = _checked(os.environ.get("FASTENC_BACKEND", "auto"), "environment variable FASTENC_BACKEND")
 _faults: dict[torch.device, str] = {}
+_warned: set[str] = set()
+_warning = Lock()
 
 
 class backend:
@@ -181,57 +186,112 @@ def _name(dtype: torch.dtype) -> str:
 @constant_in_graphs
 def _cuda_reason(index: int) -> str | None:
     """Why GPU number `index` cannot run the kernels."""
-    return _lacking(index) or (_faults.get(torch.device("cuda", index)) if _faults else None)
+    return _lacking(index) or (fault(torch.device("cuda", index)) if _faults else None)
 
 
 @lru_cache(maxsize=64)
 def _lacking(index: int) -> str | None:
     """What GPU number `index` or this process lacks to run the kernels: asked once."""
-    if not has_triton():
-        return "triton is not installed"
     if torch.version.hip is not None:
         return "this is a ROCm build of torch, on which the kernels have not been run yet"
     architecture = torch.cuda.get_device_capability(index)
     if architecture < OLDEST_ARCHITECTURE:
         found, needed = ("sm_{}{}".format(*pair) for pair in (architecture, OLDEST_ARCHITECTURE))
         return f"GPU {index} is {found}; the kernels need {needed} or newer"
+    if not has_triton():
+        if _backend == "auto":
+            _warn_once(NO_TRITON, "fastenc takes the eager route", "install triton (on Linux: pip install triton)")
+        return NO_TRITON
     return None
 
 
 @constant_in_graphs
 def _interpreter_reason() -> str | None:
     if not has_triton():
-        return "triton is not installed"
-    from triton import knobs
-
+        return NO_TRITON
+    try:
+        from triton import knobs
+    except Exception as error:
+        return f"triton is installed but cannot be imported ({_cause(error)})"
     if knobs.runtime.interpret:
         return None
     return "x is on the CPU and the kernels are not interpreted (set TRITON_INTERPRET=1 before starting Python)"
 
 
 def has_triton() -> bool:
-    """Whether triton can be imported; does not import it."""
+    """Whether triton is installed; does not import it."""
     try:
         return importlib.util.find_spec("triton") is not None
     except ValueError:  # sys.modules["triton"] is None: import blocked
         return False
 
 
-def machine_fault(error: Exception, device: torch.device) -> bool:
-    """Whether a launch that raised `error` may be repeated on the eager route; warns, once for each device.
+def fault(device: torch.device) -> str | None:
+    """What made a launch on `device` fail before; None where "triton" was asked for, which tries and raises again."""
+    return None if _backend == "triton" else _faults.get(device)
 
-    True under "auto", for what the machine lacks (a C compiler, a driver that knows the kernels' code, shared memory).
-    Out of memory and errors of earlier work on the GPU are not the kernels' fault: False.
+
+def fall_back(error: Exception, device: torch.device) -> None:
+    """Return where a launch on `device` that raised `error` may be repeated on the eager route, else raise.
+
+    Returns under "auto", for what the machine lacks (a C compiler, a cache folder that can be written, a driver that
+    knows the kernels' code, shared memory), with one warning for each cause in a process.
+
+    Raises `error` itself under "triton", where memory is out, and where every call to the GPU fails: a launch reports
+    what earlier work has broken as if it were its own. torch.OutOfMemoryError for the driver's own word for it.
     """
-    if _backend == "triton" or isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+    text = str(error)
+    if text.startswith("Triton Error") and text.endswith("out of memory"):
+        raise torch.OutOfMemoryError(
+            f"{device} is out of memory: the driver has none left to load or launch a kernel ({text}). "
+            "torch.cuda.empty_cache() hands back what torch holds in reserve; a smaller batch needs less."
+        ) from error
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if _backend == "triton" or memory or isinstance(error, torch.AcceleratorError) or _unusable(device):
+        raise error
+    cause = f"a kernel could not be compiled or launched ({_cause(error)})"
+    # triton shows a kernel to other threads before it is loaded; one that launches it then gets a TypeError, and once.
+    passing = isinstance(error, TypeError)
+    if not passing:
+        _faults[device] = cause
+    _warn_once(
+        cause,
+        f"fastenc takes the eager route on {device} {'for this call' if passing else 'from now on'}",
+        f'{_remedy(error)}; fastenc.backend("triton") raises the whole error',
+    )
+
+
+def _unusable(device: torch.device) -> bool:
+    """Whether any call to a GPU fails now: after an illegal access, in a forked process, while a graph is captured."""
+    if device.type != "cuda":
         return False
-    if device not in _faults:
-        cause = " ".join(str(error).split()) or "no message"
-        _faults[device] = f"a kernel could not be compiled or launched ({type(error).__name__}: {cause[:300]})"
-        warnings.warn(
-            f"fastenc takes the eager route on {device} from now on: {_faults[device]}. Triton needs a C compiler and "
-            'a CUDA driver; fastenc.backend("triton") raises the whole error.',
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _cause(error: Exception) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _remedy(error: Exception) -> str:
+    """What a person can do about what a launch raised."""
+    if isinstance(error, ImportError):
+        return "reinstall triton until `python -c 'import triton.language'` succeeds"
+    if isinstance(error, (CalledProcessError, FileNotFoundError)) or "C compiler" in str(error):
+        return "install a C compiler that triton finds (gcc or clang on PATH, or CC) and Python's headers"
+    if isinstance(error, OSError):
+        return "let TRITON_CACHE_DIR name a folder that can be written and has room"
+    return "bring torch, triton and the CUDA driver to versions that were made for each other and know this GPU"
+
+
+def _warn_once(cause: str, what: str, remedy: str) -> None:
+    """Warn of `cause`, the first time in this process."""
+    with _warning:
+        if cause in _warned:
+            return
+        _warned.add(cause)
+    warnings.warn(f"{what}: {cause}. Remedy: {remedy}.", RuntimeWarning, stacklevel=5)

@@ -20,7 +20,7 @@ def taken(backend: str) -> Iterator[torch.dtype]:
     it, and then the eager route in silence. A kernel that fails there fails the test: no falling back.
     """
     if backend == "fused":
-        able = mock.patch.multiple("fastenc.route", device_reason=lambda x: None, machine_fault=lambda *_: False)
+        able = mock.patch.multiple("fastenc.route", device_reason=lambda x: None, fall_back=_raised)
         with interpreted(), fastenc.backend("auto"), able:
             yield torch.float32
     elif backend == "triton":
@@ -29,6 +29,10 @@ def taken(backend: str) -> Iterator[torch.dtype]:
     else:
         with fastenc.backend(backend):
             yield torch.float64
+
+
+def _raised(error: Exception, device: torch.device) -> None:
+    raise error
 
 
 @contextlib.contextmanager
@@ -65,7 +69,7 @@ def launches_replaced() -> Iterator[None]:
     def launchers() -> tuple[Any, Any]:
         return _forward_by_formula, _backward_by_formula
 
-    able = mock.patch.multiple("fastenc.route", device_reason=lambda x: None, machine_fault=lambda *_: False)
+    able = mock.patch.multiple("fastenc.route", device_reason=lambda x: None, fall_back=_raised)
     functional, recompute = (mock.patch(f"fastenc.{room}.launchers", launchers) for room in ("functional", "recompute"))
     with fastenc.backend("auto"), able, functional, recompute:
         yield

@@ -77,6 +77,7 @@ def _a_gpu_that_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under "auto", CPU tensors are taken for CUDA ones, so that the fallback can be watched."""
     monkeypatch.setattr(route, "device_reason", lambda x: route._faults.get(x.device))
     monkeypatch.setattr(route, "_faults", {})
+    monkeypatch.setattr(route, "_warned", set())
 
 
 @pytest.mark.usefixtures("_a_gpu_that_is_a_cpu")
@@ -96,6 +97,7 @@ def test_a_kernel_that_cannot_run_here_falls_back_and_warns_once(
         expected = result()
     for launchers in ((broken, broken), (forward, broken)):
         route._faults.clear()
+        route._warned.clear()
         monkeypatch.setattr(functional, "launchers", lambda pair=launchers: pair)
         recwarn.clear()
         with interpreted():
