@@ -250,13 +250,10 @@ def fall_back(error: Exception, device: torch.device) -> None:
     if _backend == "triton" or memory or isinstance(error, torch.AcceleratorError) or _unusable(device):
         raise error
     cause = f"a kernel could not be compiled or launched ({_cause(error)})"
-    # triton shows a kernel to other threads before it is loaded; one that launches it then gets a TypeError, and once.
-    passing = isinstance(error, TypeError)
-    if not passing:
-        _faults[device] = cause
+    _faults[device] = cause
     _warn_once(
         cause,
-        f"fastenc takes the eager route on {device} {'for this call' if passing else 'from now on'}",
+        f"fastenc takes the eager route on {device} from now on",
         f'{_remedy(error)}; fastenc.backend("triton") raises the whole error',
     )
 

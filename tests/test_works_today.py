@@ -313,20 +313,6 @@ def test_frozen_parameters(route: str) -> None:
                     assert_near(a, b)
 
 
-@either_route
-def test_weights_changed_behind_autograd_count(route: str) -> None:
-    """An average through .data or a numpy view leaves no version number: nothing may be kept from a call."""
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x = volume(dtype=dtype)
-        net(x)
-        for network in (net, plain):
-            for parameter in network.parameters():
-                parameter.data.mul_(0.7)
-                parameter.detach().numpy()[...] += 0.1
-        assert_near(net(x), plain(x))
-
-
 # Training
 
 
