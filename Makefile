@@ -41,11 +41,13 @@ lint: .venv/installed
 audit: .venv/installed
 	$(BIN)/python -m fastenc.bench audit $(ARGS)
 
-# The second line finds all it asks for in place, but for the CUDA libraries that a torch for GPUs pins by itself.
-.venv/installed: pyproject.toml .ci/requirements.txt
+# torch's CPU-only build where pip is offered it, else the index's. The last line finds all that it asks for in place, but
+# for the CUDA libraries that the index's torch pins by itself.
+.venv/installed: pyproject.toml .ci/requirements.txt .ci/torch-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(HASHED) -r .ci/torch-cpu.txt 2>/dev/null || true
 	$(HASHED) -r .ci/requirements.txt
-	$(INSTALL) -c .ci/constraints.txt --no-build-isolation --editable '.[dev]'
+	$(INSTALL) -c .ci/constraints.txt --no-warn-conflicts --no-build-isolation --editable '.[dev]'
 	touch $@
 
 # The oldest triton supported, laid over the same environment.
