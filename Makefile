@@ -2,6 +2,7 @@
 # make test    lint, types and every test; what CI runs
 # make bench   what an operation, a layer, a network costs here, by pytest-benchmark; a table and bench-out/benchmarks.json
 # make audit   the kernels' bytes, registers and vector widths, without a GPU
+# make sanitize   on a GPU: compute-sanitizer's memcheck and racecheck over the kernels
 # make lock    after a change of .ci/constraints.txt: the hashes of all that it pins
 # Each but lock makes .venv if it is missing: the files whose hashes stand in .ci/requirements.txt, and no others.
 
@@ -13,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 HASHED := $(INSTALL) --require-hashes --only-binary :all: --no-deps
 OLD_TRITON := .venv/triton-3.6
 
-.PHONY: demo test bench bench-smoke lint audit lock clean
+.PHONY: demo test bench bench-smoke lint audit sanitize lock clean
 
 demo: .venv/installed
 	$(BIN)/python -m fastenc demo $(ARGS)
@@ -55,6 +56,9 @@ $(OLD_TRITON)/installed: .venv/installed .ci/triton-3.6.txt
 	rm -rf $(OLD_TRITON)
 	$(HASHED) --target $(OLD_TRITON) -r .ci/triton-3.6.txt
 	touch $@
+
+sanitize: .venv/installed
+	$(BIN)/python -m fastenc.bench sanitize
 
 lock:
 	.ci/lock
