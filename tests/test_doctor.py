@@ -18,6 +18,12 @@ from fastenc.__main__ import main
 RESULTS = len(self_test.LAYOUTS) * len(self_test.RESULTS)
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same report on every machine; tests/gpu has the one of a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def strict(text: str) -> dict[str, Any]:
     """JSON as the standard has it, without NaN."""
 
