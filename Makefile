@@ -2,16 +2,19 @@
 # make test    lint, types and every test; what CI runs
 # make bench   what an operation, a layer, a network costs here, by pytest-benchmark; a table and bench-out/benchmarks.json
 # make audit   the kernels' bytes, registers and vector widths, without a GPU
-# Each makes .venv if it is missing, with the versions pinned in .ci/constraints.txt.
+# make sanitize   on a GPU: compute-sanitizer's memcheck and racecheck over the kernels
+# make lock    after a change of .ci/constraints.txt: the hashes of all that it pins
+# Each but lock makes .venv if it is missing: the files whose hashes stand in .ci/requirements.txt, and no others.
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
-# nnU-Net's networks, for the tests. It asks for timm, and so for torchvision, which only networks left out here import.
-NO_DEPS := dynamic-network-architectures
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Wheels alone: a source package would fetch what builds it unchecked. No dependencies: the list is complete, and one of
+# them is not wanted: dynamic-network-architectures asks for timm, and so for torchvision, which nothing here imports.
+HASHED := $(INSTALL) --require-hashes --only-binary :all: --no-deps
 OLD_TRITON := .venv/triton-3.6
 
-.PHONY: demo test bench bench-smoke lint audit clean
+.PHONY: demo test bench bench-smoke lint audit sanitize lock clean
 
 demo: .venv/installed
 	$(BIN)/python -m fastenc demo $(ARGS)
@@ -39,18 +42,26 @@ lint: .venv/installed
 audit: .venv/installed
 	$(BIN)/python -m fastenc.bench audit $(ARGS)
 
-.venv/installed: pyproject.toml .ci/constraints.txt
+# torch's CPU-only build where pip is offered it, else the index's. The last line finds all that it asks for in place, but
+# for the CUDA libraries that the index's torch pins by itself.
+.venv/installed: pyproject.toml .ci/requirements.txt .ci/torch-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[dev]'
-	$(INSTALL) --no-deps $(NO_DEPS)
+	$(HASHED) -r .ci/torch-cpu.txt 2>/dev/null || true
+	$(HASHED) -r .ci/requirements.txt
+	$(INSTALL) -c .ci/constraints.txt --no-warn-conflicts --no-build-isolation --editable '.[dev]'
 	touch $@
 
-# The oldest triton supported, and a numpy that its interpreter works with, laid over the same environment.
-$(OLD_TRITON)/installed: .venv/installed
+# The oldest triton supported, laid over the same environment.
+$(OLD_TRITON)/installed: .venv/installed .ci/triton-3.6.txt
 	rm -rf $(OLD_TRITON)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD_TRITON) triton==3.6.0 numpy==2.3.5
+	$(HASHED) --target $(OLD_TRITON) -r .ci/triton-3.6.txt
 	touch $@
+
+sanitize: .venv/installed
+	$(BIN)/python -m fastenc.bench sanitize
+
+lock:
+	.ci/lock
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import audit, compare, gpu, ops, report, tune
+from . import audit, compare, gpu, ops, report, sanitize, tune
 from .arguments import without_folder
 
 
@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "gpu": Subcommand(gpu.PURPOSE, gpu.add_arguments, gpu.run),
     "report": Subcommand(report.PURPOSE, report.add_arguments, report.run),
     "audit": Subcommand(audit.PURPOSE, audit.add_arguments, audit.run),
+    "sanitize": Subcommand(sanitize.PURPOSE, sanitize.add_arguments, sanitize.run),
     "tune": Subcommand(tune.PURPOSE, tune.add_arguments, tune.run),
 }
 

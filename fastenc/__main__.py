@@ -1,4 +1,4 @@
-"""The command line: `python -m fastenc demo`, `accelerate`, `bench`, also as `fastenc`."""
+"""The command line: `python -m fastenc demo`, `accelerate`, `bench`, `doctor`, also as `fastenc`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("bench", help="benchmarks and proofs: python -m fastenc.bench", add_help=False)
     demo_parser = commands.add_parser("demo", help="every route on a real MRI volume, compared; a network trained")
     clients_parser = commands.add_parser("accelerate", help="what accelerate fuses in MONAI's and nnU-Net's networks")
+    doctor_parser = commands.add_parser("doctor", help="versions, routes, a self-test, and what to put in a bug report")
     if arguments[:1] == ["bench"]:
         from .bench.__main__ import main as bench
 
@@ -25,6 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         clients.add_arguments(clients_parser)
         return clients.run(parser.parse_args(arguments))
+
+    if arguments[:1] == ["doctor"]:
+        from . import doctor
+
+        doctor.add_arguments(doctor_parser)
+        return doctor.run(parser.parse_args(arguments))
 
     from . import demo
 

@@ -82,10 +82,10 @@ def test_export_holds_aten_only(strict: bool, out_length: int | None, tmp_path: 
     torch.save(samples, tmp_path / "samples.pt")
     code = (
         "import sys, torch; sys.modules['fastenc'] = None; net = torch.export.load('net.pt2').module(); "
-        "torch.save([net(x) for x in torch.load('samples.pt')], 'results.pt')"
+        "torch.save([net(x) for x in torch.load('samples.pt', weights_only=True)], 'results.pt')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
-    for found, x in zip(torch.load(tmp_path / "results.pt"), samples, strict=True):
+    for found, x in zip(torch.load(tmp_path / "results.pt", weights_only=True), samples, strict=True):
         assert_near(found, plain(x))
 
 
