@@ -1,7 +1,9 @@
-# make demo    the main job on a real MRI volume: routes compared, a small network trained
-# make test    lint, types and every test; what CI runs
-# make bench   what an operation, a layer, a network costs here, by pytest-benchmark; a table and bench-out/benchmarks.json
-# make audit   the kernels' bytes, registers and vector widths, without a GPU
+# make demo      the main job on a real MRI volume: routes compared, a small network trained
+# make test      lint, types and every test; what CI runs
+# make bench     what an operation, a layer, a network costs here, by pytest-benchmark; a table and bench-out/benchmarks.json
+# make coverage  every test with the lines that none of them reaches; fails under 95 % of fastenc/ and kernels/
+# make mutants   the product broken one line at a time: which test catches it
+# make audit     the kernels' bytes, registers and vector widths, without a GPU
 # Each makes .venv if it is missing, with the versions pinned in .ci/constraints.txt.
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .
 NO_DEPS := dynamic-network-architectures
 OLD_TRITON := .venv/triton-3.6
 
-.PHONY: demo test bench bench-smoke lint audit clean
+.PHONY: demo test bench bench-smoke coverage mutants lint audit clean
 
 demo: .venv/installed
 	$(BIN)/python -m fastenc demo $(ARGS)
@@ -30,6 +32,12 @@ bench: .venv/installed
 # Each benchmark once, untimed.
 bench-smoke: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --benchmark-disable bench/bench_*.py
+
+coverage: .venv/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+mutants: .venv/installed
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
