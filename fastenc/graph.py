@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,11 +67,30 @@ def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], N
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):
                 run()
+            with synchronizing_raises():
+                run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output = run()
     return graph.replay, output
+
+
+@contextmanager
+def synchronizing_raises() -> Iterator[None]:
+    """What waits for the GPU raises RuntimeError here, as it would inside a capture.
+
+    Found out ahead of the capture, because one that fails can leave torch's allocator and random generators believing
+    that it still goes on (pytorch/pytorch issues 171263, 188439).
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype, which may miss some operations
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def graphed(model: nn.Module, sample: Tensor, dtype: torch.dtype | None = None, *, borrow: bool = False) -> Graphed:

@@ -6,6 +6,7 @@ A recording is emulated by running the model again at each replay, into the same
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -115,6 +116,30 @@ def test_an_error_inside_the_capture_leaves_the_model_usable(monkeypatch: pytest
     assert "stream is capturing" in str(error.value)
     assert "fastenc.freeze" in str(error.value)
     assert torch.equal(model(sample).detach(), expected)
+
+
+def test_what_waits_for_the_gpu_is_found_ahead_of_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture that fails breaks more than itself, so that none must begin."""
+    cuda = mock.MagicMock()
+    modes: list[object] = [1]
+    cuda.get_sync_debug_mode = lambda: modes[-1]
+    cuda.set_sync_debug_mode = modes.append
+    monkeypatch.setattr(graph.torch, "cuda", cuda)
+    runs = []
+
+    def waits() -> None:
+        runs.append(modes[-1])
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
+        graph.record(waits, torch.device("cpu"))
+    assert not cuda.graph.called
+    assert runs == [1, 1, 1, "error"], "the other calls are as the user has them"
+    assert modes == [1, "error", 1]
+    graph.record(lambda: runs.append(modes[-1]), torch.device("cpu"))
+    assert cuda.graph.called
+    assert runs[4:] == [1, 1, 1, "error", 1]
 
 
 def test_out_of_memory_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

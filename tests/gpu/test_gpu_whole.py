@@ -180,6 +180,9 @@ def test_an_error_inside_a_capture_leaves_the_model_usable() -> None:
         fastenc.graphed(model, x)
     with torch.no_grad():
         assert model(x).isfinite().all()
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert torch.randn(2, device="cuda").isfinite().all()
+    assert fastenc.graphed(model.net, x)(x).isfinite().all()
 
 
 def test_training_as_graphed_callables() -> None:
