@@ -18,7 +18,6 @@ from routes import taken
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,84 +112,6 @@ def test_moved_to_another_dtype_and_device() -> None:
     assert_same(net, plain, x)
 
 
-# Function transforms
-
-
-@either_route
-def test_functional_call(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        other = {name: 1.5 * parameter.detach() for name, parameter in plain.named_parameters()}
-        x = volume(dtype=dtype)
-        assert_near(functional_call(net, other, (x,)), functional_call(plain, other, (x,)))
-        assert_near(net(x), plain(x))
-
-
-@either_route
-def test_vmap_over_samples(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x = volume(batch=3, dtype=dtype)
-        assert_near(vmap(lambda sample: net(sample[None])[0])(x), plain(x))
-
-
-@either_route
-def test_vmap_over_ensembles(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        state = {name: torch.stack([p.detach(), 0.5 * p.detach()]) for name, p in plain.named_parameters()}
-        x = volume(dtype=dtype)
-        found = vmap(lambda parameters: functional_call(net, parameters, (x,)))(state)
-        expected = [functional_call(plain, {n: p[i] for n, p in state.items()}, (x,)) for i in (0, 1)]
-        assert_near(found, torch.stack(expected))
-
-
-@either_route
-def test_grad_of_each_sample(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x = volume(batch=3, dtype=dtype)
-        state = {name: parameter.detach() for name, parameter in net.named_parameters()}
-
-        def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-            return functional_call(net, parameters, (sample[None],)).square().sum()
-
-        found = vmap(grad(loss), in_dims=(None, 0))(state, x)
-        for i, sample in enumerate(x):
-            assert_all_near([g[i] for g in found.values()], gradients(plain, sample[None])[2:])
-
-
-@either_route
-def test_jacrev(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype, layers=[1, 1])
-        x = volume((4, 3, 4), batch=1, dtype=dtype)
-        assert_near(jacrev(net)(x), torch.autograd.functional.jacobian(plain, x))
-
-
-@either_route
-def test_jvp(route: str) -> None:
-    """Forward mode against the derivative in backward mode, so that a silent zero shows."""
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x, tangent = volume(dtype=dtype), volume(dtype=dtype).flip(2)
-        y, moved = jvp(net, (x,), (tangent,))
-        assert_near(y, plain(x))
-        jacobian = torch.autograd.functional.jacobian(plain, x)
-        assert_near(moved, torch.einsum("nkmcdhw,mcdhw->nk", jacobian, tangent))
-
-
-@either_route
-def test_dual_numbers(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x, tangent = volume(dtype=dtype), volume(dtype=dtype).flip(3)
-        with torch.autograd.forward_ad.dual_level():
-            found = torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, tangent)))
-        expected = jvp(plain, (x,), (tangent,))
-        assert_all_near(found, expected)
-
-
 # Autograd
 
 
@@ -207,25 +128,6 @@ def test_checkpoint(use_reentrant: bool, route: str) -> None:
         assert_all_near(found, expected)
 
 
-def test_gradcheck() -> None:
-    net, _ = small_twins(channel=1, layers=[1, 1])
-    names, values = zip(*net.named_parameters(), strict=True)
-    inputs = (volume((4, 3, 4)).requires_grad_(), *(v.detach().clone().requires_grad_() for v in values))
-
-    def network(x: Tensor, *parameters: Tensor) -> Tensor:
-        return functional_call(net, dict(zip(names, parameters, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(network, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(network, inputs, fast_mode=True)
-
-
-def test_gradcheck_slow_in_the_input() -> None:
-    net, _ = small_twins(channel=1, layers=[1, 1])
-    x = volume((3, 3, 4), batch=1).requires_grad_()
-    assert torch.autograd.gradcheck(net, (x,), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(net, (x,))
-
-
 @either_route
 def test_gradient_penalty(route: str) -> None:
     with taken(route) as dtype:
@@ -237,16 +139,6 @@ def test_gradient_penalty(route: str) -> None:
             penalty = (slope.square().sum() - 1).square()
             found.append([penalty.detach(), *torch.autograd.grad(penalty, [x, *network.parameters()])])
         assert_all_near(*found)
-
-
-@either_route
-def test_batched_gradients(route: str) -> None:
-    """The forward runs as ever, the backward under vmap: what a vectorized Jacobian does."""
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x = volume(dtype=dtype)
-        expected = torch.autograd.functional.jacobian(plain, x)
-        assert_near(torch.autograd.functional.jacobian(net, x, vectorize=True), expected)
 
 
 @either_route
