@@ -7,7 +7,9 @@ kernels interpreted, in float32: fused where that is possible, eager where PyTor
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -18,6 +20,9 @@ from routes import taken
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel.replicate import replicate
+from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,9 +34,12 @@ either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 # Copies and files
 
 
-def test_pickle() -> None:
-    net, plain = small_twins()
-    assert_same(pickle.loads(pickle.dumps(net)), plain, volume())
+@either_route
+def test_pickle(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        net(volume(dtype=dtype))
+        assert_same(pickle.loads(pickle.dumps(net)), plain, volume(dtype=dtype))
 
 
 @either_route
@@ -281,11 +289,108 @@ def test_gradient_scaler(route: str) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=2**-10 * max(1.0, b.abs().max().item()))
 
 
+@either_route
+def test_average_of_the_weights(route: str) -> None:
+    """An exponential moving average runs beside the training, and is evaluated between its steps."""
+    with taken(route) as dtype:
+        averages = []
+        for network in small_twins(dtype):
+            average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+            optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+            for _ in range(3):
+                network(volume(dtype=dtype)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                average.update_parameters(network)
+                average(volume(dtype=dtype))
+            averages.append(average)
+        assert_same(*averages, volume(dtype=dtype))
+
+
+@either_route
+def test_compiled_as_a_module(route: str) -> None:
+    torch.compiler.reset()
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype, layers=[1, 1])
+        keys = net.state_dict().keys()
+        net.compile(backend="aot_eager", fullgraph=True)
+        assert_same(net, plain, volume(dtype=dtype))
+        assert net.state_dict().keys() == keys
+        assert_same(copy.deepcopy(net), plain, volume(dtype=dtype))
+
+
+# What torch.nn.utils puts on a layer, put on every convolution and on fc
+
+
+def with_old_spectral_norm(layer: nn.Module) -> None:
+    nn.utils.spectral_norm(layer)
+
+
+def with_old_weight_norm(layer: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(layer)
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", amount=0.3)
+
+
+def pruned_for_good(layer: nn.Module) -> None:
+    pruned(layer)
+    prune.remove(layer, "weight")
+
+
+@either_route
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm, parametrizations.spectral_norm, with_old_weight_norm, with_old_spectral_norm,
+        pruned, pruned_for_good,
+    ],
+)  # fmt: skip
+def test_convolutions_changed(change: Callable[[nn.Module], object], route: str) -> None:
+    """Trained two steps, for what they do in a forward of training; then in eval mode."""
+    with taken(route) as dtype:
+        networks = []
+        for network in small_twins(dtype):
+            torch.manual_seed(0)  # of the vectors that a spectral norm starts from
+            for layer in [m for m in network.modules() if isinstance(m, (nn.Conv3d, nn.Linear))]:
+                change(layer)
+            optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+            for _ in range(2):
+                network(volume(dtype=dtype)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            networks.append(network)
+        assert_same(*networks, volume(dtype=dtype))
+        assert_same(*(network.eval() for network in networks), volume(dtype=dtype))
+
+
+# Several devices
+
+
 def test_data_parallel() -> None:
     """Over all GPUs; without one it passes the call on."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net, plain = small_twins()
     assert_same(nn.DataParallel(net.to(device)), plain.to(device), volume().to(device))
+
+
+@either_route
+def test_replicas(route: str) -> None:
+    """What nn.DataParallel does for two devices, both of them the CPU: parameters become tensors with a history."""
+
+    def broadcast(tensors: list[Tensor], devices: list[int], detach: bool) -> list[list[Tensor]]:
+        return [[1 * tensor for tensor in tensors] for _ in devices]
+
+    with taken(route) as dtype, mock.patch("torch.nn.parallel.replicate._broadcast_coalesced_reshape", broadcast):
+        net, plain = small_twins(dtype)
+        x = volume(batch=4, dtype=dtype)
+        y = torch.cat([replica(part) for replica, part in zip(replicate(net, [0, 1]), x.chunk(2), strict=True)])
+        found = [y.detach(), *torch.autograd.grad(y.square().sum(), list(net.parameters()))]
+        expected = gradients(plain, x)
+        assert_all_near(found, [expected[0], *expected[2:]])
 
 
 def one_of_the_processes(rank: int, world: int, folder: str) -> None:
