@@ -297,7 +297,7 @@ def backward(
 
     Of x the gradient of x needs the shape, dtype and layout only.
     """
-    # Transformed, it is torch's own backward on all taps, which takes many gradients at once. What follows can itself be
+    # Transformed, it is torch's own backward on all taps, which takes many gradients at once. What follows can be
     # differentiated as it stands.
     transformed = route.transformed(dy)
     if way.product_backward and not transformed:
