@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from fastenc import explain
 
+pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 UNITS = ["netbody.1.conv_list.0", "netbody.1.conv_scale", "netbody.2.conv_scale"]
 MIDDLE = UNITS[1]
 

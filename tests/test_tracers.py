@@ -20,6 +20,7 @@ from plain import assert_near, assert_same, small_twins, volume
 from routes import taken
 from torch import fx
 
+pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 OTHER_SIZE = (9, 8, 11)
 vector_and_map = pytest.mark.parametrize("out_length", [2, None])
 either_route = pytest.mark.parametrize("route", ["auto", "fused"])

@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from fastenc import explain
 from fastenc import route as routes
 
+pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 

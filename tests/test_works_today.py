@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastenc import EncoderNet3d
 
+pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
