@@ -180,12 +180,16 @@ def test_forward_mode_over_the_backward(route: str, recompute: bool, tangents: C
 
 @either_route
 def test_batched_gradients(route: str) -> None:
-    """The forward runs as ever, the backward under vmap: what a vectorized Jacobian does."""
+    """The backward under vmap, in the input and in every parameter: what a vectorized Jacobian does."""
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        x = volume(dtype=dtype)
-        expected = torch.autograd.functional.jacobian(plain, x)
-        assert_near(torch.autograd.functional.jacobian(net, x, vectorize=True), expected)
+        x = volume((4, 4, 4), dtype=dtype).requires_grad_()  # the last map has one live tap
+        y, expected = net(x), plain(x)
+        many = torch.eye(y.numel(), dtype=dtype).view(-1, *y.shape)
+        found = torch.autograd.grad(y, [x, *net.parameters()], many, is_grads_batched=True)
+        leaves = [x, *plain.parameters()]
+        each = [torch.autograd.grad(expected, leaves, dy, retain_graph=True) for dy in many]
+        assert_all_near(found, [torch.stack(gradients) for gradients in zip(*each, strict=True)])
 
 
 # Derivatives of derivatives, against differences
