@@ -297,17 +297,17 @@ def backward(
 
     Of x the gradient of x needs the shape, dtype and layout only.
     """
-    # Vectorised, it is torch's own backward on all taps, which takes many gradients at once. What follows can itself be
+    # Transformed, it is torch's own backward on all taps, which takes many gradients at once. What follows can be
     # differentiated as it stands.
-    vectorised = route.vectorised(dy)
-    if way.product_backward and not vectorised:
+    transformed = route.transformed(dy)
+    if way.product_backward and not transformed:
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
         return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
     compute = dtype or x.dtype
-    cut = _cuts(way) and not vectorised
-    laid_out = weight.to(compute) if vectorised else _laid_out(weight, x, way, compute)
+    cut = _cuts(way) and not transformed
+    laid_out = weight.to(compute) if transformed else _laid_out(weight, x, way, compute)
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
         dy, x.to(compute), laid_out, None if bias is None else list(bias.shape), way.stride,
         way.cut_padding if cut else way.padding, way.dilation, False, (0,) * len(way.stride), way.groups, needs,
@@ -315,7 +315,7 @@ def backward(
     if needs[0]:
         dx = dx.to(x.dtype)
     if needs[1]:
-        dweight = dweight.to(weight.dtype) if vectorised else _gradient(dweight, weight, way.window if cut else None)
+        dweight = dweight.to(weight.dtype) if transformed else _gradient(dweight, weight, way.window if cut else None)
     return dx, dweight, dbias.to(bias.dtype) if needs[2] and bias is not None else None
 
 

@@ -154,8 +154,8 @@ class InstanceNormPReLU(_SingleLevelFunction):
         (dy,) = grad_outputs
         x, weight, bias, slope, statistics = ctx.saved_tensors
         slope = ctx.slope if slope is None else slope
-        # Where the backward itself is differentiated, or vectorised, a kernel would end the graph: the formula goes on.
-        if statistics is None or is_grad_enabled() or route.vectorised(dy):
+        # Where the backward itself is differentiated or vectorised, a kernel would end that: the formula goes on.
+        if statistics is None or is_grad_enabled() or route.transformed(dy):
             return (*reference.backward(dy, x, weight, bias, slope, ctx.eps), None, None)
         try:
             gradients = launchers()[1](dy, x, weight, bias, slope, statistics, ctx.needs_input_grad)
@@ -195,7 +195,7 @@ class InstanceNormAddPReLU(_SingleLevelFunction):
         x, weight, bias, slope, statistics, residual = ctx.saved_tensors
         slope = ctx.slope if slope is None else slope
         gradients: tuple[Tensor | None, ...]
-        if statistics is None or is_grad_enabled() or route.vectorised(dy):
+        if statistics is None or is_grad_enabled() or route.transformed(dy):
             gradients = reference.backward(dy, x, weight, bias, slope, ctx.eps, residual)
         else:
             needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[6])

@@ -158,8 +158,10 @@ class _ConvModernNd(nn.Module):
         return is_plain(last) and type(self.mconv) is nn.Sequential and route.observed(self.mconv, last) is None
 
     def _refuse_unbatched(self, x: object) -> None:
-        """Without a batch axis PReLU takes the first spatial axis for the channels: an error, or silently wrong."""
-        if type(x) is Tensor and x.dim() == self._order + 1 and any(type(m) is nn.PReLU for m in self.mconv):
+        """Without a batch axis PReLU's slopes go to the first spatial axis: an error, or silently wrong."""
+        if type(x) is not Tensor or x.dim() != self._order + 1:
+            return
+        if any(type(module) is nn.PReLU and module.weight.numel() > 1 for module in self.mconv):
             raise RuntimeError(f"x must have {self._order + 2} axes, a batch of samples, got shape {tuple(x.shape)}")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastenc.kernels.layout import readable
 
@@ -115,9 +116,12 @@ def _backward(
 
 
 def _refuse(x: Tensor) -> None:
-    """Raise where the kernels cannot run on x: a graph was compiled or exported for another machine, say."""
-    reason = route.device_reason(x)
-    if reason is not None and route.fault(x.device) is None:
+    """Raise where the kernels cannot run on x: a graph was exported for another machine, or a tangent would be lost."""
+    if forward_ad._current_level >= 0:
+        reason: str | None = route.FORWARD_MODE
+    else:
+        reason = route.device_reason(x) if route.fault(x.device) is None else None
+    if reason is not None:
         raise RuntimeError(f"{NAME} runs as Triton kernels only, but {reason}")
 
 
@@ -170,7 +174,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, slope, statistics, *residual = ctx.saved_tensors
-    if torch.is_grad_enabled():  # differentiated in its turn: the operator has no second derivative, the formula has
+    # Differentiated in its turn, or vectorised: the operator has no second derivative, the formula has.
+    if torch.is_grad_enabled() or route.transformed(dy):
         shared = ctx.number if slope is None else slope
         gradients = reference.backward(dy, x, weight, bias, shared, ctx.eps, *residual)
         return (*gradients[:4], None, None, None, *gradients[4:])

@@ -62,7 +62,7 @@ class RecomputedUnit(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dout,) = grad_outputs
         *tensors, statistics = ctx.saved_tensors
-        if statistics is None or torch.is_grad_enabled() or route.vectorised(dout):
+        if statistics is None or torch.is_grad_enabled() or route.transformed(dout):
             return _by_the_formula(ctx, dout, tensors)
         return _by_the_kernels(ctx, dout, tensors, statistics)
 
@@ -101,25 +101,16 @@ def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tens
 
 
 def _by_the_formula(ctx: Any, dout: Tensor, tensors: list[Any]) -> tuple[Tensor | None, ...]:
-    """The gradients through torch's own operations, which can be differentiated and vectorised in their turn."""
+    """The gradients by plain operations, which can be differentiated and vectorised in their turn."""
+    x, weight, bias, slope, convolution_weight, convolution_bias = tensors
+    slope = ctx.slope if slope is None else slope
     way, (dtype, compute_dtype) = ctx.way, ctx.dtypes
-    kind, differentiated = tensors[0].device.type, torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(kind, enabled=False):
-        # Each in a name of its own, so that a tensor that was given twice gets two gradients.
-        own: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-        x, weight, bias, slope, convolution_weight, convolution_bias = own
-        y = reference.forward(x, weight, bias, ctx.slope if slope is None else slope, ctx.eps)
-        y = y if dtype is None else y.to(dtype)
-        compute_dtype = compute_dtype or y.dtype
-        out = torch.convolution(
-            y.to(compute_dtype), convolution_weight.to(compute_dtype),
-            None if convolution_bias is None else convolution_bias.to(compute_dtype), way.stride, way.padding,
-            way.dilation, False, (0,) * len(way.stride), way.groups,
+    needs = ctx.needs_input_grad
+    with torch.autocast(x.device.type, enabled=False):
+        y = reference.forward(x, weight, bias, slope, ctx.eps)
+        dy, dweight, dbias = convolution.backward(
+            dout, y if dtype is None else y.to(dtype), convolution_weight, convolution_bias, way, compute_dtype,
+            (any(needs[:4]), needs[5], needs[6]),
         )  # fmt: skip
-        positions = (0, 1, 2, 3, 5, 6)
-        wanted = [i for i, at in enumerate(positions) if ctx.needs_input_grad[at]]
-        found = torch.autograd.grad(out, [own[i] for i in wanted], dout, create_graph=differentiated, allow_unused=True)
-    gradients: list[Tensor | None] = [None] * 9
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[positions[i]] = gradient
-    return tuple(gradients)
+        gradients = (None,) * 4 if dy is None else reference.backward(dy, x, weight, bias, slope, ctx.eps)
+    return (*gradients, None, dweight, dbias, None, None)

@@ -148,9 +148,13 @@ def _traced_reason() -> str | None:
     return FORWARD_MODE if forward_ad._current_level >= 0 else None
 
 
-def vectorised(dy: Tensor) -> bool:
-    """Whether a gradient stands for many at once: torch.vmap, `is_grads_batched`, `jacobian(vectorize=True)`."""
-    return _are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
+def transformed(dy: Tensor) -> bool:
+    """Whether a gradient is more than its values: many at once (`is_grads_batched`, torch.vmap), or with a tangent."""
+    return (
+        _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.is_legacy_batchedtensor(dy)
+    )
 
 
 def device_reason(x: Tensor) -> str | None:

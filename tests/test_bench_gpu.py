@@ -18,7 +18,10 @@ from fastenc.bench.record import Network, Record, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-ABSENT = ("nibabel", "nilearn", "hypothesis", "rich", "torchsummary", "onnx", "matplotlib", "scipy", "safetensors")
+ABSENT = (
+    "nibabel", "nilearn", "hypothesis", "rich", "torchsummary", "onnx", "matplotlib", "scipy", "safetensors",
+    "expecttest",
+)  # fmt: skip
 TINY = Network(4, (2, 1), 3, 5)
 NETWORK = Workload("network", "training step", "float32", (2, 3, 8, 7, 6), network=TINY)
 OP = Workload("instance_norm_prelu", "backward", "float32", (2, 4, 5, 4, 3))

@@ -1,9 +1,8 @@
 """Live taps: the same convolution on fewer taps, whatever the geometry, layout and dtype, forward and backward.
 
-The elements from which a product pays are set to 0 here, so that tiny weights take every way that big ones take.
+The elements from which a product pays are set to 0 here.
 """
 
-from collections.abc import Iterator
 from math import prod
 from typing import Any
 from unittest import mock
@@ -24,14 +23,7 @@ from fastenc.kernels.layout import MEMORY_FORMAT
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LAYER: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
-
-@pytest.fixture(autouse=True)
-def _every_weight_is_big_enough(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("CPU_ONE_POSITION", "CPU_FORWARD", "CPU_BACKWARD"):
-        monkeypatch.setattr(convolution, name, 0)
-    way_of.cache_clear()
-    yield
-    way_of.cache_clear()
+pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 
 
 def alive(size: int, kernel: int, stride: int, padding: int) -> list[int]:

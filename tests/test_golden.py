@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,28 @@ def constructor(case: str) -> dict:
     return {k: tuple(v) if k == "kernel_size" and isinstance(v, list) else v for k, v in ctor.items()}
 
 
-def results(net: nn.Module, data: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output y, gradient gx of the input and g/<key> of each parameter, for the loss sum(y * cot)."""
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def matched(y: Tensor, x: Tensor, cot: Tensor) -> Tensor:
+    """The loss of the golden results."""
+    return (y * cot).sum()
+
+
+def penalised(y: Tensor, x: Tensor, cot: Tensor) -> Tensor:
+    """With a gradient penalty, as critics are trained: 10·mean over the samples of (|∂loss/∂x| − 1)² more."""
+    loss = matched(y, x, cot)
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    return loss + 10 * (slope.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def results(net: nn.Module, data: dict[str, Tensor], dtype: torch.dtype, loss: Loss = matched) -> dict[str, Tensor]:
+    """Output y, gradient gx of the input and g/<key> of each parameter, for a loss of y, x and cot."""
     net.load_state_dict({name[3:]: value for name, value in data.items() if name.startswith("sd/")})
     net.to(dtype)
     x = data["x"].to(dtype).clone().requires_grad_()
     y = net(x)
-    (y * data["cot"].to(dtype)).sum().backward()
+    loss(y, x, data["cot"].to(dtype)).backward()
     gradients = {f"g/{name}": parameter.grad for name, parameter in net.named_parameters()}
     return {"y": y.detach(), "gx": x.grad, **gradients}
 
@@ -57,9 +73,15 @@ def golden(case: str, bits: int) -> dict[str, Tensor]:
 
 
 @functools.cache
-def moved(case: str) -> dict[str, float]:
+def of_the_plain_network(case: str, dtype: torch.dtype, loss: Loss) -> dict[str, Tensor]:
+    return results(PlainEncoder(**constructor(case)), arrays(case), dtype, loss)
+
+
+@functools.cache
+def moved(case: str, loss: Loss = matched) -> dict[str, float]:
     """Root mean square, over eight draws, of the distance each float64 result moves for one ULP in what goes in."""
-    truth, squares = golden(case, 64), dict.fromkeys(golden(case, 64), 0.0)
+    truth = golden(case, 64) if loss is matched else of_the_plain_network(case, torch.float64, loss)
+    squares = dict.fromkeys(truth, 0.0)
     ulp = torch.finfo(torch.float32).eps
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
@@ -70,7 +92,7 @@ def moved(case: str) -> dict[str, float]:
             if name in ("x", "cot") or name.startswith("sd/")
         }
         net = PlainEncoder(**constructor(case)).double()
-        for name, value in results(net, data, torch.float64).items():
+        for name, value in results(net, data, torch.float64, loss).items():
             squares[name] += (value - truth[name]).square().sum().item() / 8
     return {name: math.sqrt(square) for name, square in squares.items()}
 
@@ -80,9 +102,8 @@ def distance(a: Tensor, b: Tensor) -> float:
     return (a.double() - b.double()).norm().item()
 
 
-def too_far(case: str, found: dict[str, Tensor], allowed: dict[str, float]) -> list[str]:
-    """One line for each result that is farther from the float64 golden one than allowed; NaN is too far."""
-    truth = golden(case, 64)
+def too_far(truth: dict[str, Tensor], found: dict[str, Tensor], allowed: dict[str, float]) -> list[str]:
+    """One line for each result that is farther from the float64 one than allowed; NaN is too far."""
     assert found.keys() == truth.keys()
     errors = {name: distance(found[name], truth[name]) for name in truth}
     return [
@@ -145,7 +166,7 @@ def test_float64_eager(case: str) -> None:
     net = fastenc.EncoderNet3d(**constructor(case)).double()
     with fastenc.backend("eager"):
         found = results(net, arrays(case), torch.float64)
-    assert not too_far(case, found, {n: 10 * FLOAT64_STEP * m for n, m in moved(case).items()})
+    assert not too_far(golden(case, 64), found, {n: 10 * FLOAT64_STEP * m for n, m in moved(case).items()})
 
 
 @every_case
@@ -155,7 +176,7 @@ def test_float32(case: str, route: str) -> None:
     with taken(route):
         found = results(net, arrays(case), torch.float32)
     assert all(value.dtype == torch.float32 for value in found.values())
-    assert not too_far(case, found, float32_allowance(case))
+    assert not too_far(golden(case, 64), found, float32_allowance(case))
 
 
 @every_case
@@ -168,3 +189,19 @@ def test_triton_route_runs_the_kernels(case: str) -> None:
     with taken("eager"), eager_norms() as calls:
         results(net, arrays(case), torch.float32)
     assert calls.call_count == sum(CASES[case]["ctor"]["layers"])
+
+
+@every_case
+@pytest.mark.parametrize(("route", "recompute"), [("eager", False), ("triton", False), ("triton", True)])
+def test_a_step_with_a_gradient_penalty(case: str, route: str, recompute: bool) -> None:
+    """The gradients that the step takes are those of the plain network: in float64, or twice as far as its float32."""
+    truth = of_the_plain_network(case, torch.float64, penalised)
+    net = fastenc.EncoderNet3d(**constructor(case), recompute=recompute)
+    with taken(route) as dtype:
+        found = results(net, arrays(case), dtype, penalised)
+    if dtype == torch.float64:
+        allowed = {n: 10 * FLOAT64_STEP * m for n, m in moved(case, penalised).items()}
+    else:
+        single = of_the_plain_network(case, torch.float32, penalised)
+        allowed = {n: 2 * distance(single[n], truth[n]) + FEW_ULP * moved(case, penalised)[n] for n in truth}
+    assert not too_far(truth, found, allowed)

@@ -14,6 +14,7 @@ from routes import taken
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.library import opcheck
 from torch.onnx._internal.exporter._flags import set_onnx_exporting_flag
 
@@ -222,6 +223,23 @@ def test_export_on_the_triton_route(exported: torch.export.ExportedProgram) -> N
             (slope,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
             penalties.append(torch.autograd.grad(slope.square().sum(), x)[0])
         assert_near(*penalties)
+
+
+def test_an_operator_loses_no_tangent(exported: torch.export.ExportedProgram) -> None:
+    """That of a gradient goes through the formula; that of an input is refused, where a zero would come back."""
+    with taken("fused") as dtype:
+        _, plain = small_twins(dtype)
+        module, x = exported.module(), volume(OTHER_SIZE, batch=3, dtype=dtype).requires_grad_()
+        y = module(x)
+        moved = torch.arange(1.0, 1 + y.numel(), dtype=dtype).view_as(y)
+        with dual_level():
+            (gradient,) = torch.autograd.grad(y, x, make_dual(torch.ones_like(y), moved))
+            found = unpack_dual(gradient).tangent
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                module(make_dual(x.detach(), x.detach()))
+        assert_near(found, torch.autograd.grad(plain(x), x, moved)[0])
+        with pytest.raises(RuntimeError, match="forward-mode differentiation is active"):
+            torch.func.jvp(module, (x.detach(),), (x.detach(),))
 
 
 def test_an_operator_where_no_kernel_runs_says_so() -> None:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from fastenc import explain
 
+pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 UNITS = ["netbody.1.conv_list.0", "netbody.1.conv_scale", "netbody.2.conv_scale"]
 MIDDLE = UNITS[1]
 
@@ -136,12 +137,13 @@ def test_backward_hook_that_changes_the_gradient(place: str) -> None:
         assert_all_near(results(net), results(plain))
 
 
+@pytest.mark.parametrize("route", ["auto", "fused"])
 @pytest.mark.parametrize("kind", HOOKS)
-def test_hooks_on_everything_fire_in_the_same_order(kind: str) -> None:
+def test_hooks_on_everything_fire_in_the_same_order(kind: str, route: str) -> None:
     """What a summary printer or a profiler does; pool, stem and fc are among them."""
     net, plain = network_twins()
     logs: list[list[str]] = []
-    with taken("fused"):
+    with taken(route):
         for network in (net, plain):
             log: list[str] = []
             for name, module in network.named_modules():

@@ -20,6 +20,7 @@ from plain import assert_near, assert_same, small_twins, volume
 from routes import taken
 from torch import fx
 
+pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 OTHER_SIZE = (9, 8, 11)
 vector_and_map = pytest.mark.parametrize("out_length", [2, None])
 either_route = pytest.mark.parametrize("route", ["auto", "fused"])
@@ -27,7 +28,7 @@ either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 @either_route
 @vector_and_map
-def test_jit_trace_runs_at_another_size(out_length: int | None, route: str) -> None:
+def test_jit_trace_runs_at_other_sizes(out_length: int | None, route: str) -> None:
     """Traced where the deep maps are 2 and 1 elements wide: a kernel cut to that size would be wrong at the other."""
     with taken(route) as dtype:
         net, plain = small_twins(dtype, out_length=out_length)
@@ -38,9 +39,10 @@ def test_jit_trace_runs_at_another_size(out_length: int | None, route: str) -> N
             torch.jit.save(traced, buffer)
             buffer.seek(0)
             loaded = torch.jit.load(buffer)
-        for x in (volume((4, 4, 4), dtype=dtype), volume(OTHER_SIZE, batch=3, dtype=dtype)):
-            assert_same(traced, plain, x)
-            assert_near(loaded(x), plain(x))
+        for size, batch in (((4, 4, 4), 2), (OTHER_SIZE, 3), ((5, 6, 7), 1), ((16, 3, 4), 2)):
+            x = volume(size, batch, dtype)
+            for network in (traced, loaded):
+                assert_same(network, plain, x)
 
 
 @pytest.mark.parametrize(

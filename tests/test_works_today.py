@@ -7,7 +7,9 @@ kernels interpreted, in float32: fused where that is possible, eager where PyTor
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -18,21 +20,27 @@ from routes import taken
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.parallel.replicate import replicate
+from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastenc import EncoderNet3d
 
+pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 # Copies and files
 
 
-def test_pickle() -> None:
-    net, plain = small_twins()
-    assert_same(pickle.loads(pickle.dumps(net)), plain, volume())
+@either_route
+def test_pickle(route: str) -> None:
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype)
+        net(volume(dtype=dtype))
+        assert_same(pickle.loads(pickle.dumps(net)), plain, volume(dtype=dtype))
 
 
 @either_route
@@ -113,84 +121,6 @@ def test_moved_to_another_dtype_and_device() -> None:
     assert_same(net, plain, x)
 
 
-# Function transforms
-
-
-@either_route
-def test_functional_call(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        other = {name: 1.5 * parameter.detach() for name, parameter in plain.named_parameters()}
-        x = volume(dtype=dtype)
-        assert_near(functional_call(net, other, (x,)), functional_call(plain, other, (x,)))
-        assert_near(net(x), plain(x))
-
-
-@either_route
-def test_vmap_over_samples(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x = volume(batch=3, dtype=dtype)
-        assert_near(vmap(lambda sample: net(sample[None])[0])(x), plain(x))
-
-
-@either_route
-def test_vmap_over_ensembles(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        state = {name: torch.stack([p.detach(), 0.5 * p.detach()]) for name, p in plain.named_parameters()}
-        x = volume(dtype=dtype)
-        found = vmap(lambda parameters: functional_call(net, parameters, (x,)))(state)
-        expected = [functional_call(plain, {n: p[i] for n, p in state.items()}, (x,)) for i in (0, 1)]
-        assert_near(found, torch.stack(expected))
-
-
-@either_route
-def test_grad_of_each_sample(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x = volume(batch=3, dtype=dtype)
-        state = {name: parameter.detach() for name, parameter in net.named_parameters()}
-
-        def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-            return functional_call(net, parameters, (sample[None],)).square().sum()
-
-        found = vmap(grad(loss), in_dims=(None, 0))(state, x)
-        for i, sample in enumerate(x):
-            assert_all_near([g[i] for g in found.values()], gradients(plain, sample[None])[2:])
-
-
-@either_route
-def test_jacrev(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype, layers=[1, 1])
-        x = volume((4, 3, 4), batch=1, dtype=dtype)
-        assert_near(jacrev(net)(x), torch.autograd.functional.jacobian(plain, x))
-
-
-@either_route
-def test_jvp(route: str) -> None:
-    """Forward mode against the derivative in backward mode, so that a silent zero shows."""
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x, tangent = volume(dtype=dtype), volume(dtype=dtype).flip(2)
-        y, moved = jvp(net, (x,), (tangent,))
-        assert_near(y, plain(x))
-        jacobian = torch.autograd.functional.jacobian(plain, x)
-        assert_near(moved, torch.einsum("nkmcdhw,mcdhw->nk", jacobian, tangent))
-
-
-@either_route
-def test_dual_numbers(route: str) -> None:
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x, tangent = volume(dtype=dtype), volume(dtype=dtype).flip(3)
-        with torch.autograd.forward_ad.dual_level():
-            found = torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, tangent)))
-        expected = jvp(plain, (x,), (tangent,))
-        assert_all_near(found, expected)
-
-
 # Autograd
 
 
@@ -207,25 +137,6 @@ def test_checkpoint(use_reentrant: bool, route: str) -> None:
         assert_all_near(found, expected)
 
 
-def test_gradcheck() -> None:
-    net, _ = small_twins(channel=1, layers=[1, 1])
-    names, values = zip(*net.named_parameters(), strict=True)
-    inputs = (volume((4, 3, 4)).requires_grad_(), *(v.detach().clone().requires_grad_() for v in values))
-
-    def network(x: Tensor, *parameters: Tensor) -> Tensor:
-        return functional_call(net, dict(zip(names, parameters, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(network, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(network, inputs, fast_mode=True)
-
-
-def test_gradcheck_slow_in_the_input() -> None:
-    net, _ = small_twins(channel=1, layers=[1, 1])
-    x = volume((3, 3, 4), batch=1).requires_grad_()
-    assert torch.autograd.gradcheck(net, (x,), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(net, (x,))
-
-
 @either_route
 def test_gradient_penalty(route: str) -> None:
     with taken(route) as dtype:
@@ -237,16 +148,6 @@ def test_gradient_penalty(route: str) -> None:
             penalty = (slope.square().sum() - 1).square()
             found.append([penalty.detach(), *torch.autograd.grad(penalty, [x, *network.parameters()])])
         assert_all_near(*found)
-
-
-@either_route
-def test_batched_gradients(route: str) -> None:
-    """The forward runs as ever, the backward under vmap: what a vectorized Jacobian does."""
-    with taken(route) as dtype:
-        net, plain = small_twins(dtype)
-        x = volume(dtype=dtype)
-        expected = torch.autograd.functional.jacobian(plain, x)
-        assert_near(torch.autograd.functional.jacobian(net, x, vectorize=True), expected)
 
 
 @either_route
@@ -375,11 +276,108 @@ def test_gradient_scaler(route: str) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=2**-10 * max(1.0, b.abs().max().item()))
 
 
+@either_route
+def test_average_of_the_weights(route: str) -> None:
+    """An exponential moving average runs beside the training, and is evaluated between its steps."""
+    with taken(route) as dtype:
+        averages = []
+        for network in small_twins(dtype):
+            average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+            optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+            for _ in range(3):
+                network(volume(dtype=dtype)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                average.update_parameters(network)
+                average(volume(dtype=dtype))
+            averages.append(average)
+        assert_same(*averages, volume(dtype=dtype))
+
+
+@either_route
+def test_compiled_as_a_module(route: str) -> None:
+    torch.compiler.reset()
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype, layers=[1, 1])
+        keys = net.state_dict().keys()
+        net.compile(backend="aot_eager", fullgraph=True)
+        assert_same(net, plain, volume(dtype=dtype))
+        assert net.state_dict().keys() == keys
+        assert_same(copy.deepcopy(net), plain, volume(dtype=dtype))
+
+
+# What torch.nn.utils puts on a layer, put on every convolution and on fc
+
+
+def with_old_spectral_norm(layer: nn.Module) -> None:
+    nn.utils.spectral_norm(layer)
+
+
+def with_old_weight_norm(layer: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(layer)
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", amount=0.3)
+
+
+def pruned_for_good(layer: nn.Module) -> None:
+    pruned(layer)
+    prune.remove(layer, "weight")
+
+
+@either_route
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm, parametrizations.spectral_norm, with_old_weight_norm, with_old_spectral_norm,
+        pruned, pruned_for_good,
+    ],
+)  # fmt: skip
+def test_convolutions_changed(change: Callable[[nn.Module], object], route: str) -> None:
+    """Trained two steps, for what they do in a forward of training; then in eval mode."""
+    with taken(route) as dtype:
+        networks = []
+        for network in small_twins(dtype):
+            torch.manual_seed(0)  # of the vectors that a spectral norm starts from
+            for layer in [m for m in network.modules() if isinstance(m, (nn.Conv3d, nn.Linear))]:
+                change(layer)
+            optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+            for _ in range(2):
+                network(volume(dtype=dtype)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            networks.append(network)
+        assert_same(*networks, volume(dtype=dtype))
+        assert_same(*(network.eval() for network in networks), volume(dtype=dtype))
+
+
+# Several devices
+
+
 def test_data_parallel() -> None:
     """Over all GPUs; without one it passes the call on."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net, plain = small_twins()
     assert_same(nn.DataParallel(net.to(device)), plain.to(device), volume().to(device))
+
+
+@either_route
+def test_replicas(route: str) -> None:
+    """What nn.DataParallel does for two devices, both of them the CPU: parameters become tensors with a history."""
+
+    def broadcast(tensors: list[Tensor], devices: list[int], detach: bool) -> list[list[Tensor]]:
+        return [[1 * tensor for tensor in tensors] for _ in devices]
+
+    with taken(route) as dtype, mock.patch("torch.nn.parallel.replicate._broadcast_coalesced_reshape", broadcast):
+        net, plain = small_twins(dtype)
+        x = volume(batch=4, dtype=dtype)
+        y = torch.cat([replica(part) for replica, part in zip(replicate(net, [0, 1]), x.chunk(2), strict=True)])
+        found = [y.detach(), *torch.autograd.grad(y.square().sum(), list(net.parameters()))]
+        expected = gradients(plain, x)
+        assert_all_near(found, [expected[0], *expected[2:]])
 
 
 def one_of_the_processes(rank: int, world: int, folder: str) -> None:

@@ -1,6 +1,7 @@
 """Tests that need a GPU. They import torch, triton, numpy, pytest, fastenc alone: a failing import stops them all."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import fastenc
 
 FOLDER = Path(__file__).parent
+sys.path.append(str(FOLDER.parent))  # for plain.py and torch_samples.py
 
 
 def _lacking() -> str | None:

@@ -1,5 +1,7 @@
 """What surrounds the fused operation, on a GPU: layouts, live taps, memory, frozen and graphed inference, compiling."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -40,6 +42,16 @@ def gradients(network: nn.Module, x: Tensor, autocast: bool) -> list[Tensor]:
         y = network(x)
     found = torch.autograd.grad(y.float().square().sum(), list(network.parameters()))
     return [y.detach(), *found]
+
+
+def test_copied_across_devices(net: fastenc.EncoderNet3d) -> None:
+    """To the CPU, copied and pickled there, and back: the same network to the bit."""
+    there = pickle.loads(pickle.dumps(copy.deepcopy(net).cpu()))
+    with fastenc.backend("auto"):
+        assert {row.route for row in fastenc.explain(there, volume().cpu())} == {"eager"}
+    back = there.to("cuda")
+    with torch.no_grad():
+        assert torch.equal(back(volume()), net(volume()))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
