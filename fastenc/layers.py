@@ -136,7 +136,7 @@ class _ConvModernNd(nn.Module):
         elif self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling():
             return _recomputed(x, norm, slope, layers[2])
         else:
-            in_place = (fresh if at == 0 else is_plain(layers[at - 1])) and not torch.is_grad_enabled()
+            in_place = fresh if at == 0 else is_plain(layers[at - 1])
             x = fused(x, norm.weight, norm.bias, slope, norm.eps, in_place)
         for layer in layers[at + 2 :]:
             x = convolve(layer, x, True)

@@ -246,6 +246,11 @@ def test_a_gpu_that_is_not_covered_is_named(
     assert not warned
 
 
+def test_the_oldest_gpu_covered() -> None:
+    with on_gpus_of((8, 0)):
+        assert route.reason(torch.randn(2, 3, 4)) is None
+
+
 def test_triton_that_cannot_be_imported(tmp_path: Path) -> None:
     """In a process of its own: on a GPU a warning and the eager result, on a CPU the reason under "triton"."""
     (tmp_path / "triton").mkdir()

@@ -14,6 +14,7 @@ import torch
 from plain import twins
 from routes import eager_norms, taken
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastenc
 from fastenc import backend, explain
@@ -246,3 +247,18 @@ def test_environment_is_checked() -> None:
     assert last.startswith("ValueError")
     for word in ("FASTENC_BACKEND", "cudnn", "auto", "triton", "eager"):
         assert word in last
+
+
+def test_a_dispatch_mode_sees_aten_operations() -> None:
+    """What counts or rewrites operations (a FLOP counter here) gets torch's own; "triton" says why it cannot."""
+    net, plain = twins(2, [1, 1], in_planes=1, dtype=torch.float32)
+    x = torch.randn(2, 1, 6, 5, 7)
+    counts = []
+    for model in (net, plain):
+        with taken("fused"), eager_norms() as norms, FlopCounterMode(display=False) as counter:
+            model(x)
+        counts.append(counter.get_total_flops())
+        assert norms.call_count == 2
+    assert counts[0] == counts[1]
+    with taken("triton"), FlopCounterMode(display=False), pytest.raises(RuntimeError, match="TorchDispatchMode"):
+        net(x)
