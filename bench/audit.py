@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .audit_cases import ITEMSIZE, Case, cases, shapes
+from .audit_cases import ITEMSIZE, Case, cases, residual_shapes, shapes
 from .audit_rows import Row, variant_violations, violations
 from .audit_table import print_table, summary
 from .machine import commit
@@ -61,8 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
             return _refuse(f"--json: cannot write to {arguments.json}: {error.strerror}")
     if fault := interpret.fault():
         print(f"bytes are predicted, not counted: {fault}", file=sys.stderr)
+    audited = [*cases(shapes()), *cases(residual_shapes(), residual=True)]
     try:
-        rows, variants = audit(cases(shapes()), min(MOST_PROCESSES, os.cpu_count() or 1))
+        rows, variants = audit(audited, min(MOST_PROCESSES, os.cpu_count() or 1))
     except KeyboardInterrupt:
         return 130
     broken = [text for row in rows for text in violations(row)]
@@ -84,7 +85,7 @@ def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Vari
     from . import audit_findings as find
     from . import interpret
 
-    by_variant = _grouped(audited, lambda case: (case.channels_last, case.dtype, case.backward))
+    by_variant = _grouped(audited, lambda case: (case.channels_last, case.dtype, case.backward, case.residual))
     by_shape = _grouped(audited, lambda case: (case.N, case.C, case.S))
     compiling = list(product(TARGETS, by_variant))
     counting = [] if interpret.fault() else by_shape

@@ -13,12 +13,16 @@ ITEMSIZE: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
 
 EXAMPLE_1 = (64, (3, 3, 3, 3, 3), (31, 32, 30))
 BIGGER = (32, (2, 2, 2, 2, 2), (128, 128, 128))
+# (N, C, S) with a residual: some of the others, of every kind; 16384 is the longest contiguous row in one pass.
+RESIDUAL = (
+    (8, 64, 29760), (8, 128, 512), (8, 1024, 8), (2, 20, 1000), (2, 48, 33**3), (2, 32, 4097), (2, 32, 16384),
+)  # fmt: skip
 AWKWARD = ((24, 1000), (20, 1000), (3, 1000), (32, 4097), (48, 33**3), (64, 1024), (32, 4096), (32, 32768))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One direction of the op on x (N, C, S), and where such an x is met."""
+    """One direction of the op on x (N, C, S), with a residual or without, and where such an x is met."""
 
     origin: str
     N: int
@@ -27,9 +31,11 @@ class Case:
     dtype: Precision
     channels_last: bool
     backward: bool
+    residual: bool = False
 
     def __str__(self) -> str:
-        return f"{self.N}×{self.C}×{self.S} {self.dtype} {layout(self.channels_last)} {direction(self.backward)}"
+        what = f"{self.N}×{self.C}×{self.S} {self.dtype} {layout(self.channels_last)} {direction(self.backward)}"
+        return f"{what} with a residual" if self.residual else what
 
     @property
     def itemsize(self) -> int:
@@ -76,11 +82,16 @@ def shapes() -> list[tuple[str, int, int, int]]:
     ]
 
 
-def cases(shapes: Sequence[tuple[str, int, int, int]]) -> list[Case]:
+def residual_shapes() -> list[tuple[str, int, int, int]]:
+    """The same of what is audited with a residual."""
+    return [("with a residual", N, C, S) for N, C, S in RESIDUAL]
+
+
+def cases(shapes: Sequence[tuple[str, int, int, int]], residual: bool = False) -> list[Case]:
     """Each shape in both layouts, both precisions and both directions."""
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     return [
-        Case(origin, N, C, S, dtype, channels_last, backward)
+        Case(origin, N, C, S, dtype, channels_last, backward, residual)
         for origin, N, C, S in shapes
         for channels_last, dtype, backward in product((True, False), precisions, (False, True))
     ]

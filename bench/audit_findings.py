@@ -33,8 +33,8 @@ class Compiled:
     """A case compiled for one target: the worst of its launches in each respect.
 
     launches: the kernels' names, in order. registers: of a thread. spills: bytes of stack of a thread. shared: bytes of
-    a block. vector_share: of the bytes that accesses to x, y and their gradients move, the share that moves 16 bytes at
-    a time. These four are None for ROCm. atomics: in triton's intermediate code. failure: why it does not compile.
+    a block. vector_share: of the bytes that accesses to x, y, r and their gradients move, the share that moves 16 bytes
+    at a time. These four are None for ROCm. atomics: in triton's intermediate code. failure: why it does not compile.
     """
 
     launches: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class Variants:
 def plan_of(case: Case) -> Plan:
     """The plan that the launcher follows for a CPU tensor."""
     N, C, S = case.N, case.C, case.S
-    return make_plan(N, C, S, case.itemsize, case.channels_last, CPU_MULTIPROCESSORS, case.backward)
+    return make_plan(N, C, S, case.itemsize, case.channels_last, CPU_MULTIPROCESSORS, case.backward, case.residual)
 
 
 def launch(case: Case) -> None:
@@ -79,11 +79,13 @@ def launch(case: Case) -> None:
         x = torch.empty((case.N, case.S, case.C), dtype=dtype).movedim(2, 1)
     else:
         x = torch.empty((case.N, case.C, case.S), dtype=dtype)
+    residual = torch.empty_like(x) if case.residual else None
     weight, bias, slope = (torch.empty(case.C) for _ in range(3))
     if case.backward:
-        instance_norm_prelu_backward(torch.empty_like(x), x, weight, bias, slope, torch.empty(2, case.N * case.C))
+        dy, statistics = torch.empty_like(x), torch.empty(2, case.N * case.C)
+        instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics, residual=residual)
     else:
-        instance_norm_prelu_forward(x, weight, bias, slope, EPS)
+        instance_norm_prelu_forward(x, weight, bias, slope, EPS, residual=residual)
 
 
 def compile_cases(architecture: int | str, cases: Iterable[Case]) -> list[Compiled]:
@@ -171,8 +173,8 @@ def _kinds(case: Case, plan: Plan, kernel: str) -> tuple[np.ndarray, np.ndarray]
 
 def predict(case: Case) -> int:
     """Bytes that the launches of a case move, by arithmetic on its plan."""
-    plan = plan_of(case)
-    return predicted_bytes(plan, case.N, case.C, case.S, case.itemsize, case.channels_last, case.backward)
+    shape = case.N, case.C, case.S
+    return predicted_bytes(plan_of(case), *shape, case.itemsize, case.channels_last, case.backward, case.residual)
 
 
 def example_variants(dtype: Precision, channels_last: bool) -> Variants:

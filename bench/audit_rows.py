@@ -37,13 +37,14 @@ class Row:
     @classmethod
     def of(cls, case: Case, one_pass: bool, predicted: int, count: Count | None, compiled: dict[str, Compiled]) -> Row:
         """The row of `case` from its plan's kind, the bytes predicted and counted, and the compiles by target."""
-        short = ceilings.one_pass_required(case.S, case.channels_last, case.backward)
+        short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
+        shape = case.N, case.C, case.S
         return cls(
             case=case,
             one_pass=one_pass,
             moved=(predicted if count is None else count.bytes) / case.volume,
             predicted=predicted / case.volume,
-            ceiling=ceilings.traffic_ceiling(case.N, case.C, case.S, case.itemsize, case.backward, not one_pass),
+            ceiling=ceilings.traffic_ceiling(*shape, case.itemsize, case.backward, not one_pass, case.residual),
             interpreted=0 if count is None else count.interpreted,
             programs=0 if count is None else count.programs,
             split_excused=short and not one_pass and ceilings.breaks_sectors(case.C, case.itemsize, case.channels_last),
@@ -60,7 +61,7 @@ def _broken(row: Row) -> Iterator[str]:
     case = row.case
     if row.moved > row.ceiling:
         yield f"moves {row.moved:.4f} times the bytes of x, ceiling {row.ceiling:.4f}"
-    short = ceilings.one_pass_required(case.S, case.channels_last, case.backward)
+    short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
     if not row.one_pass and short and not row.split_excused:
         yield f"reads x twice, where rows of {case.S} positions must be read once"
     vectors = ceilings.vectors_required(case.C, case.S, case.itemsize, case.channels_last)

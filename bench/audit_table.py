@@ -72,7 +72,7 @@ def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[
     """What the table does not say, and at the end every broken ceiling in words."""
     lines = [
         f"registers a thread on {', '.join(SHARED_BYTES)}; spills in bytes a thread, shared memory in bytes a block: "
-        "the most of these; 16-byte: share of the bytes of accesses to x, y and their gradients, the least of these",
+        "the most of these; 16-byte: share of the bytes of accesses to x, y, r and their gradients, the least of these",
         "counted on: programs interpreted, one for all that move the same, of those launched at full size",
     ]
     if any(row.split_excused for row in rows):

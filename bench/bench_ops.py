@@ -12,7 +12,12 @@ from fastenc.bench.suites import DEVICE, pairs, run_peer, title
 
 LARGE = [(8, 64, 31, 32, 30), (8, 128, 16, 16, 15), (8, 512, 4, 4, 4)]
 SMALL = [(2, 8, 16, 16, 15)]
-WORKLOADS = workloads(LARGE, "bfloat16") if DEVICE.type == "cuda" else workloads(SMALL, "float32")
+CUDA = DEVICE.type == "cuda"
+WORKLOADS = [
+    workload
+    for residual in (False, True)
+    for workload in workloads(LARGE if CUDA else SMALL, "bfloat16" if CUDA else "float32", residual=residual)
+]
 
 
 @pytest.mark.parametrize(("workload", "peer"), pairs(WORKLOADS), ids=title)

@@ -14,8 +14,15 @@ TRAFFIC = {
     (True, True): (6.0, 5.3, 5.05),
 }
 
+# With a residual r, in bytes of x and by backward, on top. Forward r is read once, where y is written: the statistics
+# are of x alone. Backward r is read once, for the sign of z + r, and dr = dz written once; a split backward then reads
+# dr in place of dy, and r no more.
+RESIDUAL_TRAFFIC = {False: 1.0, True: 2.0}
+
 # Positions up to which a row must be read once, by (channels_last, backward).
 ONE_PASS_POSITIONS = {(True, False): 1024, (True, True): 1024, (False, False): 32768, (False, True): 4096}
+# With a residual no more than this: in float32, 32,768 positions of x and r spill on sm_80 and sm_90.
+ONE_PASS_POSITIONS_RESIDUAL = 16384
 
 # Of the streaming accesses' bytes, the least share that moves 16 bytes at a time, where divisibility allows any.
 VECTOR_SHARE = 0.95
@@ -27,7 +34,9 @@ SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 VARIANTS, VARIANTS_OTHER_BATCH, VARIANTS_OTHER_VOLUME = 40, 0, 6
 
 
-def traffic_ceiling(N: int, C: int, S: int, itemsize: int, backward: bool, split: bool) -> float:
+def traffic_ceiling(
+    N: int, C: int, S: int, itemsize: int, backward: bool, split: bool, residual: bool = False
+) -> float:
     """The most that may be moved for x (N, C, S) of `itemsize`-byte elements, in bytes of x.
 
     What every row costs besides its elements comes on top: five float32 forward, eleven and a share of the launch that
@@ -35,12 +44,14 @@ def traffic_ceiling(N: int, C: int, S: int, itemsize: int, backward: bool, split
     """
     size_class = bisect_right(SIZE_CLASSES, N * C * S * itemsize)
     row_bytes = 44 + 12 / N if backward else 20
-    return TRAFFIC[backward, split][size_class] + row_bytes / (S * itemsize)
+    ideal = TRAFFIC[backward, split][size_class] + (RESIDUAL_TRAFFIC[backward] if residual else 0.0)
+    return ideal + row_bytes / (S * itemsize)
 
 
-def one_pass_required(S: int, channels_last: bool, backward: bool) -> bool:
+def one_pass_required(S: int, channels_last: bool, backward: bool, residual: bool = False) -> bool:
     """Whether rows of S positions must be read once."""
-    return ONE_PASS_POSITIONS[channels_last, backward] >= S
+    most = ONE_PASS_POSITIONS[channels_last, backward]
+    return (min(most, ONE_PASS_POSITIONS_RESIDUAL) if residual else most) >= S
 
 
 def breaks_sectors(C: int, itemsize: int, channels_last: bool) -> bool:

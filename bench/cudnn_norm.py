@@ -30,9 +30,13 @@ def absent(workload: Workload, device: torch.device) -> str | None:
     return None
 
 
-def instance_norm_prelu(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, eps: float) -> Tensor:
-    """PReLU, by torch, of cuDNN's normalisation. x (N, C, *spatial), dense in either layout; the others (C,)."""
-    return F.prelu(_InstanceNorm.apply(x, weight, bias, eps), slope)
+def instance_norm_prelu(
+    x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor:
+    """PReLU, by torch, of cuDNN's normalisation and a residual. x and residual (N, C, *spatial), dense in either
+    layout; the others (C,)."""
+    z = _InstanceNorm.apply(x, weight, bias, eps)
+    return F.prelu(z if residual is None else z + residual, slope)
 
 
 class _InstanceNorm(torch.autograd.Function):

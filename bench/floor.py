@@ -10,7 +10,8 @@ runs layer by layer can leave out, e being the bytes of an element:
   and writes its output: e bytes each. In training it does twice as much again, for the gradient in the input and the
   one in the weight, each of which reads two and writes one of the same three tensors, the weight's in float32. The stem
   has no gradient in its input.
-- InstanceNorm with PReLU reads and writes its volume, 2 tensors; backward it reads x and dy and writes dx, 3 more.
+- InstanceNorm with PReLU reads and writes its volume, 2 tensors; backward it reads x and dy and writes dx, 3 more. With
+  a residual r it reads that too, in both directions, and backward writes dr.
 - Fused AdamW reads parameter, gradient and both moments and writes all but the gradient: 7 float32 for each parameter.
 
 Pooling and the fully connected layer are counted alike. A GPU that overlaps arithmetic with traffic perfectly could get
@@ -103,6 +104,8 @@ def cost(workload: Workload) -> Cost:
     N, itemsize = workload.shape[0], ITEMSIZE[workload.dtype]
     if workload.network is None:
         tensors = {"forward": 2, "backward": 3}[workload.mode]
+        if workload.kind == "instance_norm_add_prelu":
+            tensors += {"forward": 1, "backward": 2}[workload.mode]
         return Cost(0, tensors * prod(workload.shape) * itemsize)
     training = workload.mode != "forward"
     layers = convolutions(workload.network, workload.shape[2:])

@@ -52,6 +52,7 @@ def plan(device: torch.device) -> list[Workload]:
         return [
             *(network(mode, "float32", 2, tiny, (8, 7, 6)) for mode in (TRAIN, "forward")),
             *ops.workloads([(2, 4, 8, 7, 6)], "float32"),
+            *ops.workloads([(2, 4, 8, 7, 6)], "float32", ["channels_last"], residual=True),
             *stems("float32", 2, 3, tiny, (8, 7, 6)),
         ]
     large, middle = (8, 64, 31, 32, 30), (8, 128, 16, 16, 15)
@@ -63,6 +64,7 @@ def plan(device: torch.device) -> list[Workload]:
         network(TRAIN, BF16, 2, VOLUME_128, VOLUME_128_SIZE),
         network("forward", BF16, 2, VOLUME_128, VOLUME_128_SIZE),
         *ops.workloads([middle, (2, 32, 128, 128, 128), (8, 256, 8, 8, 8), (8, 512, 4, 4, 4)], "bfloat16"),
+        *ops.workloads([large], "bfloat16", residual=True),
         *stems(BF16, 32, 3, EXAMPLE_1, EXAMPLE_1_SIZE),
         *stems(BF16, 2, 1, VOLUME_128, VOLUME_128_SIZE),
         network("forward", BF16, 8),

@@ -1,4 +1,5 @@
-"""instance_norm_prelu alone: the PyTorch lines that it replaces, what else does the same, and fastenc's kernels."""
+"""instance_norm_prelu alone, with a residual or without: the PyTorch lines that it replaces, what else does the same,
+and fastenc's kernels."""
 
 from __future__ import annotations
 
@@ -24,13 +25,14 @@ EPS = 1e-5
 COLD_BYTES = 256 << 20  # several times the L2 cache of any GPU: inputs that rotate over this much come from memory
 MEMORY_FORMAT = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
-Op = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Op = Callable[..., Tensor]  # of x, weight, bias, slope and, where there is one, the residual
 
 
 class Subject:
-    """What all peers of one workload share: weight, bias, slope (C,), and as many x and dy as keep the cache cold.
+    """What all peers of one workload share: weight, bias, slope (C,), and as many volumes as keep the cache cold.
 
-    x, dy (N, C, *spatial) in the workload's layout and dtype; on a CPU one pair. `exact` is the same in float64.
+    The volumes are x, dy and, of an operation with one, the residual: (N, C, *spatial) in the workload's layout and
+    dtype; on a CPU one of each. `exact` is the same in float64.
     """
 
     def __init__(self, workload: Workload, device: torch.device, exact: bool = False) -> None:
@@ -49,10 +51,20 @@ class Subject:
             leaf.requires_grad_(self.backward)
         self.x = random(workload.shape, 0.5, 2).contiguous(memory_format=memory_format)
         self.dy = random(workload.shape, 0, 1).contiguous(memory_format=memory_format)
-        size = self.x.numel() * self.x.element_size() * (2 if self.backward else 1)
+        self.residuals: list[Tensor] = []
+        if workload.kind == "instance_norm_add_prelu":
+            self.residuals = [random(workload.shape, 0, 1).contiguous(memory_format=memory_format)]
+        size = sum(volume.numel() * volume.element_size() for volume in self.volumes())
         copies = 1 if exact or device.type != "cuda" else 1 + -(-COLD_BYTES // size)
-        pairs = [(self.x.clone().requires_grad_(self.backward), self.dy.clone()) for _ in range(copies)]
-        self.pairs = itertools.cycle(pairs)
+        self.inputs = itertools.cycle([self._copies() for _ in range(copies)])
+
+    def volumes(self) -> list[Tensor]:
+        """What one call reads, besides the parameters."""
+        return [self.x, *self.residuals, *([self.dy] if self.backward else [])]
+
+    def _copies(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        x, *residuals = (each.clone().requires_grad_(self.backward) for each in (self.x, *self.residuals))
+        return x, self.dy.clone(), residuals
 
 
 def candidate(subject: Subject, op: Op, note: Callable[[Tensor], str] = lambda x: "") -> Candidate:
@@ -60,46 +72,50 @@ def candidate(subject: Subject, op: Op, note: Callable[[Tensor], str] = lambda x
     backward, leaves = subject.backward, subject.leaves
 
     def prepare() -> tuple[Any, ...]:
-        x, dy = next(subject.pairs)
-        return (op(x, *leaves), x, dy) if backward else (x,)
+        x, dy, residuals = next(subject.inputs)
+        return (op(x, *leaves, *residuals), dy, x, *residuals) if backward else (x, *residuals)
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, *residuals: Tensor) -> Tensor:
         with torch.no_grad():
-            return op(x, *leaves)
+            return op(x, *leaves, *residuals)
 
-    def gradients(y: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, [x, *leaves], dy)
+    def gradients(y: Tensor, dy: Tensor, x: Tensor, *residuals: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, [x, *leaves, *residuals], dy)
 
     def numbers() -> dict[str, Tensor]:
         arguments = prepare()
         if not backward:
             return {OUTPUT: forward(*arguments)}
-        names = ["dx", "dweight", "dbias", "dslope"]
+        names = ["dx", "dweight", "dbias", "dslope", *("dr" for _ in subject.residuals)]
         return {OUTPUT: arguments[0].detach(), **dict(zip(names, gradients(*arguments), strict=True))}
 
     def held() -> list[Tensor]:
-        return [subject.x, *leaves, *([subject.dy] if backward else [])]
+        return [*subject.volumes(), *leaves]
 
     work = Work(gradients if backward else forward, prepare, queued=True)
     return Candidate(numbers, work, held, lambda: note(subject.x))
 
 
-def plain_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
-    """InstanceNorm and PReLU, the PyTorch lines that fastenc replaces."""
-    return F.prelu(F.instance_norm(x, weight=weight, bias=bias, eps=EPS), slope)
+def plain_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
+    """InstanceNorm, an addition and PReLU, the PyTorch lines that fastenc replaces."""
+    return _end(F.instance_norm(x, weight=weight, bias=bias, eps=EPS), slope, residual)
 
 
-def group_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
+def group_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
     """The same by GroupNorm of one channel a group, which PyTorch runs in channels-last too."""
-    return F.prelu(F.group_norm(x, x.shape[1], weight, bias, EPS), slope)
+    return _end(F.group_norm(x, x.shape[1], weight, bias, EPS), slope, residual)
 
 
-def _cudnn_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
-    return cudnn_norm.instance_norm_prelu(x, weight, bias, slope, EPS)
+def _end(z: Tensor, slope: Tensor, residual: Tensor | None) -> Tensor:
+    return F.prelu(z if residual is None else z + residual, slope)
 
 
-def _fused_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
-    return fastenc.instance_norm_prelu(x, weight, bias, slope, EPS)
+def _cudnn_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
+    return cudnn_norm.instance_norm_prelu(x, weight, bias, slope, EPS, residual)
+
+
+def _fused_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
+    return fastenc.instance_norm_prelu(x, weight, bias, slope, EPS, residual)
 
 
 def _route(x: Tensor) -> str:

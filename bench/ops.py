@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--network", choices=NETWORKS, default="example1", help="its layers (default: %(default)s)")
     what.add_argument("--shapes", type=shape, nargs="+", metavar="NxCxDxHxW", help="these shapes instead")
+    parser.add_argument("--residual", action="store_true", help="PReLU(norm(x) + r), as at the end of a residual block")
     parser.add_argument("--batch", type=options.positive, default=2, metavar="N", help="of the network (%(default)s)")
     parser.add_argument("--dtype", choices=options.PRECISIONS, nargs="+", default=["fp32"], help="one or more (fp32)")
     parser.add_argument(
@@ -55,19 +56,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_run(parser, 60)
     parser.epilog = (
-        "GB/s counts x once and y once forward, x, dy and dx once backward; on a GPU inputs rotate over more than the "
-        "L2 cache. exit status: 0 done; 1 fastenc failed or disagreed with eager; 2 the folder cannot be written; "
-        "130 stopped by Ctrl-C"
+        "GB/s counts x and y once forward, x, dy and dx once backward; with a residual, r too, and dr backward; on a "
+        "GPU inputs rotate over more than the L2 cache. exit status: 0 done; 1 fastenc failed or disagreed with eager; "
+        "2 the folder cannot be written; 130 stopped by Ctrl-C"
     )
 
 
 def workloads(
-    shapes: Sequence[tuple[int, ...]], precision: Precision, layouts: Sequence[Layout] = get_args(Layout)
+    shapes: Sequence[tuple[int, ...]],
+    precision: Precision,
+    layouts: Sequence[Layout] = get_args(Layout),
+    residual: bool = False,
 ) -> list[Workload]:
     """Forward and backward of each shape in each layout."""
     modes: tuple[Mode, ...] = ("forward", "backward")
     return [
-        Workload("instance_norm_prelu", mode, precision, one, layout)
+        Workload("instance_norm_add_prelu" if residual else "instance_norm_prelu", mode, precision, one, layout)
         for one in dict.fromkeys(shapes)
         for layout in layouts
         for mode in modes
@@ -85,7 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
     asked = [
         workload
         for dtype in arguments.dtype
-        for workload in workloads(shapes, cast(Precision, options.PRECISIONS[dtype]), arguments.layout)
+        for workload in workloads(
+            shapes, cast(Precision, options.PRECISIONS[dtype]), arguments.layout, arguments.residual
+        )
     ]
     device = options.chosen_device(arguments.device, "ops")
     with settings(tf32=True, benchmark=True) as shared:

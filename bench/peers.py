@@ -67,5 +67,6 @@ def contest_of(workload: Workload) -> Contest:
     return {
         "network": network_peers.CONTEST,
         "instance_norm_prelu": op_peers.CONTEST,
+        "instance_norm_add_prelu": op_peers.CONTEST,
         "stem": stem_peers.CONTEST,
     }[workload.kind]

@@ -22,7 +22,7 @@ SCHEMA = "fastenc-record-2"
 
 Status = Literal["ok", "wrong", "out of memory", "failed", "not here", "left out"]
 TestStatus = Literal["passed", "failed", "stopped: no time left", "not run"]
-Kind = Literal["network", "instance_norm_prelu", "stem"]
+Kind = Literal["network", "instance_norm_prelu", "instance_norm_add_prelu", "stem"]
 Mode = Literal["forward", "backward", "forward+backward", "training step"]
 Precision = Literal["float32", "bfloat16", "float16", "bfloat16 autocast", "float16 autocast"]
 Layout = Literal["contiguous", "channels_last"]
@@ -119,10 +119,10 @@ class Network:
 class Workload:
     """What was timed: a network, an operation or a stem, in which mode and precision, on an input of which shape.
 
-    `network` is null for an operation; of a stem it gives the first convolution. `flops` and `least_bytes` are what the
-    work cannot do without, `floor` the seconds that they take at the machine's measured rates; `floor.py` has the
-    formula. `noise` is how far from 1 the ratio of two runs of the same version of fastenc was, at least 1: a ratio
-    nearer to 1 than that says nothing.
+    `network` is null for an operation, "instance_norm_add_prelu" with a residual; of a stem it gives the first
+    convolution. `flops` and `least_bytes` are what the work cannot do without, `floor` the seconds that they take at
+    the machine's measured rates; `floor.py` has the formula. `noise` is how far from 1 the ratio of two runs of the
+    same version of fastenc was, at least 1: a ratio nearer to 1 than that says nothing.
     """
 
     kind: Kind

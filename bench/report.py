@@ -136,7 +136,7 @@ def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
     text += [""] if lights else []
     networks = [each for each in workloads if each.kind == "network"][:MOST_ROWS]
     text += [_network_table(networks)] if networks else []
-    ops = [each for each in workloads if each.kind == "instance_norm_prelu"]
+    ops = [each for each in workloads if each.network is None]
     text += [_op_table(ops)] if ops else []
     return "\n".join(text) + "\n"
 
@@ -186,15 +186,16 @@ def _network_table(networks: Sequence[Workload]) -> str:
 
 
 def _op_table(ops: Sequence[Workload]) -> str:
-    """A row for every direction and layout of the largest tensor; the picture has the others."""
-    largest = max(prod(each.shape) for each in ops)
+    """A row for every direction and layout of the largest tensor, without and with a residual; a picture has more."""
+    largest = {each.kind: prod(each.shape) for each in sorted(ops, key=lambda each: prod(each.shape))}
     lines = [
         "| instance_norm_prelu | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile "
         "| of copy bandwidth |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for workload in (each for each in ops if prod(each.shape) == largest):
+    for workload in (each for each in ops if prod(each.shape) == largest[each.kind]):
         what = f"{'×'.join(map(str, workload.shape))} {workload.layout}, {workload.precision}, {workload.mode}"
+        what += ", with a residual" if workload.kind == "instance_norm_add_prelu" else ""
         eager, fused, compiled, _ = _found(workload)
         lines.append(f"| {what} | {_columns(workload, eager, fused, compiled)} |")
     return "\n".join(lines) + "\n"

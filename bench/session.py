@@ -23,6 +23,7 @@ from .table import heading, print_table
 FIRST_GUESS = {
     "network": 12.0,
     "instance_norm_prelu": 4.0,
+    "instance_norm_add_prelu": 4.0,
     "stem": 3.0,
 }  # seconds a workload takes, until one was timed
 CEILINGS, TESTS = 3.0, 20.0  # shares of the progress bar

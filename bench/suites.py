@@ -30,7 +30,14 @@ def pairs(workloads: Sequence[Workload]) -> list[tuple[Workload, str]]:
 
 def title(value: object) -> str:
     """A parameter's name in a test's."""
-    return str(value).replace("instance_norm_prelu, ", "").replace(", ", "-").replace(" ", "_").replace("×", "x")
+    return (
+        str(value)
+        .replace("instance_norm_prelu, ", "")
+        .replace("instance_norm_add_prelu, ", "add, ")
+        .replace(", ", "-")
+        .replace(" ", "_")
+        .replace("×", "x")
+    )
 
 
 def run(benchmark: Any, group: str, work: Work) -> None:

@@ -125,17 +125,21 @@ class Programs:
         return numbers, counts
 
 
-def predicted_bytes(plan: Plan, N: int, C: int, S: int, itemsize: int, channels_last: bool, backward: bool) -> int:
+def predicted_bytes(
+    plan: Plan, N: int, C: int, S: int, itemsize: int, channels_last: bool, backward: bool, residual: bool = False
+) -> int:
     """Bytes loaded and stored for x (N, C, S), with weight, bias and slope (C,) in float32 and all their gradients."""
     stream = Programs.streaming(plan, N, C, S, channels_last)
     tile, row, channel = stream.tile_bytes(itemsize, plan.BLOCK_S), stream.row_bytes(), stream.channel_bytes()
     sum_n = Programs.summing_n(N, C)
     total = 3 * (sum_n.tile_bytes(FLOAT_BYTES, SUM_N_N) + sum_n.row_bytes()) if backward and N > 1 else 0
+    if residual:
+        total += 2 * tile if backward else tile  # r, and dr
     if plan.one_pass and backward:
         reload = row + channel if plan.BLOCK_S >= RELOAD_BLOCK_S else 0
         return total + 3 * tile + 3 * channel + 5 * row + reload
     if plan.one_pass:
-        return 2 * tile + 3 * channel + 2 * row
+        return total + 2 * tile + 3 * channel + 2 * row
     combine = Programs.combining(plan, N, C, channels_last)
     partials = stream.partials().tile_bytes(FLOAT_BYTES, 1) + combine.tile_bytes(FLOAT_BYTES, plan.COMBINE_K)
     if backward:

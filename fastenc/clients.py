@@ -1,4 +1,4 @@
-"""Other people's networks, small, and `python -m fastenc accelerate`: what becomes of the norms of each."""
+"""Other people's networks, narrow, and `python -m fastenc accelerate`: what becomes of the norms of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from .accelerate import Summary, accelerate
 
 STAGES: dict[str, Any] = {
-    "input_channels": 1, "n_stages": 3, "features_per_stage": [4, 8, 8], "conv_op": nn.Conv3d, "kernel_sizes": 3,
+    "input_channels": 1, "n_stages": 3, "features_per_stage": [4, 8, 16], "conv_op": nn.Conv3d, "kernel_sizes": 3,
     "strides": [1, 2, 2], "num_classes": 2, "conv_bias": True, "norm_op": nn.InstanceNorm3d,
     "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "nonlin": nn.LeakyReLU, "nonlin_kwargs": {"inplace": True},
 }  # fmt: skip
@@ -27,9 +27,7 @@ DYNUNET: dict[str, Any] = {
     "spatial_dims": 3, "in_channels": 1, "out_channels": 2, "kernel_size": [3, 3, 3], "strides": [1, 2, 2],
     "upsample_kernel_size": [2, 2], "filters": [4, 8, 8],
 }  # fmt: skip
-SEGRESNET: dict[str, Any] = {
-    "spatial_dims": 3, "init_filters": 8, "in_channels": 1, "out_channels": 2, "blocks_down": (1, 1), "blocks_up": (1,),
-}  # fmt: skip
+SEGRESNET: dict[str, Any] = {"spatial_dims": 3, "init_filters": 8, "in_channels": 1, "out_channels": 2}
 
 Networks = Mapping[str, Callable[[], nn.Module]]
 
@@ -62,7 +60,7 @@ def nnunet() -> Networks:
     return {
         "PlainConvUNet": partial(PlainConvUNet, **STAGES, n_conv_per_stage=2, n_conv_per_stage_decoder=2),
         "ResidualEncoderUNet": partial(
-            ResidualEncoderUNet, **STAGES, n_blocks_per_stage=[1, 2, 2], n_conv_per_stage_decoder=1
+            ResidualEncoderUNet, **STAGES, n_blocks_per_stage=[1, 3, 4], n_conv_per_stage_decoder=2
         ),
     }
 
@@ -75,7 +73,7 @@ INSTALL = {"monai": "pip install monai", "dynamic-network-architectures": "pip i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.description = (
-        "Accelerate small versions of MONAI's and nnU-Net's networks and print, for each, how many instance norms are "
+        "Accelerate narrow versions of MONAI's and nnU-Net's networks and print, for each, how many instance norms are "
         "fused with their activation, run alone or are left, and what became of each. Exit status 2 if a package is "
         "missing."
     )
@@ -103,7 +101,7 @@ def table(found: Mapping[str, Mapping[str, Summary]]) -> str:
         [
             "# What `fastenc.accelerate` fuses",
             "",
-            f"Networks of {packages}, small, as in `fastenc/clients.py`.",
+            f"Networks of {packages}, narrow, as in `fastenc/clients.py`.",
             "fused: norm and activation are one kernel. alone: the norm is. left: it runs as it did before.",
             "Written by `python -m fastenc accelerate --out bench/accelerate_clients.md`.",
             "",

@@ -35,6 +35,15 @@ ONE_PASS_RESIDUAL = {
 # loads in flight per thread.
 STREAM = {False: (8192, 8), True: (4096, 8)}
 
+# With a residual, by (channels_last, backward): fewer elements a thread, because contiguous rows of odd length, where
+# each element has an address in registers, would spill. Not a smaller tile: there its ends are partial sectors.
+STREAM_RESIDUAL = {
+    (False, False): (4096, 8),
+    (False, True): (4096, 16),
+    (True, False): (4096, 8),
+    (True, True): (4096, 8),
+}
+
 # Rows of at most this many positions share one tile height: the deep ends of all volumes compile the same variants.
 SHORTEST_ROW = 8
 
@@ -125,7 +134,8 @@ def make_plan(
     most, most_warps = (ONE_PASS_RESIDUAL if residual else ONE_PASS)[channels_last, backward]
     if rows * least <= most:
         return one_pass(N, C, S, itemsize, channels_last, VEC, least, rows, most_warps)
-    return split(N, C, S, itemsize, channels_last, backward, VEC, least, sms)
+    stream = STREAM_RESIDUAL[channels_last, backward] if residual else STREAM[backward]
+    return split(N, C, S, itemsize, channels_last, VEC, least, sms, *stream)
 
 
 def one_pass(
@@ -142,10 +152,18 @@ def one_pass(
 
 
 def split(
-    N: int, C: int, S: int, itemsize: int, channels_last: bool, backward: bool, VEC: int, least: int, sms: int
+    N: int,
+    C: int,
+    S: int,
+    itemsize: int,
+    channels_last: bool,
+    VEC: int,
+    least: int,
+    sms: int,
+    tile: int,
+    num_warps: int,
 ) -> Plan:
     """Rows cut into chunks: partials per chunk, combined in a fixed order, then a second reading of x."""
-    tile, num_warps = STREAM[backward]
     BLOCK_C = max(least, min(power_of_2(C), LINE_BYTES // itemsize)) if channels_last else 1
     BLOCK_S = max(1, tile // BLOCK_C)
     across = blocks(N, C, BLOCK_C, channels_last)

@@ -62,9 +62,10 @@ def test_compare_times_every_batch_and_mode_and_draws_them(tmp_path: Path, capsy
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
 
 
-def test_ops_times_both_directions_and_layouts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_ops_times_both_directions_and_layouts(residual: bool, tmp_path: Path) -> None:
     shapes = ["2x4x5x4x3"]
-    few = ["--peers", "fastenc", "GroupNorm(C, C)"]
+    few = ["--peers", "fastenc", "GroupNorm(C, C)", *(["--residual"] if residual else [])]
     assert (
         main(["ops", "--shapes", *shapes, *few, "--dtype", "fp32", "bf16", "--device", "cpu", "--out", str(tmp_path)])
         == 0
@@ -73,9 +74,10 @@ def test_ops_times_both_directions_and_layouts(tmp_path: Path) -> None:
     assert len(written.workloads) == 8
     assert {result.status for workload in written.workloads for result in workload.results} == {"ok"}
     assert {workload.least_bytes for workload in written.workloads if workload.shape == (2, 4, 5, 4, 3)} == {
-        480 * tensors * size for tensors in (2, 3) for size in (2, 4)
+        480 * tensors * size for tensors in ((3, 5) if residual else (2, 3)) for size in (2, 4)
     }
-    assert [path.name.split("-")[-2] for path in tmp_path.glob("*.png")] == ["roofline"]
+    drawn = [path.name.split("-")[-2] for path in tmp_path.glob("*.png")]
+    assert drawn == ([] if residual else ["roofline"])
 
 
 def test_ops_takes_the_layers_of_a_network() -> None:

@@ -102,14 +102,18 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_output_and_gradients(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+@pytest.mark.parametrize(("dtype", "volumes"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 2)])
+def test_output_and_gradients(dtype: torch.dtype, volumes: int, memory_format: torch.memory_format) -> None:
+    """Of x, and of x and a residual."""
     results = []
     for op in (cudnn_norm.instance_norm_prelu, reference.forward):
         torch.manual_seed(1)
-        x = torch.randn(OP.shape, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
-        leaves = [x, *(torch.rand(3, dtype=dtype).requires_grad_() for _ in range(3))]
-        y = op(*leaves, EPS)
+        x, *residual = (
+            torch.randn(OP.shape, dtype=dtype).contiguous(memory_format=memory_format) for _ in range(volumes)
+        )
+        parameters = [torch.rand(3, dtype=dtype) for _ in range(3)]
+        leaves = [each.requires_grad_() for each in (x, *parameters, *residual)]
+        y = op(x, *parameters, EPS, *residual)
         results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
     for found, truth in zip(*results, strict=True):
         assert found.dtype == truth.dtype

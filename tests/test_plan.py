@@ -4,45 +4,56 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastenc.kernels.plan import ONE_PASS, Plan, blocks, make_plan
+from fastenc.kernels.plan import ONE_PASS, ONE_PASS_RESIDUAL, STREAM, STREAM_RESIDUAL, Plan, blocks, make_plan
 
 SMS = 132
 shapes = st.tuples(
     st.integers(1, 64), st.integers(1, 2100), st.integers(2, 3_000_000), st.sampled_from([2, 4]), st.booleans()
 )
+Shape = tuple[int, int, int, int, bool]
 
 
-@given(shapes, st.booleans())
-def test_covers_everything_once(shape: tuple[int, int, int, int, bool], backward: bool) -> None:
+@given(shapes, st.booleans(), st.booleans())
+def test_covers_everything_once(shape: Shape, backward: bool, residual: bool) -> None:
     N, C, S, itemsize, channels_last = shape
-    plan = make_plan(N, C, S, itemsize, channels_last, SMS, backward)
+    plan = make_plan(N, C, S, itemsize, channels_last, SMS, backward, residual)
     assert plan.grid == blocks(N, C, plan.BLOCK_C, channels_last) * plan.chunks
     chunk = plan.tiles * plan.BLOCK_S
     assert (plan.chunks - 1) * chunk < S <= plan.chunks * chunk
     assert plan.BLOCK_S >= S if plan.one_pass else plan.chunks >= 1
-    assert ONE_PASS[channels_last, backward][0] >= plan.BLOCK_S * plan.BLOCK_C
+    if plan.one_pass:
+        most = (ONE_PASS_RESIDUAL if residual else ONE_PASS)[channels_last, backward]
+        assert most[0] >= plan.BLOCK_S * plan.BLOCK_C
+        assert plan.num_warps <= most[1]
+    else:
+        stream = STREAM_RESIDUAL[channels_last, backward] if residual else STREAM[backward]
+        assert (max(stream[0], plan.BLOCK_C), stream[1]) == (plan.BLOCK_S * plan.BLOCK_C, plan.num_warps)
     assert all(size & (size - 1) == 0 for size in (plan.BLOCK_S, plan.BLOCK_C, plan.VEC, plan.num_warps))
     assert (C if channels_last else S) % plan.VEC == 0
 
 
-@given(shapes, st.booleans())
-def test_batch_decides_no_constexpr(shape: tuple[int, int, int, int, bool], backward: bool) -> None:
+@given(shapes, st.booleans(), st.booleans())
+def test_batch_decides_no_constexpr(shape: Shape, backward: bool, residual: bool) -> None:
     N, C, S, itemsize, channels_last = shape
 
     def constexprs(plan: Plan) -> tuple[int, ...]:
         return plan.BLOCK_S, plan.BLOCK_C, plan.VEC, plan.num_warps, plan.COMBINE_K, plan.COMBINE_C
 
-    plans = (make_plan(n, C, S, itemsize, channels_last, SMS, backward) for n in (N, 2 * N + 1))
+    plans = (make_plan(n, C, S, itemsize, channels_last, SMS, backward, residual) for n in (N, 2 * N + 1))
     assert len({constexprs(plan) for plan in plans}) == 1
 
 
 @pytest.mark.parametrize(
-    ("S", "C", "channels_last", "backward"),
-    [(1024, 64, True, False), (1024, 64, True, True), (32768, 8, False, False), (4096, 8, False, True)],
-)
+    ("S", "C", "channels_last", "backward", "residual"),
+    [
+        (1024, 64, True, False, False), (1024, 64, True, True, False), (32768, 8, False, False, False),
+        (4096, 8, False, True, False), (1024, 64, True, False, True), (1024, 64, True, True, True),
+        (16384, 8, False, False, True), (4096, 8, False, True, True),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_must_be_one_pass(S: int, C: int, channels_last: bool, backward: bool, itemsize: int) -> None:
-    assert make_plan(2, C, S, itemsize, channels_last, SMS, backward).one_pass
+def test_must_be_one_pass(S: int, C: int, channels_last: bool, backward: bool, residual: bool, itemsize: int) -> None:
+    assert make_plan(2, C, S, itemsize, channels_last, SMS, backward, residual).one_pass
 
 
 @pytest.mark.parametrize("size", ["N", "C", "S"])

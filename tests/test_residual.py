@@ -7,24 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from routes import taken
-from test_compile import EXAMPLE_1
 from test_library import Compiled
 from torch import Tensor
 from torch.library import opcheck
 
 import fastenc
-from fastenc.bench.ceilings import traffic_ceiling
-from fastenc.bench.compile import instructions, recorded, resources
-from fastenc.bench.interpret import Traffic
-from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
-from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
-from fastenc.kernels.launch import prepared
+from fastenc.functional import launchers
 from fastenc.kernels.layout import MEMORY_FORMAT
 
 OPERATOR = torch.ops.fastenc.instance_norm_add_prelu.default
 BACKWARD = torch.ops.fastenc.instance_norm_add_prelu_backward.default
 LAYOUTS = ("contiguous", "channels_last")
-ONE_PASS, SPLIT = (4, 5, 6), (17, 16, 16)  # channels-last; a contiguous row splits beyond 16,384 positions
+ONE_PASS, SPLIT = (4, 5, 6), (17, 11, 11)  # channels-last; a contiguous row splits beyond 16,384 positions
 ULPS = 4
 
 
@@ -102,9 +96,8 @@ def test_other_parameters(slope: Tensor | float, spatial: tuple[int, ...]) -> No
     check([x, None, None, slope, residual], torch.randn(x.shape))
 
 
-@pytest.mark.parametrize("spatial", [ONE_PASS, SPLIT])
-def test_residual_of_other_strides(spatial: tuple[int, ...]) -> None:
-    x, weight, bias, slope, residual = arguments(spatial, "channels_last", C=3)
+def test_residual_of_other_strides() -> None:
+    x, weight, bias, slope, residual = arguments(ONE_PASS, "channels_last", C=3)
     for other in (residual.contiguous(), torch.stack([residual, residual], -1)[..., 0], residual[:1].expand(x.shape)):
         args = [x, weight, bias, slope, other]
         dy = torch.randn(x.shape)
@@ -115,36 +108,22 @@ def test_residual_of_other_strides(spatial: tuple[int, ...]) -> None:
             assert (found[name].double() - value).norm() <= 1e-5 * value.norm(), name
 
 
-@pytest.mark.parametrize("spatial", [ONE_PASS, SPLIT])
-def test_only_the_gradients_asked_for(spatial: tuple[int, ...]) -> None:
-    args = arguments(spatial, "channels_last")
+@pytest.mark.parametrize(("spatial", "N"), [(ONE_PASS, 2), (SPLIT, 1)])
+def test_only_the_gradients_asked_for(spatial: tuple[int, ...], N: int) -> None:
+    args = arguments(spatial, "channels_last", N=N)
     dy = laid_out(torch.randn(args[0].shape), "channels_last")
     with taken("triton"):
         full = outcome(ours, args, dy)
-        for i, name in ((0, "x"), (3, "slope"), (4, "residual")):
+        for i, name in ((3, "slope"), (4, "residual")):
             leaves = [a.detach() for a in args]
             leaves[i].requires_grad_()
             (grad,) = torch.autograd.grad(ours(*leaves), leaves[i], dy)
             assert torch.equal(grad, full[name]), name
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("spatial", [(8, 8, 16), (33, 32, 16)])
-def test_traffic(spatial: tuple[int, ...], layout: str) -> None:
-    """The ceilings of the plain operation, and each reading of r and writing of dr, which is dz, read again, on top."""
-    args = arguments(spatial, layout, N=1)
-    x = args[0]
-    N, C, S = *x.shape[:2], x[0, 0].numel()
-    dy = laid_out(torch.randn(x.shape), layout)
-    with taken("triton"):
-        leaves = [a.requires_grad_() for a in args]
-        with Traffic() as forward:
-            y = ours(*leaves)
-        with Traffic() as backward:
-            torch.autograd.grad(y, leaves, dy)
-    for traffic, back in ((forward, False), (backward, True)):
-        split = not prepared(x.shape, x.stride(), 4, -1, back, True)[4].one_pass  # type: ignore[index]
-        assert traffic.sectors / (x.numel() * 4) <= traffic_ceiling(N, C, S, 4, back, split) + (2 if back else 1)
+        forward, backward = launchers()
+        _, statistics = forward(*args[:4], 1e-5, residual=args[4])
+        dx, *others = backward(dy, *args[:4], statistics, (True, *[False] * 4), residual=args[4])
+        assert torch.equal(dx, full["x"])
+        assert others == [None] * 4  # dr too, though dz may have waited in dx
 
 
 def test_eager_route_to_the_bit() -> None:
@@ -187,16 +166,20 @@ def test_bad_residual(residual: Any, error: type[Exception], words: str) -> None
         ours(*arguments(ONE_PASS)[:4], residual)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_operators(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "asked"),
+    [("contiguous", [[True] * 5]), ("channels_last", [[True, *[False] * 4], [False, True, False, False, True]])],
+)
+def test_operators(layout: str, asked: list[list[bool]]) -> None:
     x, weight, bias, slope, residual = arguments((2, 3, 2), layout, C=3)
     with taken("fused"):
         leaves = [a.requires_grad_() for a in (x, weight, bias, slope)]
         opcheck(OPERATOR, (*leaves, 0.0, 1e-5, None, residual.requires_grad_()))
-        opcheck(OPERATOR, (x, None, None, None, 0.1, 1e-5, torch.bfloat16, residual.detach()))
+        if layout == "contiguous":
+            opcheck(OPERATOR, (x, None, None, None, 0.1, 1e-5, torch.bfloat16, residual.detach()))
         x, weight, bias, slope, residual = (a.detach() for a in (*leaves, residual))
         _, statistics = OPERATOR(x, weight, bias, slope, 0.0, 1e-5, None, residual)
-        for needs in ([True] * 5, [True, False, False, False, False], [False, True, False, False, True]):
+        for needs in asked:
             opcheck(BACKWARD, (torch.randn(x.shape), x, weight, bias, slope, 0.0, statistics, needs, residual))
 
 
@@ -208,21 +191,3 @@ def test_compiled() -> None:
         expected = outcome(ours, args, dy)
         for name, value in outcome(compiled, args, dy).items():
             assert torch.equal(value, expected[name])
-
-
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_example_1_does_not_spill(architecture: int) -> None:
-    checked = set()
-    for C, spatial in EXAMPLE_1:
-        shape = (2, C, *spatial)
-        x, dy, residual = (torch.empty(shape, dtype=torch.bfloat16, memory_format=MEMORY_FORMAT[5]) for _ in range(3))
-        parameters = [torch.ones(C) for _ in range(3)]
-        with recorded(architecture) as launches:
-            _, statistics = instance_norm_prelu_forward(x, *parameters, 1e-5, residual=residual)
-            instance_norm_prelu_backward(dy, x, *parameters, statistics, residual=residual)
-        for launch in launches:
-            if launch.key not in checked:
-                checked.add(launch.key)
-                cubin = launch.compiled.asm["cubin"]
-                assert resources(cubin)["STACK"] == 0, (launch.name, C, spatial)
-                assert instructions(cubin)["spill"] == 0, (launch.name, C, spatial)

@@ -1,12 +1,14 @@
-"""accelerate on a GPU: a U-Net of nnU-Net's build in plain torch, against the untouched one in float64."""
+"""accelerate on a GPU: U-Nets of nnU-Net's build, plain and residual, in plain torch, against float64."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastenc
+from fastenc import deferred
 
 
 class Block(nn.Module):
@@ -27,25 +29,42 @@ class Block(nn.Module):
         return self.nonlin2(self.dropout(self.norm2(self.conv2(self.all_modules(x)))))
 
 
+class ResidualBlock(Block):
+    """The second norm's output and a normalised skip are added ahead of the last activation."""
+
+    def __init__(self, in_planes: int, out_planes: int, stride: int) -> None:
+        super().__init__(in_planes, out_planes, stride)
+        self.skip, self.norm_skip = (
+            nn.Conv3d(in_planes, out_planes, 1, stride),
+            nn.InstanceNorm3d(out_planes, affine=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.norm_skip(self.skip(x))
+        z = self.norm2(self.conv2(self.all_modules(x)))
+        z += r
+        return self.nonlin2(z)
+
+
 class UNet(nn.Module):
     """Two levels."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, block: type[Block], width: int = 16) -> None:
         super().__init__()
-        self.first, self.deep = Block(1, width, 1), Block(width, 2 * width, 2)
+        self.first, self.deep = block(1, width, 1), block(width, 2 * width, 2)
         self.up = nn.ConvTranspose3d(2 * width, width, 2, 2)
-        self.last, self.head = Block(2 * width, width, 1), nn.Conv3d(width, 2, 1)
+        self.last, self.head = block(2 * width, width, 1), nn.Conv3d(width, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         skip = self.first(x)
         return self.head(self.last(torch.cat([self.up(self.deep(skip)), skip], 1)))
 
 
-@pytest.fixture
-def twins() -> tuple[nn.Module, nn.Module]:
+@pytest.fixture(params=[Block, ResidualBlock])
+def twins(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     """The network accelerated, and an untouched copy."""
     torch.manual_seed(0)
-    untouched = UNet().cuda()
+    untouched = UNet(request.param).cuda()
     return fastenc.accelerate(copy.deepcopy(untouched)), untouched
 
 
@@ -59,7 +78,9 @@ def test_as_near_as_torch(twins: tuple[nn.Module, nn.Module]) -> None:
     net, untouched = twins
     x = torch.randn(2, 1, 32, 24, 16, device="cuda")
     assert net.accelerated.count("fused") == 6
-    ours = gradients(net, x)
+    with mock.patch.object(deferred, "fused_residual", wraps=deferred.fused_residual) as added:
+        ours = gradients(net, x)
+    assert added.call_count == (3 if isinstance(net.first, ResidualBlock) else 0)
     assert ours[0].is_contiguous()
     with fastenc.backend("eager"):
         torchs = gradients(untouched, x)
@@ -74,12 +95,12 @@ def test_as_near_as_torch(twins: tuple[nn.Module, nn.Module]) -> None:
 def test_volumes_stay_channels_last(twins: tuple[nn.Module, nn.Module]) -> None:
     net, _ = twins
     seen: list[Tensor] = []
-    for module in net.modules():
-        if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
-            module.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+    convolutions = [module for module in net.modules() if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d))]
+    for module in convolutions:
+        module.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
     with torch.autocast("cuda", torch.bfloat16):
         net(torch.randn(2, 1, 32, 24, 16, device="cuda")).float().square().mean().backward()
-    assert len(seen) == 16
+    assert len(seen) == 2 * len(convolutions)
     assert all(tensor.is_contiguous(memory_format=torch.channels_last_3d) for tensor in seen)
     assert all(parameter.is_contiguous() for parameter in net.parameters())
 

@@ -5,7 +5,8 @@ few roundings of the result's dtype, plus what float32 statistics cannot avoid. 
 |mean|·2⁻²⁴, so x̂ = (x − mean)·rstd is off by DELTA = |mean|·rstd·2⁻²³ (the mean and the difference round once each),
 and a sum of M terms in float32 by a few 2⁻²⁴ of the sum of their sizes when it is taken in blocks.
 
-Where z is within that of 0 its sign, and with it the branch of PReLU, is not determined: dy is 0 there.
+Where z is within that of 0 its sign, and with it the branch of PReLU, is not determined: dy is 0 there. With a residual
+r, PyTorch rounds z to its dtype ahead of the sum z + r, which takes z's place: that much more is not determined.
 """
 
 from collections.abc import Callable
@@ -41,6 +42,7 @@ SHAPES = [
     (2, 24, 29760),
     (1, 1, 35937),
 ]
+RESIDUAL_SHAPES = [(3, 64, 120), (2, 8, 2), (2, 24, 1000), (3, 64, 4097), (2, 24, 29760), (1, 3, 35937), (1, 3, 2**21)]
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
 
@@ -57,12 +59,14 @@ class Problem:
     slope: Tensor | float
     dy: Tensor
     eps: float = 1e-5
+    residual: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Problem":
         def cast(t: Tensor | float | None) -> Tensor | float | None:
             return t.to(dtype) if isinstance(t, Tensor) else t
 
-        return Problem(*(cast(t) for t in (self.x, self.weight, self.bias, self.slope, self.dy)), self.eps)
+        tensors = self.x, self.weight, self.bias, self.slope, self.dy
+        return Problem(*(cast(t) for t in tensors), self.eps, cast(self.residual))
 
 
 def random_problem(
@@ -71,6 +75,7 @@ def random_problem(
     layout: str = "contiguous",
     mean: float = 0.5,
     parameters: torch.dtype | None = None,
+    residual: bool = False,
 ) -> Problem:
     """x of the given mean and deviation 2; slopes negative, zero, between 0 and 1, and above 1, channel by channel."""
     generator = torch.Generator(DEVICE).manual_seed(hash((shape, mean)) % 2**32)
@@ -80,17 +85,17 @@ def random_problem(
 
     C = shape[1]
     x = (2 * normal(*shape) + mean).to(dtype)
-    dy = normal(*shape).to(dtype)
+    dy, r = normal(*shape).to(dtype), normal(*shape).to(dtype)
     if x.dim() == 5:
-        x, dy = (t.contiguous(memory_format=MEMORY_FORMATS[layout]) for t in (x, dy))
+        x, dy, r = (t.contiguous(memory_format=MEMORY_FORMATS[layout]) for t in (x, dy, r))
     slope = torch.tensor([0.25, -0.5, 0.0, 1.5], device=DEVICE).repeat(C // 4 + 1)[:C]
     weight, bias = 1 + 0.3 * normal(C), 0.3 * normal(C)
     weight, bias, slope = (p.to(parameters or dtype) for p in (weight, bias, slope))
-    return settle(Problem(x, weight, bias, slope, dy))
+    return settle(Problem(x, weight, bias, slope, dy, residual=r if residual else None))
 
 
 def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """mean and rstd of each (n, c), and z, in float64."""
+    """mean and rstd of each (n, c), and z, with the residual, in float64."""
     x = problem.x.double()
     axes = tuple(range(2, x.dim()))
     mean = x.mean(axes, keepdim=True)
@@ -99,7 +104,7 @@ def statistics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     for parameter, combine in ((problem.weight, torch.mul), (problem.bias, torch.add)):
         if parameter is not None:
             z = combine(z, parameter.double().view(1, -1, *[1] * len(axes)))
-    return mean, rstd, z
+    return mean, rstd, z if problem.residual is None else z + problem.residual.double()
 
 
 def delta(problem: Problem) -> float:
@@ -110,10 +115,11 @@ def delta(problem: Problem) -> float:
 
 
 def undetermined(problem: Problem) -> Tensor:
-    """Where the sign of z is not determined in float32."""
+    """Where the sign of z is not determined."""
     z = statistics(problem)[2]
     weight = 1.0 if problem.weight is None else problem.weight.abs().max().item()
-    return z.abs() <= 4 * delta(problem) * weight + 4 * ULP32 * z.abs().max().item()
+    rounding = ULP32 if problem.residual is None else torch.finfo(problem.x.dtype).eps
+    return z.abs() <= 4 * delta(problem) * weight + 4 * rounding * z.abs().max().item()
 
 
 def settle(problem: Problem) -> Problem:
@@ -121,15 +127,23 @@ def settle(problem: Problem) -> Problem:
     return replace(problem, dy=problem.dy.masked_fill(undetermined(problem), 0))
 
 
-def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float) -> Tensor:
+def plain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | float,
+    eps: float,
+    residual: Tensor | None = None,
+) -> Tensor:
     """The PyTorch lines that the op replaces; torch.prelu wants slope in x's dtype."""
     z = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+    z = z if residual is None else z + residual
     return F.prelu(z, slope.to(z.dtype)) if isinstance(slope, Tensor) else F.leaky_relu(z, slope)
 
 
 def run(op: Callable[..., Tensor], problem: Problem) -> dict[str, Tensor]:
     """y and the gradients of whatever there is."""
-    leaves = {"x": problem.x, "weight": problem.weight, "bias": problem.bias, "slope": problem.slope}
+    leaves = {k: getattr(problem, k) for k in ("x", "weight", "bias", "slope", "residual")}
     leaves = {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in leaves.items()}
     y = op(**leaves, eps=problem.eps)
     wanted = {k: v for k, v in leaves.items() if isinstance(v, Tensor)}
@@ -160,6 +174,7 @@ def limits(problem: Problem, exact: dict[str, Tensor], torch_own: dict[str, Tens
         "dweight": 4 * ULP32 * largest_channel(dz * xhat) + d * largest_channel(dz),
         "dbias": 4 * ULP32 * largest_channel(dz),
         "dslope": 4 * ULP32 * largest_channel(dy * z) + d * weight * largest_channel(dy),
+        "dresidual": 0.0,  # it is dz
     }
     if isinstance(problem.slope, Tensor) and problem.slope.numel() == 1:
         unavoidable["dslope"] *= z.shape[1]
@@ -200,6 +215,17 @@ def test_forward_and_backward(shape: tuple[int, int, int], dtype: torch.dtype, l
     assert results["y"].dtype == results["dx"].dtype == dtype
     assert results["y"].is_contiguous(memory_format=MEMORY_FORMATS[layout])
     assert results["dx"].is_contiguous(memory_format=MEMORY_FORMATS[layout])
+
+
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", RESIDUAL_SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_residual(shape: tuple[int, int, int], dtype: torch.dtype, layout: str) -> None:
+    N, C, S = shape
+    results = check(random_problem((N, C, *SPATIAL[S]), dtype, layout, residual=True))
+    for name in ("y", "dx", "dresidual"):
+        assert results[name].dtype == dtype
+        assert results[name].is_contiguous(memory_format=MEMORY_FORMATS[layout])
 
 
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
@@ -286,6 +312,16 @@ def test_gradient_of_any_strides(stride: Callable[[Tensor], Tensor], S: int, lay
 
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("S", [120, 29760])
+@pytest.mark.parametrize("stride", [half_of_a_cat, other_layout, every_second, permuted])
+def test_residual_of_any_strides(stride: Callable[[Tensor], Tensor], S: int, layout: str) -> None:
+    problem = random_problem((2, 8, *SPATIAL[S]), torch.float32, layout, residual=True)
+    strided = replace(problem, residual=stride(problem.residual))
+    assert strided.residual.stride() != problem.residual.stride()
+    check(strided)
+
+
+@pytest.mark.parametrize("layout", MEMORY_FORMATS)
+@pytest.mark.parametrize("S", [120, 29760])
 def test_expanded_gradient(S: int, layout: str) -> None:
     """What `y.sum().backward()` sends: one number, expanded. Slope 1, because that dy cannot be 0 in places."""
     problem = random_problem((2, 8, *SPATIAL[S]), torch.float32, layout)
@@ -300,10 +336,11 @@ def test_input_of_any_strides(x_of: Callable[[Tensor], Tensor]) -> None:
 
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("S", [120, 35937])
-@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "slope"])
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "slope", "residual"])
 def test_one_gradient_alone_is_the_same(wanted: str, S: int, layout: str) -> None:
-    problem = random_problem((2, 8, *SPATIAL[S]), torch.float32, layout)
-    leaves = {k: getattr(problem, k).detach() for k in ("x", "weight", "bias", "slope")}
+    names = ["x", "weight", "bias", "slope", *(["residual"] if wanted == "residual" else [])]
+    problem = random_problem((2, 8, *SPATIAL[S]), torch.float32, layout, residual=wanted == "residual")
+    leaves = {k: getattr(problem, k).detach() for k in names}
     leaf = leaves[wanted].requires_grad_()
     y = fastenc.instance_norm_prelu(**leaves)
     (alone,) = torch.autograd.grad(y, [leaf], problem.dy)
@@ -312,9 +349,15 @@ def test_one_gradient_alone_is_the_same(wanted: str, S: int, layout: str) -> Non
 
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize(("N", "C", "S"), [(3, 64, 120), (2, 64, 4097), (4, 64, 29760), (1, 3, 2**21)])
-def test_bit_for_bit_over_100_runs(N: int, C: int, S: int, dtype: torch.dtype, layout: str) -> None:
-    problem = random_problem((N, C, *SPATIAL[S]), dtype, layout)
+@pytest.mark.parametrize(
+    ("N", "C", "S", "residual"),
+    [
+        (3, 64, 120, False), (2, 64, 4097, False), (4, 64, 29760, False), (1, 3, 2**21, False), (3, 64, 120, True),
+        (4, 64, 29760, True),
+    ],
+)  # fmt: skip
+def test_bit_for_bit_over_100_runs(N: int, C: int, S: int, residual: bool, dtype: torch.dtype, layout: str) -> None:
+    problem = random_problem((N, C, *SPATIAL[S]), dtype, layout, residual=residual)
     first = run(fastenc.instance_norm_prelu, problem)
     for _ in range(99):
         again = run(fastenc.instance_norm_prelu, problem)
