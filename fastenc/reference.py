@@ -57,6 +57,7 @@ def backward(
     x_wide, dy_wide = x.to(wide), dy.to(wide)
     slope_wide = wider(slope) if isinstance(slope, Tensor) else slope
     centered = x_wide - x_wide.mean(axes, keepdim=True)
+    centered = centered - centered.mean(axes, keepdim=True)  # what rounding left of the mean
     rstd = torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
     xhat = centered * rstd
     z = xhat if weight is None else xhat * wider(weight)
