@@ -1,6 +1,7 @@
 # make demo    the main job on a real MRI volume: routes compared, a small network trained
 # make test    lint, types and every test; what CI runs
 # make bench   what an operation, a layer, a network costs here, by pytest-benchmark; a table and bench-out/benchmarks.json
+# make fuzz    random calls and networks against PyTorch until MINUTES are over, or the one round of SEED again
 # make audit   the kernels' bytes, registers and vector widths, without a GPU
 # Each makes .venv if it is missing, with the versions pinned in .ci/constraints.txt.
 
@@ -11,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .
 NO_DEPS := dynamic-network-architectures
 OLD_TRITON := .venv/triton-3.6
 
-.PHONY: demo test bench bench-smoke lint audit clean
+.PHONY: demo test bench bench-smoke lint fuzz audit clean
 
 demo: .venv/installed
 	$(BIN)/python -m fastenc demo $(ARGS)
@@ -35,6 +36,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+MINUTES ?= 5
+fuzz: .venv/installed
+	$(BIN)/python tests/fuzz.py $(if $(SEED),--seed $(SEED),--minutes $(MINUTES))
 
 audit: .venv/installed
 	$(BIN)/python -m fastenc.bench audit $(ARGS)
