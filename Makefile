@@ -2,6 +2,7 @@
 # make test      lint, types and every test; what CI runs
 # make bench     what an operation, a layer, a network costs here, by pytest-benchmark; a table and bench-out/benchmarks.json
 # make coverage  every test, and the lines that none of them reaches; fails under 95 % of fastenc/ and kernels/
+# make fuzz      random calls and networks against PyTorch until MINUTES are over, or the one round of SEED again
 # make mutants   the product broken one line at a time: which test catches it
 # make audit     the kernels' bytes, registers and vector widths, without a GPU
 # make sanitize  on a GPU: compute-sanitizer's memcheck and racecheck over the kernels
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 HASHED := $(INSTALL) --require-hashes --only-binary :all: --no-deps
 OLD_TRITON := .venv/triton-3.6
 
-.PHONY: demo test bench bench-smoke coverage mutants lint audit sanitize lock clean
+.PHONY: demo test bench bench-smoke coverage fuzz mutants lint audit sanitize lock clean
 
 demo: .venv/installed
 	$(BIN)/python -m fastenc demo $(ARGS)
@@ -46,6 +47,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+MINUTES ?= 5
+fuzz: .venv/installed
+	$(BIN)/python tests/fuzz.py $(if $(SEED),--seed $(SEED),--minutes $(MINUTES))
 
 audit: .venv/installed
 	$(BIN)/python -m fastenc.bench audit $(ARGS)

@@ -59,6 +59,7 @@ def backward(
     slope_wide = wider(slope) if isinstance(slope, Tensor) else slope
     if statistics is None:
         centered = x_wide - x_wide.mean(axes, keepdim=True)
+        centered = centered - centered.mean(axes, keepdim=True)  # what rounding left of the mean
         rstd = torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
     else:
         mean, rstd = statistics.view(2, *x.shape[:2], *(1,) * len(axes))

@@ -26,7 +26,7 @@ from .formula import (
 )
 from .launch import elsewhere, prepared
 from .layout import like, readable
-from .plan import COMBINE_WARPS
+from .plan import COMBINE_WARPS, ceil_div
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
@@ -179,6 +179,7 @@ def instance_norm_prelu_forward(
         y = torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
     if residual is not None:
         residual = like(residual, x)
+    eps = float(eps)  # numpy's float32 is none of the arguments that triton takes
     known = statistics is not None
     if statistics is None:
         statistics = torch.empty(2, N * C, dtype=torch.float32, device=x.device)
@@ -192,7 +193,8 @@ def instance_norm_prelu_forward(
         )
         return y, statistics
     if not known:
-        parts = torch.empty((3, N * C * plan.chunks), dtype=torch.float32, device=x.device).unbind()
+        # Each 16-byte aligned, whatever N, so that one compiled variant serves.
+        parts = torch.empty((3, 4 * ceil_div(N * C * plan.chunks, 4)), dtype=torch.float32, device=x.device).unbind()
         forward_statistics[(plan.grid,)](x, *parts, N, C, S, plan.chunks, plan.tiles, **tile)
         forward_combine[(plan.combine_grid,)](
             *parts, statistics, N, C, S, plan.chunks, plan.tiles * plan.BLOCK_S, eps,

@@ -56,6 +56,26 @@ def test_gpu_tests_import_nothing_that_may_be_absent() -> None:
         assert f"<Module {file.name}>" in done.stdout
 
 
+def test_fixtures_of_the_gpu_tests_leave_no_trace(tmp_path: Path) -> None:
+    """Skipped tests run no fixtures, so a CPU sees those of tests/gpu here alone."""
+    conftest = (ROOT / "tests" / "gpu" / "conftest.py").read_text(encoding="utf-8")
+    (tmp_path / "conftest.py").write_text(f"{conftest}\n\ndef _lacking():\n    return None\n", encoding="utf-8")
+    state = "(torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, fastenc.route.chosen())"
+    (tmp_path / "test_fixtures.py").write_text(
+        f"import fastenc, torch\n"
+        f"before = {state}\n"
+        f"def test_inside(deterministic):\n"
+        f"    assert {state} == (False, False, 'triton')\n"
+        f"    assert torch.are_deterministic_algorithms_enabled()\n"
+        f"def teardown_module():\n"
+        f"    assert {state} == before != (False, False, 'triton')\n"
+        f"    assert not torch.are_deterministic_algorithms_enabled()\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 def test_an_import_that_may_be_absent_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "test_volume.py").write_text("import nibabel\ndef test_nothing(): pass\n")
     done = collect(tmp_path)

@@ -1,8 +1,4 @@
-"""instance_norm_prelu on the Triton route, interpreted, against the formula in float64.
-
-The criterion everywhere is DESIGN's: no farther from float64 than twice torch's own operations at the same dtype, plus
-a few units in the last place of the result's (for a sum: of its terms') magnitude.
-"""
+"""instance_norm_prelu on the Triton route, interpreted, against the formula in float64, by the rule of accuracy.py."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -10,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from accuracy import check, double, formula, gradients
 from torch import Tensor
 
 import fastenc
@@ -18,7 +15,6 @@ from fastenc.kernels.layout import MEMORY_FORMAT
 
 SPATIAL = {2: (2, 1, 1), 3: (3, 1, 1), 7: (7, 1, 1), 120: (4, 5, 6), 1000: (10, 10, 10), 4097: (17, 241, 1)}
 LAYOUTS = ("contiguous", "channels_last")
-ULPS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -41,103 +37,6 @@ def _triton_route() -> Iterator[None]:
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
     return x.contiguous(memory_format=MEMORY_FORMAT[x.dim()]) if layout == "channels_last" else x.contiguous()
-
-
-def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float) -> Tensor:
-    """The definition, in whatever precision x has."""
-    axes = tuple(range(2, x.dim()))
-
-    def per_channel(parameter: Tensor) -> Tensor:
-        return parameter.view(1, -1, *(1 for _ in axes))
-
-    mean = x.mean(axes, keepdim=True)
-    z = (x - mean) / ((x - mean).square().mean(axes, keepdim=True) + eps).sqrt()
-    z = z if weight is None else z * per_channel(weight)
-    z = z if bias is None else z + per_channel(bias)
-    return torch.where(z > 0, z, (per_channel(slope) if isinstance(slope, Tensor) else slope) * z)
-
-
-def double(value: Tensor | float | None) -> Tensor | float | None:
-    return value.detach().double().requires_grad_() if isinstance(value, Tensor) else value
-
-
-def gradients(
-    function: Callable[..., Tensor],
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    eps: float,
-) -> dict[str, Tensor]:
-    """y and the gradient of every tensor argument, of function applied to fresh leaves."""
-    named = {"x": x, "weight": weight, "bias": bias, "slope": slope}
-    leaves = {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in named.items()}
-    y = function(*leaves.values(), eps)
-    wanted = {k: v for k, v in leaves.items() if isinstance(v, Tensor)}
-    grads = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
-    return {"y": y.detach(), **{f"d{k}": grad for k, grad in zip(wanted, grads, strict=True)}}
-
-
-def magnitudes(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float
-) -> dict[str, Tensor]:
-    """What a unit in the last place is taken of: the terms of y and of the gradients, before they cancel.
-
-    y = x̂·weight + bias. dx = rstd·weight·(dz − Σdz/S − x̂·Σdz·x̂/S): three terms that cancel, entirely where
-    S is 2. The parameters' gradients are sums.
-    """
-    axes = tuple(range(2, x.dim()))
-
-    def size(parameter: Tensor | float | None, default: float) -> Tensor:
-        value = torch.as_tensor(default if parameter is None else parameter).double().abs()
-        return value.view(1, -1, *(1 for _ in axes)) if value.dim() else value
-
-    centered = x.double() - x.double().mean(axes, keepdim=True)
-    rstd = 1 / (centered.square().mean(axes, keepdim=True) + eps).sqrt()
-    xhat, steepest = (centered * rstd).abs(), size(slope, 0.0).clamp(min=1)
-    dz = dy.double().abs() * steepest
-    dparameters = (dz * (1 + xhat)).sum((0, *axes)).max()
-    return {
-        "y": ((xhat * size(weight, 1.0) + size(bias, 0.0)) * steepest).max(),
-        "dx": (rstd * size(weight, 1.0) * (dz + dz.mean(axes, True) + xhat * (dz * xhat).mean(axes, True))).max(),
-        "dweight": dparameters,
-        "dbias": dparameters,
-        "dslope": dparameters,
-    }
-
-
-def check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    dy: Tensor,
-    eps: float = 1e-5,
-    through: Callable[[Tensor], Tensor] = lambda y: y,
-) -> dict[str, Tensor]:
-    """Hold through(op(x, …)) and its gradients to the criterion; returns them."""
-
-    def op(*args: object) -> Tensor:
-        return through(fastenc.instance_norm_prelu(*args))
-
-    ours = gradients(op, dy, x, weight, bias, slope, eps)
-    with fastenc.backend("eager"):
-        torchs = gradients(op, dy, x, weight, bias, slope, eps)
-    exact = map(double, (x, weight, bias, slope))
-    truth = gradients(lambda *args: through(formula(*args)), dy.double(), *exact, eps)
-    leaf = torch.zeros(x.shape, dtype=torch.float64, requires_grad=True)
-    (dy_seen,) = torch.autograd.grad(through(leaf), leaf, dy.double())
-    scale = magnitudes(dy_seen, x, weight, bias, slope, eps)
-    scale["y"] = torch.maximum(scale["y"], truth["y"].abs().max())
-    for name, value in truth.items():
-        mine, theirs = ours[name], torchs[name]
-        assert mine.shape == value.shape, name
-        assert mine.dtype == theirs.dtype, name
-        error = (mine.double() - value).abs().max().item()
-        limit = 2 * (theirs.double() - value).abs().max() + ULPS * torch.finfo(mine.dtype).eps * scale[name]
-        assert error <= limit.item(), f"{name}: error {error:.3g}, limit {limit.item():.3g}"
-    return ours
 
 
 def arguments(N: int, C: int, S: int, layout: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -310,13 +209,6 @@ def test_only_the_gradients_asked_for() -> None:
         moved[wanted] = traffic.sectors
         assert torch.equal(grad, full[f"d{wanted}"])
     assert moved["weight"] < 0.5 * moved["x"], "dx is not written, nor x and dy read again, where nobody wants dx"
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_repeats_bit_for_bit(layout: str) -> None:
-    args = arguments(3, 8, 4097, layout)
-    first, second = (gradients(fastenc.instance_norm_prelu, args[-1], *args[:-1], 1e-5) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_without_gradients_as_with() -> None:

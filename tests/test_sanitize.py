@@ -53,7 +53,7 @@ def test_both_tools_run_and_either_fails_the_command(
     calls = [call.splitlines() for call in called.read_text().split("end\n")[:-1]]
     assert [call[:2] for call in calls] == [["--tool", "memcheck"], ["--tool", "racecheck"]]
     expected = ["--error-exitcode", str(sanitize.FOUND), *sanitize.pytest_command(sanitize.CASES), "1"]
-    assert all(call[2:] == expected for call in calls)
+    assert [call[2:] for call in calls] == [["--report-api-errors", "no", *expected], expected]
 
 
 def test_found_in_the_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

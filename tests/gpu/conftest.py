@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import fastenc
+from fastenc.bench.machine import settings
 
 FOLDER = Path(__file__).parent
+# Hundreds of kernel variants to compile: where time is short, what surrounds them has been tested by then.
+LAST = ("test_gpu_op.py", "test_gpu_torch_samples.py", "test_gpu_tools.py")
 sys.path.append(str(FOLDER.parent))  # for plain.py and torch_samples.py
 
 
@@ -32,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lacking = _lacking()
+    items.sort(key=lambda item: LAST.index(item.path.name) + 1 if item.path.name in LAST else 0)
     for item in items:
         if FOLDER in item.path.parents:
             item.add_marker(pytest.mark.gpu)
@@ -40,11 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def exact_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def exact_triton() -> Iterator[None]:
     """No TF32, and the Triton route by name: a kernel that fails raises, where "auto" would fall back in silence."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    with fastenc.backend("triton"):
+    with settings(tf32=False, benchmark=False), fastenc.backend("triton"):
         yield
 
 

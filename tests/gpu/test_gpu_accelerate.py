@@ -105,6 +105,7 @@ def test_volumes_stay_channels_last(twins: tuple[nn.Module, nn.Module]) -> None:
     assert all(parameter.is_contiguous() for parameter in net.parameters())
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_graph_capture(twins: tuple[nn.Module, nn.Module]) -> None:
     net, _ = twins
     x = torch.randn(1, 1, 32, 24, 16, device="cuda")
@@ -119,6 +120,7 @@ def test_graph_capture(twins: tuple[nn.Module, nn.Module]) -> None:
     assert torch.equal(y, expected)
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_data_parallel(twins: tuple[nn.Module, nn.Module]) -> None:
     """Replicas are shallow copies whose parameters are plain tensors."""
     net, untouched = twins
