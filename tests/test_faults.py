@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from fake_gpu import GPU, fake_driver, taken_for_cuda
@@ -249,6 +250,13 @@ def test_a_gpu_that_is_not_covered_is_named(
 def test_the_oldest_gpu_covered() -> None:
     with on_gpus_of((8, 0)):
         assert route.reason(torch.randn(2, 3, 4)) is None
+
+
+@pytest.mark.parametrize("eps", [np.float32(1e-5), np.float64(1e-5), torch.tensor(1e-5), 1])
+def test_eps_of_any_number_type_is_no_fault(eps: Any) -> None:
+    x = torch.randn(2, 3, 4)
+    with taken_for_cuda(), fake_driver(), fastenc.backend("triton"):
+        fastenc.instance_norm_prelu(x, eps=eps)
 
 
 def test_triton_that_cannot_be_imported(tmp_path: Path) -> None:
