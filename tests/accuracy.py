@@ -112,12 +112,11 @@ def unavoidable(
 ) -> dict[str, Tensor]:
     """How far statistics in float32 alone take results away: torch may be nearer by luck, where elements are few.
 
-    A mean kept in float32 is off by up to |mean|·2⁻²⁴ and x − mean rounds once more, so x̂ is off by twice that·rstd.
-    For float64 the same, with its own unit in the last place.
+    A mean in float32 is off by half a unit in its last place, and x̂ by that·rstd. For float64 the same, in its units.
     """
     mean, rstd, xhat = statistics(x, eps)
     axes, w, steepest = tuple(range(2, x.dim())), size(weight, 1.0, x), size(slope, 0.0, x).clamp(min=1)
-    off = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps * mean * rstd
+    off = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps / 2 * mean * rstd
     dz = dy.double().abs() * steepest
     nothing = torch.zeros((), dtype=torch.float64)
     return {

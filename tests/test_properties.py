@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import double, formula, gradients, hold, magnitudes, unavoidable
 from cases import DTYPES, NEEDS, Case, Tensors, arranged, cases, small_shapes, tensors
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from plain import assert_all_near, twins
 from plain import gradients as network_gradients
@@ -108,7 +108,7 @@ def test_eager_route_is_torchs_operations(case: Case, misfit: str | None, backen
     with fastenc.backend(backend):
         found = outcome(gradients, fastenc.instance_norm_prelu, *call, needs=needs)
     expected = outcome(gradients, plain, *call, needs=needs) if raised is None else raised
-    if isinstance(expected, type):
+    if isinstance(expected, type) or isinstance(found, type):
         assert found is expected
         return
     assert found.keys() == expected.keys()
@@ -116,8 +116,16 @@ def test_eager_route_is_torchs_operations(case: Case, misfit: str | None, backen
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True, check_stride=True, msg=name)
 
 
+# What these tests found first: a constant channel whose mean float32 rounds, so that a deviation is left.
+CONSTANT = Case(
+    (1, 1, 2, 4), torch.float32, *[("contiguous", ())] * 3, False, False, "per channel", 0.0,
+    torch.float32, 1e3, 0.0, True, 1e-5, (), 0,
+)  # fmt: skip
+
+
 @examples(300)
 @given(cases(small_shapes()))
+@example(CONSTANT)
 def test_closed_form_backward(case: Case) -> None:
     """What double backward, and a backward kernel that cannot run, fall back on."""
     call = tensors(replace(case, needs=NEEDS, parameters=case.dtype))
@@ -246,14 +254,16 @@ def _interpreted() -> Iterator[None]:
 
 
 def as_near_as_torch(case: Case) -> None:
-    """The rule of accuracy.py, and the strides of a volume that the kernels read."""
+    """The rule of accuracy.py, and the layout: x's where the kernels read it, else channels-last if torch has that."""
     call = tensors(case)
     before = [value.clone() if isinstance(value, Tensor) else value for value in call]
     ours = gradients(fastenc.instance_norm_prelu, *call, needs=case.needs)
     truth = gradients(formula, *map(double, call), needs=case.needs)
     hold(ours, gradients(plain, *call, needs=case.needs), truth, magnitudes(*call), unavoidable(*call))
+    x = call.x
+    last = not x.is_contiguous() and (x.dim() > 3 or x.movedim(1, -1).is_contiguous())
     for name in {"y", "dx", "dresidual"} & ours.keys():
-        assert ours[name].stride() == torch.empty_like(readable(call.x)).stride(), name
+        assert (ours[name].movedim(1, -1) if last else ours[name]).is_contiguous(), name
     for name, value, was in zip(call._fields, call, before, strict=True):
         assert not isinstance(value, Tensor) or torch.equal(value.nan_to_num(), was.nan_to_num()), (
             f"{name} was written to"
@@ -341,19 +351,19 @@ def networks(draw: Any) -> Network:
     )
 
 
-@examples(100)
+@examples(250)
 @given(networks())
 def test_network_is_the_plain_one(network: Network) -> None:
     net, plain_net = network.twins(torch.float64)
     x = network.x(torch.float64)
     found, expected = outcome(network_gradients, net, x), outcome(network_gradients, plain_net, x)
-    if isinstance(expected, type):
+    if isinstance(expected, type) or isinstance(found, type):
         assert found is expected
     else:
         assert_all_near(found, expected)
 
 
-@examples(20)
+@examples(40)
 @given(networks())
 def test_fused_network_is_as_near_as_the_plain_one(network: Network) -> None:
     net, plain_net = network.twins(torch.float32)
@@ -362,7 +372,7 @@ def test_fused_network_is_as_near_as_the_plain_one(network: Network) -> None:
         found = outcome(network_gradients, net, x)
     with eager_norms() as plain_calls:
         eager = outcome(network_gradients, plain_net, x)
-    if isinstance(eager, type):
+    if isinstance(eager, type) or isinstance(found, type):
         assert found is eager
         return
     assert calls.call_count == 0
