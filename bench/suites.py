@@ -59,7 +59,7 @@ def run(benchmark: Any, group: str, work: Work) -> None:
 def run_peer(benchmark: Any, workload: Workload, name: str) -> None:
     """Time one peer on one workload. With --benchmark-disable it runs once, compiled without generating code."""
     contest = contest_of(workload)
-    with _traced_only() if benchmark.disabled else contextlib.nullcontext():
+    with traced_only() if benchmark.disabled else contextlib.nullcontext():
         candidate = contest.peers[name].make(contest.subject(workload, DEVICE))
         run(benchmark, str(workload), candidate.work)
     if contest.peers[name].compiles:
@@ -67,7 +67,8 @@ def run_peer(benchmark: Any, workload: Workload, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _traced_only() -> Iterator[None]:
+def traced_only() -> Iterator[None]:
+    """torch.compile without generating code: for a run that is not timed."""
     compile_: Callable[..., Any] = torch.compile
     with mock.patch.object(torch, "compile", functools.partial(compile_, backend="aot_eager")):
         yield
