@@ -77,4 +77,4 @@ lock:
 	.ci/lock
 
 clean:
-	rm -rf .venv .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
