@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import audit, compare, gpu, ops, report, sanitize, tune
+from . import audit, clients, compare, gpu, ops, report, sanitize, tune
 from .arguments import without_folder
 
 
@@ -23,6 +23,7 @@ class Subcommand:
 
 SUBCOMMANDS = {
     "compare": Subcommand(compare.PURPOSE, compare.add_arguments, compare.run),
+    "clients": Subcommand(clients.PURPOSE, clients.add_arguments, clients.run),
     "ops": Subcommand(ops.PURPOSE, ops.add_arguments, ops.run),
     "gpu": Subcommand(gpu.PURPOSE, gpu.add_arguments, gpu.run),
     "report": Subcommand(report.PURPOSE, report.add_arguments, report.run),

@@ -43,19 +43,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution over `size` spatial positions with padding k // 2 along an axis of kernel size k."""
+    """A convolution over `size` spatial positions; `first`: none asks for the gradient in its input."""
 
     wide_in: int
     wide_out: int
     size: tuple[int, ...]
     kernel: tuple[int, ...]
-    strided: bool = False
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
     first: bool = False
 
     def _axes(self) -> Iterator[tuple[int, int, int]]:
         """Of each axis: its outputs, its live taps, and its (output, tap) pairs that meet input."""
-        for n, k in zip(self.size, self.kernel, strict=True):
-            padding, stride = (k // 2, 2 if self.strided else 1) if k > 1 else (0, 1)
+        for n, k, stride, padding in zip(self.size, self.kernel, self.stride, self.padding, strict=True):
             outputs = (n + 2 * padding - k) // stride + 1
             met = [sum(0 <= o * stride - padding + t < n for o in range(outputs)) for t in range(k)]
             yield outputs, sum(count > 0 for count in met), sum(met)
@@ -82,16 +82,19 @@ class Convolution:
 def convolutions(network: Network, size: Sequence[int]) -> list[Convolution]:
     """The convolutions of EncoderNet3d on a volume of `size`, in order."""
     kernel = network.kernel_size
+    padding, ones = tuple(k // 2 for k in kernel), (1,) * len(kernel)
+    wider = tuple(k + 2 if k > 1 else 1 for k in kernel)
     stem = Convolution(
-        network.in_planes, network.channel, tuple(size), tuple(k + 2 if k > 1 else 1 for k in kernel), first=True
+        network.in_planes, network.channel, tuple(size), wider, ones, tuple(k // 2 for k in wider), first=True
     )
     found, wide = [stem], network.channel
     for i, depth in enumerate(network.layers):
         for j in range(depth):
             planes = network.channel << i
-            found.append(Convolution(wide, planes, found[-1].output, kernel, strided=j == depth - 1))
+            stride = tuple(2 if k > 1 else 1 for k in kernel) if j == depth - 1 else ones
+            found.append(Convolution(wide, planes, found[-1].output, kernel, stride, padding))
             wide = planes
-    return [*found, Convolution(wide, wide, found[-1].output, kernel)]
+    return [*found, Convolution(wide, wide, found[-1].output, kernel, ones, padding)]
 
 
 def norms(network: Network, size: Sequence[int]) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import arguments as options
-from . import gpu_tests, ops
+from . import clients, gpu_tests, ops
 from .compare import draw
 from .deadline import Deadline
 from .machine import settings
@@ -44,8 +44,8 @@ def stems(precision: Precision, batch: int, in_planes: int, net: Network, size: 
 def plan(device: torch.device) -> list[Workload]:
     """The workloads, most valuable first; tiny on a CPU.
 
-    First the figures that the project promises, then the op over the layers, then the stem, then how cost grows with
-    the batch, then float32.
+    First the figures that the project promises, then the op over the layers, then the stem, then float32, then how cost
+    grows with the batch.
     """
     if device.type == "cpu":
         tiny = Network(4, (2, 1), 3, 32)
@@ -54,7 +54,10 @@ def plan(device: torch.device) -> list[Workload]:
             *ops.workloads([(2, 4, 8, 7, 6)], "float32"),
             *ops.workloads([(2, 4, 8, 7, 6)], "float32", ["channels_last"], residual=True),
             *stems("float32", 2, 3, tiny, (8, 7, 6)),
+            *(clients.workload(name, "train", "fp32", (2, 1, 16, 16, 16), (4, 8)) for name in clients.NAMES),
         ]
+    volume = (2, 1, *VOLUME_128_SIZE)
+    plain, monai, residual = (clients.workload(name, "train", "bf16", volume) for name in clients.NAMES)
     large, middle = (8, 64, 31, 32, 30), (8, 128, 16, 16, 15)
     return [
         network("forward", BF16, 32),
@@ -63,8 +66,11 @@ def plan(device: torch.device) -> list[Workload]:
         network("forward", BF16, 1),
         network(TRAIN, BF16, 2, VOLUME_128, VOLUME_128_SIZE),
         network("forward", BF16, 2, VOLUME_128, VOLUME_128_SIZE),
+        plain,
+        monai,
         *ops.workloads([middle, (2, 32, 128, 128, 128), (8, 256, 8, 8, 8), (8, 512, 4, 4, 4)], "bfloat16"),
         *ops.workloads([large], "bfloat16", residual=True),
+        residual,
         *stems(BF16, 32, 3, EXAMPLE_1, EXAMPLE_1_SIZE),
         *stems(BF16, 2, 1, VOLUME_128, VOLUME_128_SIZE),
         network("forward", BF16, 8),

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import floor
 from .agreement import distances, judge
 from .deadline import Deadline, OutOfTime, time_limit
 from .machine import settings
@@ -49,8 +48,10 @@ class Measurement:
         """
         if EAGER not in contest.peers:
             raise ValueError(f"peers: got {list(contest.peers)}; 'eager' is needed, the others are compared with it")
-        cost = floor.cost(workload)
-        self._workload = dataclasses.replace(workload, flops=cost.flops, least_bytes=cost.bytes)
+        cost = contest.cost(workload)
+        if cost is not None:
+            workload = dataclasses.replace(workload, flops=cost.flops, least_bytes=cost.bytes)
+        self._workload = workload
         self._contest, self._device = contest, device
         names = [EAGER, *(name for name in contest.peers if name != EAGER and (only is None or name in only))]
         self._peers: dict[str, Peer] = {}
@@ -78,6 +79,8 @@ class Measurement:
 
         Raises OutOfTime at the deadline and DeviceLost; whatever interrupts, `workload()` keeps what was measured.
         """
+        if not self._peers:
+            return
         begin = time.monotonic()
         try:
             with time_limit(deadline.left()):

@@ -72,14 +72,12 @@ class Subject:
     """
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
-        if workload.network is None:
-            raise ValueError(f"workload: got {workload} without a network; its arguments are needed")
-        self.workload, self.device, self.network = workload, device, workload.network
+        self.workload, self.device = workload, device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
             torch.manual_seed(0)
-            network = plain_encoder(self.network)
+            network = self.plain()
             for module in network.modules():
-                if isinstance(module, nn.InstanceNorm3d):
+                if isinstance(module, nn.InstanceNorm3d) and module.affine:
                     nn.init.uniform_(module.weight, 0.5, 1.5)
                     nn.init.uniform_(module.bias, -0.5, 0.5)
                 elif isinstance(module, nn.PReLU):
@@ -88,33 +86,43 @@ class Subject:
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(workload.shape, generator=generator).to(device)
         with torch.device("meta"):
-            y = plain_encoder(self.network)(torch.empty(workload.shape))
+            y = self.plain()(torch.empty(workload.shape))
         self.dy = torch.randn(y.shape, generator=generator).to(device)
+
+    @property
+    def network(self) -> Network:
+        """The arguments of EncoderNet3d."""
+        if self.workload.network is None:
+            raise ValueError(f"workload: got {self.workload} without a network; its arguments are needed")
+        return self.workload.network
+
+    def plain(self) -> nn.Module:
+        """The network in plain PyTorch, with parameters of its own."""
+        return plain_encoder(self.network)
 
     @cached_property
     def channels_last(self) -> dict[str, nn.Parameter]:
-        """Parameters of their own in channels_last_3d."""
-        weights = {name: p for name, p in self.parameters.items() if p.dim() == 5}
-        laid_out = {
-            name: nn.Parameter(p.detach().clone(memory_format=torch.channels_last_3d)) for name, p in weights.items()
+        """Parameters of their own in channels_last_3d; what goes by two names stays one."""
+        copies = {
+            p: nn.Parameter(_laid_out(p.detach()).clone(memory_format=torch.preserve_format))
+            for p in self.parameters.values()
         }
-        others = {name: nn.Parameter(p.detach().clone()) for name, p in self.parameters.items() if name not in weights}
-        return {name: (laid_out | others)[name] for name in self.parameters}
+        return {name: copies[p] for name, p in self.parameters.items()}
 
     @cached_property
     def adamw(self) -> torch.optim.Optimizer:
         """The optimizer of `parameters`."""
-        return torch.optim.AdamW(self.parameters.values(), LEARNING_RATE, fused=True)
+        return torch.optim.AdamW(dict.fromkeys(self.parameters.values()), LEARNING_RATE, fused=True)
 
     @cached_property
     def adamw_channels_last(self) -> torch.optim.Optimizer:
         """The optimizer of `channels_last`."""
-        return torch.optim.AdamW(self.channels_last.values(), LEARNING_RATE, fused=True)
+        return torch.optim.AdamW(dict.fromkeys(self.channels_last.values()), LEARNING_RATE, fused=True)
 
-    def holding(self, build: Callable[[Network], nn.Module], parameters: dict[str, nn.Parameter]) -> nn.Module:
+    def holding(self, build: Callable[[], nn.Module], parameters: dict[str, nn.Parameter]) -> nn.Module:
         """The network that `build` makes, with these very parameters."""
         with torch.device("meta"):
-            network = build(self.network)
+            network = build()
         network.load_state_dict(parameters, assign=True)
         return network
 
@@ -122,6 +130,11 @@ class Subject:
         """Autocast as the workload's precision says."""
         dtype = getattr(torch, self.workload.dtype)
         return torch.autocast(self.device.type, dtype, enabled=self.workload.precision.endswith(" autocast"))
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """A volume in channels_last_3d; anything else as it is."""
+    return tensor.contiguous(memory_format=torch.channels_last_3d) if tensor.dim() == 5 else tensor
 
 
 def candidate(
@@ -134,10 +147,11 @@ def candidate(
 ) -> Candidate:
     """A network as a candidate: `forward` under no_grad, or forward and backward, or these and an AdamW step.
 
-    laid_out: input and parameters in channels_last_3d. exact: without autocast. begin: called ahead of each forward.
+    laid_out: input, parameters and the gradient of a map in channels_last_3d. exact: without autocast. begin: called
+    ahead of each forward.
     """
-    mode, dy = subject.workload.mode, subject.dy
-    x = subject.x.contiguous(memory_format=torch.channels_last_3d) if laid_out else subject.x
+    mode = subject.workload.mode
+    x, dy = (_laid_out(tensor) if laid_out else tensor for tensor in (subject.x, subject.dy))
     autocast = torch.autocast(subject.device.type, enabled=False) if exact else subject.autocast()
     optimizer = None
     if mode == "training step" and not exact:
@@ -185,16 +199,18 @@ def candidate(
 # ------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-def _eager(subject: Subject, laid_out: bool = False, exact: bool = False) -> Candidate:
-    network = subject.holding(plain_encoder, subject.channels_last if laid_out else subject.parameters)
+def eager(subject: Subject, laid_out: bool = False, exact: bool = False) -> Candidate:
+    """Plain PyTorch."""
+    network = subject.holding(subject.plain, subject.channels_last if laid_out else subject.parameters)
     return candidate(subject, network, laid_out, exact)
 
 
-def _compiled(subject: Subject, laid_out: bool = False, mode: str = "default") -> Candidate:
-    network = subject.holding(plain_encoder, subject.channels_last if laid_out else subject.parameters)
+def compiled(subject: Subject, laid_out: bool = False, mode: str = "default") -> Candidate:
+    """Plain PyTorch under torch.compile in `mode`."""
+    network = subject.holding(subject.plain, subject.channels_last if laid_out else subject.parameters)
     begin = torch.compiler.cudagraph_mark_step_begin if mode != "default" else lambda: None
-    compiled = cast(nn.Module, torch.compile(network, dynamic=False, mode=mode))
-    return candidate(subject, compiled, laid_out, begin=begin)
+    faster = cast(nn.Module, torch.compile(network, dynamic=False, mode=mode))
+    return candidate(subject, faster, laid_out, begin=begin)
 
 
 def _mode_needs_cuda(workload: Workload, device: torch.device) -> str | None:
@@ -203,7 +219,8 @@ def _mode_needs_cuda(workload: Workload, device: torch.device) -> str | None:
     return "on a CPU this is torch.compile: what the mode adds for convolutions needs a CUDA GPU"
 
 
-def _layout_needs_cuda(workload: Workload, device: torch.device) -> str | None:
+def layout_needs_cuda(workload: Workload, device: torch.device) -> str | None:
+    """Why torch.compile in channels_last_3d is no peer of its own."""
     if device.type == "cuda":
         return None
     return "on a CPU this is torch.compile: oneDNN lays the volumes of a convolution out by itself"
@@ -214,8 +231,8 @@ def _compiled_peers() -> Iterator[tuple[str, Peer]]:
     for mode in ("default", "max-autotune", "reduce-overhead"):
         for layout in ("", " channels_last_3d"):
             name = f"torch.compile{'' if mode == 'default' else f' {mode}'}{layout}"
-            absent = _mode_needs_cuda if mode != "default" else _layout_needs_cuda if layout else anywhere
-            make = partial(_compiled, laid_out=bool(layout), mode=mode)
+            absent = _mode_needs_cuda if mode != "default" else layout_needs_cuda if layout else anywhere
+            make = partial(compiled, laid_out=bool(layout), mode=mode)
             yield name, Peer(make, compiles=True, absent=absent, graphs=mode != "default")
 
 
@@ -229,14 +246,16 @@ def routes(network: nn.Module, x: Tensor) -> str:
     return "; ".join(f"{count} units {route}" for route, count in taken.items())
 
 
+def _fused(subject: Subject, recompute: bool = False) -> nn.Module:
+    return subject.holding(partial(fused_encoder, subject.network, recompute=recompute), subject.parameters)
+
+
 def _fastenc(subject: Subject, recompute: bool = False) -> Candidate:
-    build = partial(fused_encoder, recompute=recompute)
-    return candidate(subject, subject.holding(build, subject.parameters), note=routes)
+    return candidate(subject, _fused(subject, recompute), note=routes)
 
 
 def _fastenc_compiled(subject: Subject) -> Candidate:
-    network = subject.holding(fused_encoder, subject.parameters)
-    return candidate(subject, cast(nn.Module, torch.compile(network, dynamic=False)))
+    return candidate(subject, cast(nn.Module, torch.compile(_fused(subject), dynamic=False)))
 
 
 def _inference(subject: Subject, call: Callable[[Tensor], Tensor], held: Callable[[], list[Tensor]]) -> Candidate:
@@ -253,7 +272,7 @@ def _dtype(subject: Subject) -> torch.dtype | None:
 
 
 def _frozen(subject: Subject) -> Candidate:
-    network = subject.holding(fused_encoder, subject.parameters).eval()
+    network = _fused(subject).eval()
     frozen = fastenc.freeze(network, _dtype(subject))
 
     def held() -> list[Tensor]:
@@ -265,7 +284,7 @@ def _frozen(subject: Subject) -> Candidate:
 
 
 def _graphed(subject: Subject) -> Candidate:
-    network = subject.holding(fused_encoder, subject.parameters).eval()
+    network = _fused(subject).eval()
     graphed = fastenc.graphed(network, subject.x, _dtype(subject))
     # What it holds besides was reserved while it was made, and `Peer.graphs` has that counted.
     return _inference(subject, graphed, lambda: [subject.x, *network.parameters()])
@@ -289,8 +308,8 @@ def _no_recompute(workload: Workload, device: torch.device) -> str | None:
 CONTEST = Contest(
     subject=Subject,
     peers={
-        EAGER: Peer(_eager),
-        "eager channels_last_3d": Peer(partial(_eager, laid_out=True)),
+        EAGER: Peer(eager),
+        "eager channels_last_3d": Peer(partial(eager, laid_out=True)),
         FASTENC: Peer(_fastenc),
         "fastenc recompute": Peer(partial(_fastenc, recompute=True), absent=_no_recompute),
         "fastenc frozen": Peer(_frozen, absent=_not_frozen),
@@ -298,5 +317,5 @@ CONTEST = Contest(
         "fastenc torch.compile": Peer(_fastenc_compiled, compiles=True),
         **dict(_compiled_peers()),
     },
-    exact=partial(_eager, exact=True),
+    exact=partial(eager, exact=True),
 )

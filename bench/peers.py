@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .floor import Cost, cost
 from .record import Workload
 from .timing import Work
 
@@ -52,20 +53,22 @@ class Peer:
 
 @dataclass(frozen=True)
 class Contest:
-    """One kind of workload: its subject, made once and shared by all peers; the peers; and plain PyTorch one precision
-    up, which `agreement` measures by and which runs without TF32."""
+    """One kind of workload: its subject, made once and shared by all peers; the peers; plain PyTorch one precision up,
+    which `agreement` measures by and which runs without TF32; and what the work cannot do without, None if unknown."""
 
     subject: Callable[[Workload, torch.device], Any]
     peers: Mapping[str, Peer]
     exact: Callable[[Any], Candidate]
+    cost: Callable[[Workload], Cost | None] = cost
 
 
 def contest_of(workload: Workload) -> Contest:
     """What a workload is timed with, `eager` first."""
-    from . import network_peers, op_peers, stem_peers
+    from . import client_peers, network_peers, op_peers, stem_peers
 
     return {
         "network": network_peers.CONTEST,
+        "client": client_peers.CONTEST,
         "instance_norm_prelu": op_peers.CONTEST,
         "instance_norm_add_prelu": op_peers.CONTEST,
         "stem": stem_peers.CONTEST,

@@ -110,13 +110,11 @@ def _networks(workloads: Iterable[Workload]) -> list[Workload]:
 
 
 def _title(workload: Workload) -> str:
-    network = workload.network
-    assert network is not None
-    size = "×".join(map(str, workload.shape[2:]))
-    return (
-        f"{workload.mode}, batch {workload.shape[0]}\n{workload.precision}, {size}\n"
-        f"channel {network.channel}, layers {' '.join(map(str, network.layers))}"
-    )
+    network, size = workload.network, "×".join(map(str, workload.shape[2:]))
+    name: str = "" if workload.client is None else workload.client.name
+    if network is not None:
+        name = f"channel {network.channel}, layers {' '.join(map(str, network.layers))}"
+    return f"{workload.mode}, batch {workload.shape[0]}\n{workload.precision}, {size}\n{name}"
 
 
 def _peers(workloads: Iterable[Workload]) -> list[str]:
@@ -162,7 +160,15 @@ def _panels(
 
 def speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
     """Speed-up over eager of every peer of every network, and where the physical floor lies."""
+    return _speedups(_networks(workloads), theme)
 
+
+def clients(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+    """The same of somebody else's networks."""
+    return _speedups([each for each in workloads if each.kind == "client" and timed(each)], theme)
+
+
+def _speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
     def fill(panel: Any, workload: Workload, names: list[str]) -> str:
         shades, most = colours(result.peer for result in workload.results), 1.0
         eager = next((r.time.median for r in timed(workload) if r.peer == EAGER and r.time is not None), None)
@@ -187,9 +193,7 @@ def speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
         panel.set_xlim(0, right)
         return more
 
-    return _panels(
-        _networks(workloads), fill, "speed-up over eager, with p20–p80 of the rounds; dashed: physical floor"
-    )
+    return _panels(workloads, fill, "speed-up over eager, with p20–p80 of the rounds; dashed: physical floor")
 
 
 def memory(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
@@ -298,6 +302,7 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
 
 PICTURES: dict[str, Callable[[Sequence[Workload], dict[str, str]], Figure | None]] = {
     "speedup": speedups,
+    "clients": clients,
     "roofline": roofline,
     "memory": memory,
     "batch": scaling,

@@ -18,11 +18,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .summary import Ratio, Summary
 
-SCHEMA = "fastenc-record-2"
+SCHEMA = "fastenc-record-3"
 
 Status = Literal["ok", "wrong", "out of memory", "failed", "not here", "left out"]
 TestStatus = Literal["passed", "failed", "stopped: no time left", "not run"]
-Kind = Literal["network", "instance_norm_prelu", "instance_norm_add_prelu", "stem"]
+Kind = Literal["network", "client", "instance_norm_prelu", "instance_norm_add_prelu", "stem"]
 Mode = Literal["forward", "backward", "forward+backward", "training step"]
 Precision = Literal["float32", "bfloat16", "float16", "bfloat16 autocast", "float16 autocast"]
 Layout = Literal["contiguous", "channels_last"]
@@ -116,13 +116,22 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Client:
+    """Somebody else's network, as `clients.py` makes it: of one channel, two classes, and these channels per stage."""
+
+    name: Literal["nnU-Net PlainConvUNet", "nnU-Net ResidualEncoderUNet", "MONAI UNet"]
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Workload:
     """What was timed: a network, an operation or a stem, in which mode and precision, on an input of which shape.
 
-    `network` is null for an operation, "instance_norm_add_prelu" with a residual; of a stem it gives the first
-    convolution. `flops` and `least_bytes` are what the work cannot do without, `floor` the seconds that they take at
-    the machine's measured rates; `floor.py` has the formula. `noise` is how far from 1 the ratio of two runs of the
-    same version of fastenc was, at least 1: a ratio nearer to 1 than that says nothing.
+    `network` is EncoderNet3d's and a stem's, of which it gives the first convolution; `client` is given for somebody
+    else's network; both are null for an operation, which "instance_norm_add_prelu" is with a residual. `flops` and
+    `least_bytes` are what the work cannot do without, `floor` the seconds that they take at the machine's measured
+    rates; `floor.py` has the formula. `noise` is how far from 1 the ratio of two runs of the same version of fastenc
+    was, at least 1: a ratio nearer to 1 than that says nothing.
     """
 
     kind: Kind
@@ -131,6 +140,7 @@ class Workload:
     shape: tuple[int, ...]
     layout: Layout = "contiguous"
     network: Network | None = None
+    client: Client | None = None
     flops: int | None = None
     least_bytes: int | None = None
     floor: float | None = None
@@ -145,6 +155,9 @@ class Workload:
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))
+        if self.client is not None:
+            channels = " ".join(map(str, self.client.channels))
+            return f"{self.client.name}, channels {channels}, {self.precision}, {shape}, {self.mode}"
         if self.network is None:
             return f"{self.kind}, {self.precision}, {shape} {self.layout}, {self.mode}"
         if self.kind == "stem":

@@ -30,6 +30,7 @@ python3 -m fastenc bench gpu --out bench-out --minutes 8
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 ALT = {
     "speedup": "Speed-up over eager PyTorch of every peer, with the physical floor",
+    "clients": "Speed-up of nnU-Net's and MONAI's U-Nets over themselves untouched, of every peer",
     "roofline": "Fraction of the copy bandwidth that the fused operation and its peers reach, over tensor size",
     "memory": "Peak memory of every peer",
     "batch": "Time over batch size",
@@ -136,7 +137,9 @@ def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
     text += [""] if lights else []
     networks = [each for each in workloads if each.kind == "network"][:MOST_ROWS]
     text += [_network_table(networks)] if networks else []
-    ops = [each for each in workloads if each.network is None]
+    clients = [each for each in workloads if each.kind == "client"]
+    text += [_client_table(clients)] if clients else []
+    ops = [each for each in workloads if each.network is None and each.client is None]
     text += [_op_table(ops)] if ops else []
     return "\n".join(text) + "\n"
 
@@ -176,12 +179,28 @@ def _network_table(networks: Sequence[Workload]) -> str:
             f"channel {workload.network.channel}, layers {' '.join(map(str, workload.network.layers))}, {size}, "
             f"batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
         )
-        eager, fused, compiled, fastest = _found(workload)
-        smaller = "" if eager is None or fused is None else _quotient(fused.peak_memory, eager.peak_memory)
-        best = (
-            "" if fastest is None or fastest.time is None else f"{fastest.peer}, {milliseconds(fastest.time.median)} ms"
-        )
-        lines.append(f"| {what} | {_columns(workload, eager, fused, compiled)} | {smaller} | {best} |")
+        eager, compiled = _timed(workload, EAGER), _fastest(workload, "torch.compile")
+        columns = _columns(workload, (eager, compiled, _timed(workload, FASTENC)), (eager, compiled))
+        lines.append(f"| {what} | {columns} | {_memory_and_fastest(workload)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _client_table(clients: Sequence[Workload]) -> str:
+    """A row for every network of somebody else's; it is compared with the faster of the two untouched layouts."""
+    lines = [
+        "| accelerated | eager ms | channels_last_3d ms | best torch.compile ms | fastenc ms | × best untouched "
+        "| × best torch.compile | of the floor | peak memory ÷ eager's | fastest of fastenc |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for workload in clients:
+        assert workload.client is not None
+        size = "×".join(map(str, workload.shape[1:]))
+        what = f"{workload.client.name}, {size}, batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
+        untouched = [_timed(workload, peer) for peer in (EAGER, "eager channels_last_3d")]
+        compiled = _fastest(workload, "torch.compile")
+        times = (*untouched, compiled, _timed(workload, FASTENC))
+        columns = _columns(workload, times, (_fastest(workload, EAGER), compiled))
+        lines.append(f"| {what} | {columns} | {_memory_and_fastest(workload)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -196,33 +215,43 @@ def _op_table(ops: Sequence[Workload]) -> str:
     for workload in (each for each in ops if prod(each.shape) == largest[each.kind]):
         what = f"{'×'.join(map(str, workload.shape))} {workload.layout}, {workload.precision}, {workload.mode}"
         what += ", with a residual" if workload.kind == "instance_norm_add_prelu" else ""
-        eager, fused, compiled, _ = _found(workload)
-        lines.append(f"| {what} | {_columns(workload, eager, fused, compiled)} |")
+        eager, compiled = _timed(workload, EAGER), _fastest(workload, "torch.compile")
+        columns = _columns(workload, (eager, compiled, _timed(workload, FASTENC)), (eager, compiled))
+        lines.append(f"| {what} | {columns} |")
     return "\n".join(lines) + "\n"
 
 
-def _found(workload: Workload) -> tuple[Result | None, Result | None, Result | None, Result | None]:
-    """eager, fastenc, the fastest torch.compile and the fastest way to run fastenc, each where it has a time."""
-    timed = [(result.time.median, result) for result in workload.results if result.time is not None]
-
-    def fastest(prefix: str) -> Result | None:
-        found = [each for each in timed if each[1].peer.startswith(prefix)]
-        return min(found, key=lambda each: each[0])[1] if found else None
-
-    by_name = {result.peer: result for _, result in timed}
-    return by_name.get(EAGER), by_name.get(FASTENC), fastest("torch.compile"), fastest(FASTENC)
-
-
-def _columns(workload: Workload, eager: Result | None, fused: Result | None, compiled: Result | None) -> str:
-    """Times, ratios and the share of the floor, as cells."""
-    times = [
-        "–" if one is None or one.time is None else milliseconds(one.time.median) for one in (eager, compiled, fused)
+def _fastest(workload: Workload, prefix: str) -> Result | None:
+    """The fastest of the peers whose names begin like that, where one has a time."""
+    timed = [
+        (result.time.median, i, result)
+        for i, result in enumerate(workload.results)
+        if result.time is not None and result.peer.startswith(prefix)
     ]
-    ratios = ["–" if one is None else against(workload, one.over_fastenc) or "–" for one in (eager, compiled)]
-    share = "–"
+    return min(timed)[2] if timed else None
+
+
+def _timed(workload: Workload, peer: str) -> Result | None:
+    """The peer of that name, where it has a time."""
+    return next((each for each in workload.results if each.peer == peer and each.time is not None), None)
+
+
+def _columns(workload: Workload, times: Sequence[Result | None], rivals: Sequence[Result | None]) -> str:
+    """Times, what fastenc gains over its rivals, and fastenc's share of the floor, as cells."""
+    cells = ["–" if one is None or one.time is None else milliseconds(one.time.median) for one in times]
+    cells += ["–" if one is None else against(workload, one.over_fastenc) or "–" for one in rivals]
+    fused, share = _timed(workload, FASTENC), "–"
     if workload.floor is not None and fused is not None and fused.time is not None:
         share = f"{100 * workload.floor / fused.time.median:.0f} %"
-    return " | ".join([*times, *ratios, share])
+    return " | ".join([*cells, share])
+
+
+def _memory_and_fastest(workload: Workload) -> str:
+    """fastenc's peak memory over eager's, and the fastest way to run it, as cells."""
+    eager, fused, best = _timed(workload, EAGER), _timed(workload, FASTENC), _fastest(workload, FASTENC)
+    smaller = "" if eager is None or fused is None else _quotient(fused.peak_memory, eager.peak_memory)
+    fastest = "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"
+    return f"{smaller} | {fastest}"
 
 
 def _quotient(above: int | None, below: int | None) -> str:

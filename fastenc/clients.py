@@ -29,7 +29,7 @@ DYNUNET: dict[str, Any] = {
 }  # fmt: skip
 SEGRESNET: dict[str, Any] = {"spatial_dims": 3, "init_filters": 8, "in_channels": 1, "out_channels": 2}
 
-Networks = Mapping[str, Callable[[], nn.Module]]
+Networks = Mapping[str, Callable[..., nn.Module]]
 
 
 def monai() -> Networks:

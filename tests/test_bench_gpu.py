@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 ABSENT = (
     "nibabel", "nilearn", "hypothesis", "rich", "torchsummary", "onnx", "matplotlib", "scipy", "safetensors",
-    "expecttest",
+    "expecttest", "monai", "dynamic_network_architectures",
 )  # fmt: skip
 TINY = Network(4, (2, 1), 3, 5)
 NETWORK = Workload("network", "training step", "float32", (2, 3, 8, 7, 6), network=TINY)
@@ -145,7 +145,9 @@ def test_whole_command_on_the_cpu(tmp_path: Path) -> None:
     written = only_record(tmp_path / "a" / "folder")
     assert table.text(written) in done.stdout
     assert "matplotlib is not installed" in done.stdout
-    assert all(str(workload) in done.stderr for workload in written.workloads), "a log, where there is no terminal"
+    clients = [workload for workload in written.workloads if workload.kind == "client"]
+    measured = [workload for workload in written.workloads if workload.kind != "client"]
+    assert all(str(workload) in done.stderr for workload in measured), "a log, where there is no terminal"
     assert written.machine.torch == torch.__version__
     assert written.command == "python -m fastenc bench gpu --device cpu --minutes 0.6"
     assert written.tests.passed == written.tests.failed == written.tests.errors == 0
@@ -163,7 +165,11 @@ def test_whole_command_on_the_cpu(tmp_path: Path) -> None:
         "left out",
         "not here",
     }
-    assert all(workload.floor for workload in written.workloads)
+    for client in clients:
+        assert {result.status for result in client.results} == {"not here"}
+        assert client.results[0].note.endswith(" is not installed: pip install " + client.results[0].note.split()[0])
+    assert len(clients) == 3
+    assert all(workload.floor for workload in measured)
 
 
 @pytest.mark.usefixtures("quick")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastenc.bench import record, table
-from fastenc.bench.record import Network, Record, Result, Workload
+from fastenc.bench.record import Client, Network, Record, Result, Workload
 from fastenc.bench.summary import Ratio, Summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,9 @@ def sample(tmp_path: Path) -> Path:
         Result("eager", "ok", Summary(1.0, 0.9, 1.1, 7), None, ratio, 0.0, 1e-5, 2.0, 123),
         Result("fastenc", "out of memory", note="a note"),
     )
-    workloads = (dataclasses.replace(NETWORK, results=results, flops=3, least_bytes=4, floor=0.5, noise=1.02), OP)
+    client = Workload("client", "forward", "float32", (1, 1, 8, 8, 8), client=Client("MONAI UNet", (4, 8)))
+    timed = dataclasses.replace(NETWORK, results=results, flops=3, least_bytes=4, floor=0.5, noise=1.02)
+    workloads = (timed, OP, client)
     settings = record.Settings(True, False, True, 2)
     tests = record.GpuTests("passed", 3, 0, 0, 1, 12.5)
     condition = record.Condition(45.0, 1980.0, None, 300.0)
@@ -99,7 +101,7 @@ def test_a_table_says_what_a_record_holds(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw.update(schema="fastenc-record-1"), "schema 'fastenc-record-1'.*reads 'fastenc-record-2' only"),
+        (lambda raw: raw.update(schema="fastenc-record-1"), "schema 'fastenc-record-1'.*reads 'fastenc-record-3' only"),
         (lambda raw: raw.pop("schema"), "schema None"),
         (lambda raw: raw.pop("machine"), "record: expected the fields"),
         (lambda raw: raw.update(extra=1), "record: expected the fields"),
@@ -110,6 +112,7 @@ def test_a_table_says_what_a_record_holds(
         (lambda raw: raw["machine"]["matmul_rates"][0].update(dtype="int8"), r"matmul_rates\[0\].dtype"),
         (lambda raw: raw.update(dirty=0), "dirty: expected bool"),
         (lambda raw: raw["workloads"][0].update(shape="2x3"), "shape"),
+        (lambda raw: raw["workloads"][2]["client"].update(name="UNet"), r"workloads\[2\].client.name"),
     ],
 )
 def test_a_record_of_another_schema_is_refused(sample: Path, change: Callable[[dict], object], message: str) -> None:

@@ -6,20 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from fastenc.bench import floor, plots, report
+from fastenc.bench import clients, plots, report
 from fastenc.bench.__main__ import main
+from fastenc.bench.floor import seconds as floor_of
+from fastenc.bench.peers import contest_of
 from fastenc.bench.record import GpuTests, Machine, MatmulRate, Network, Record, Result, Settings, Workload, write
 from fastenc.bench.summary import Ratio, Summary
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"eager": 4.0, "fastenc": 1.0, "torch.compile": 2.0, "fastenc graphed": 0.5}
+SECONDS = {"eager": 4.0, "eager channels_last_3d": 3.0, "fastenc": 1.0, "torch.compile": 2.0, "fastenc graphed": 0.5}
 NETWORK = Network(4, (2, 1), 3, 5)
 README = f"before\n{report.BEGIN}\nold figures\n{report.END}\nafter\n"
 
 
 def measured(workload: Workload, machine: Machine, noise: float = 1.01) -> Workload:
     """A workload in which every peer takes SECONDS."""
-    cost = floor.cost(workload)
+    cost = contest_of(workload).cost(workload)
+    assert cost is not None
     workload = dataclasses.replace(workload, flops=cost.flops, least_bytes=cost.bytes, noise=noise)
     results = []
     for peer, seconds in SECONDS.items():
@@ -27,13 +30,13 @@ def measured(workload: Workload, machine: Machine, noise: float = 1.01) -> Workl
         over_fastenc = None if peer == "fastenc" else Ratio.of([seconds] * 9, [SECONDS["fastenc"]] * 9)
         summary, memory = Summary.of([seconds] * 9), int(1e9 * seconds)
         results.append(Result(peer, "ok", summary, over_eager, over_fastenc, 0.0, 1e-5, 3.0, memory))
-    return dataclasses.replace(workload, floor=floor.seconds(workload, machine), results=tuple(results))
+    return dataclasses.replace(workload, floor=floor_of(workload, machine), results=tuple(results))
 
 
 def written(folder: Path, name: str, device: str = "cuda", date: str = "2026-01-02", noise: float = 1.01) -> Record:
     """A record of networks at two batches and of two operations, in `folder`."""
     folder.mkdir(exist_ok=True)
-    rates = (MatmulRate("float32", 1e6),)
+    rates = (MatmulRate("float32", 1e6), MatmulRate("bfloat16", 1e7))
     machine = Machine(device, name, None, None, "3", "2.11", None, None, None, 1e6, rates)
     shapes = [(batch, 3, 8, 7, 6) for batch in (2, 1)]
     asked = [
@@ -45,6 +48,7 @@ def written(folder: Path, name: str, device: str = "cuda", date: str = "2026-01-
         for C, mode, layout in product((4, 8), ("forward", "backward"), ("contiguous", "channels_last"))
     ]
     asked.append(Workload("instance_norm_add_prelu", "forward", "float32", (2, 4, 5, 4, 3)))
+    asked.append(clients.workload("UNet", "train", "bf16", (2, 1, 8, 8, 8), (4, 8)))
     settings, workloads = Settings(True, False, True, 2), tuple(measured(each, machine, noise) for each in asked)
     command, at = f"python -m fastenc bench gpu --on {name}", f"{date}T00:00:00+00:00"
     record = Record(command, at, "c" * 40, False, "0", machine, settings, GpuTests("passed"), workloads, True)
@@ -82,6 +86,8 @@ def test_figures_pictures_and_sources_of_every_machine(tmp_path: Path) -> None:
     assert row in text
     assert "| 0.25 | fastenc graphed, 500.0 ms |" in text
     assert "| 2×8×5×4×3 channels_last, float32, backward | 4000 |" in text
+    row = "| MONAI UNet, 1×8×8×8, batch 2, bfloat16 autocast, training step | 4000 | 3000 | 2000 | 1000 | 3.00 (3.00"
+    assert row in text, "against the faster of the two untouched layouts"
     added = "2×4×5×4×3 contiguous, float32, forward, with a residual |"
     assert text.count("2×4×5×4×3") == text.count(added) > 0, "of operations the largest only"
     pictures = {path.name for path in (tmp_path / "plots").iterdir()}
