@@ -96,6 +96,23 @@ def test_idle_biases_are_those_whose_gradients_are_zero(name: str) -> None:
     assert exact.keys() == norms.keys() - zero | {"output"}
 
 
+@network
+def test_a_layer_of_two_names_is_one(name: str) -> None:
+    """nnU-Net registers every layer twice: each parameter is stepped once, in either layout."""
+    asked = clients.workload(name, "train", "fp32", SHAPE, (4, 8))
+    subject = client_peers.Subject(asked, torch.device("cpu"))
+    for parameters, optimizer in (
+        (subject.parameters, subject.adamw),
+        (subject.channels_last, subject.adamw_channels_last),
+    ):
+        net = subject.holding(subject.plain, parameters)
+        (group,) = optimizer.param_groups
+        assert len(group["params"]) == len(list(net.parameters()))
+        assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in net.parameters()}
+    weights = [parameter for parameter in subject.channels_last.values() if parameter.dim() == 5]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last_3d) for weight in weights)
+
+
 def test_a_network_that_is_wrong_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerated = client_peers.accelerated
 
