@@ -4,7 +4,7 @@ What Python and PyTorch spend per call, no GPU needed: CPU tensors take the Trit
 replaced by a function that does nothing. Beside it, round by round in turn, a torch.autograd.Function that does
 nothing: the same six arguments, y and the statistics from empty_like (of x and of weight), as many tensors saved for
 backward, five, and a backward that returns empty_like of the four inputs. Ratios of minima and of medians go to
-extra_info; the ratio of the minima is held to the limit.
+extra_info; the ratio of the minima is held to the limit. Modules are compared with the same, without a limit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from triton.runtime.jit import JITFunction
 
 import fastenc
@@ -48,6 +48,35 @@ class _DoesNothing(torch.autograd.Function):
 def nothing(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, eps: float) -> Tensor:
     """What instance_norm_prelu is compared with."""
     return _DoesNothing.apply(x, weight, bias, slope, eps, None)
+
+
+class Unit(nn.Module):
+    """A norm and its activation, and what a residual block adds in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.activation = nn.InstanceNorm3d(64, affine=True), nn.PReLU(64)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        z = self.norm(x)
+        if residual is not None:
+            z += residual
+        return self.activation(z)
+
+
+def accelerated() -> nn.Module:
+    """A Unit as it is inside an accelerated network: the network's own cost, once a call, is not in it."""
+    network: Any = fastenc.accelerate(nn.Sequential(Unit()))
+    assert network.accelerated.count("fused") == 1
+    return network[0]
+
+
+# How to make it, and of how many volumes it is called.
+MODULES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "accelerated": (accelerated, 1),
+    "accelerated, residual": (accelerated, 2),
+    "InstanceNormAct3d": (lambda: fastenc.InstanceNormAct3d(64, nn.PReLU(64), affine=True), 1),
+}
 
 
 def _no_launch(*arguments: Any, **options: Any) -> None:
@@ -92,29 +121,60 @@ def work(direction: str, layout: str, dtype: torch.dtype) -> dict[str, Callable[
     return {"op": lambda: run(fastenc.instance_norm_prelu), "nothing": lambda: run(nothing)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("direction", LIMITS)
-def test_host_cost(benchmark: Any, direction: str, layout: str, dtype: torch.dtype) -> None:
-    """A round is CALLS calls of each, timed apart."""
+def module_work(direction: str, module: str) -> dict[str, Callable[[], object]]:
+    """As `work`, of one of MODULES, on channels-last volumes in float32."""
+    make, volumes = MODULES[module]
+    model = make()
+    x, residual, dy = (torch.randn(2, 64, 4, 4, 4).contiguous(memory_format=torch.channels_last_3d) for _ in range(3))
+    given = [x, residual][:volumes]
+    parameters = [*model.parameters()]
+
+    def run(op: Callable[..., Tensor], *arguments: Any) -> object:
+        if direction == "inference":
+            with torch.no_grad():
+                return op(*arguments)
+        leaves = [*given, *parameters]
+        return torch.autograd.grad(op(*arguments), leaves, dy, allow_unused=True)
+
+    for volume in given:
+        volume.requires_grad_(direction != "inference")
+    return {"op": lambda: run(model, *given), "nothing": lambda: run(nothing, x, *parameters, 1e-5)}
+
+
+def compare(benchmark: Any, calls: dict[str, Callable[[], object]]) -> str:
+    """Time calls, "op" and "nothing", into extra_info; in words. A round is CALLS calls of each, timed apart."""
     torch.set_num_threads(1)
-    seconds: dict[str, list[float]] = {"op": [], "nothing": []}
-    with stubbed():
-        calls = work(direction, layout, dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
 
-        def in_turn() -> None:
-            for name, call in calls.items():
-                start = time.perf_counter()
-                for _ in range(CALLS):
-                    call()
-                seconds[name].append((time.perf_counter() - start) / CALLS)
+    def in_turn() -> None:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            seconds[name].append((time.perf_counter() - start) / CALLS)
 
-        benchmark.pedantic(in_turn, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(in_turn, rounds=ROUNDS, warmup_rounds=1)
     for summary, of in (("min", min), ("median", median)):
         benchmark.extra_info[f"{summary} ratio"] = of(seconds["op"]) / of(seconds["nothing"])
         for name, samples in seconds.items():
             benchmark.extra_info[f"{summary} µs, {name}"] = of(samples) * 1e6
-    found = ", ".join(f"{name} {value:.2f}" for name, value in benchmark.extra_info.items())
+    return ", ".join(f"{name} {value:.2f}" for name, value in benchmark.extra_info.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("direction", LIMITS)
+def test_host_cost(benchmark: Any, direction: str, layout: str, dtype: torch.dtype) -> None:
+    with stubbed():
+        found = compare(benchmark, work(direction, layout, dtype))
     print(f"\n{direction}, {layout}, {dtype}: {found}")
     if not benchmark.disabled:
         assert benchmark.extra_info["min ratio"] <= LIMITS[direction], found
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("direction", ["inference", "forward and backward"])
+def test_host_cost_of_modules(benchmark: Any, direction: str, module: str) -> None:
+    with stubbed():
+        found = compare(benchmark, module_work(direction, module))
+    print(f"\n{direction}, {module}: {found}")

@@ -8,15 +8,18 @@ gradient. So nothing depends on what the activation turns out to be.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_map_only
 
 from fastenc.kernels.layout import layout
 
-from . import reference
+from . import reference, route
 from .functional import fused, fused_residual
 
 
@@ -27,13 +30,13 @@ class Deferred(Tensor):
     weight: Tensor | None
     bias: Tensor | None
     eps: float
-    versions: tuple[int, ...]
+    versions: list[int]
     grad_mode: bool
-    dropout: Any
+    dropout: Any = None
     noise: list[Tensor]
-    residual: Tensor | None
-    value: Tensor | None
-    overwritten: bool
+    residual: Tensor | None = None
+    value: Tensor | None = None
+    overwritten: bool = False
 
     # Everything goes through the dispatcher, below autograd: what is computed there needs no history of its own.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -44,8 +47,6 @@ class Deferred(Tensor):
         z.x, z.weight, z.bias, z.eps = x, weight, bias, eps
         z.versions = _versions(x, weight, bias, None)
         z.grad_mode = torch.is_grad_enabled()
-        z.dropout = z.residual = z.value = None
-        z.overwritten = False
         return z
 
     @classmethod
@@ -73,10 +74,12 @@ class Deferred(Tensor):
         return y
 
     def dropped(self, dropout: nn.Module) -> Deferred | None:
-        """dropout(z), to be computed; None where z was looked at already, or is no norm's output any more."""
-        if self._looked_at() or self._changed() or self.grad_mode != torch.is_grad_enabled():
+        """dropout(z), to be computed; None where z is `_settled`."""
+        if self._settled():
             return None
-        return _Drop.apply(self, dropout) if self.requires_grad else _dropped(self, dropout, [])
+        if self.requires_grad:
+            return _Drop.apply(self, dropout)  # type: ignore[attr-defined]
+        return _dropped(self, dropout, [])
 
     def plain(self) -> Tensor:
         """z as a plain tensor, with its history."""
@@ -87,36 +90,40 @@ class Deferred(Tensor):
             return self._computed(1.0)
 
     def __add__(self, other: Any) -> Tensor:
-        z = self._plus(other)
-        return super().__add__(other) if z is None else z
+        r = self._residual(other)
+        return super().__add__(other) if r is None else self._plus(r)
 
     def __radd__(self, other: Any) -> Tensor:
-        z = self._plus(other)
-        return NotImplemented if z is None else z  # other's own __add__, then
+        r = self._residual(other)
+        return NotImplemented if r is None else self._plus(r)  # other's own __add__, then
 
     def __iadd__(self, other: Any) -> Tensor:
-        z = self._plus(other)
-        if z is None:
+        r = self._residual(other)
+        if r is None:
             return super().__iadd__(other)
-        if z.requires_grad:
+        if self.grad_mode and (self.requires_grad or r.requires_grad):
             self.overwritten = True
-            return z
-        self.residual, self.versions = z.residual, z.versions
+            return self._plus(r)
+        self.residual, self.versions = r, _versions(self.x, self.weight, self.bias, r)
         return self
 
-    def _plus(self, other: Any) -> Deferred | None:
-        """z + other, to be computed; None where z was looked at already, or where other does not lie as x does."""
+    def _residual(self, other: Any) -> Tensor | None:
+        """other, to be added by the kernel; None where z is `_settled`, or where other does not lie as x does."""
         x = self.x
         if (
-            self._looked_at() or self._changed() or self.grad_mode != torch.is_grad_enabled()
-            or type(other) not in (Tensor, Deferred) or other.shape != x.shape or other.stride() != x.stride()
+            self._settled() or type(other) not in (Tensor, Deferred)
+            or other.shape != x.shape or other.stride() != x.stride()
             or other.dtype != x.dtype or other.device != x.device
         ):  # fmt: skip
             return None
         r = other.plain() if type(other) is Deferred else other
         self._check_unchanged()
-        if torch.is_grad_enabled() and (self.requires_grad or r.requires_grad):
-            return _Add.apply(self, r)
+        return r
+
+    def _plus(self, r: Tensor) -> Deferred:
+        """z + r, to be computed."""
+        if self.grad_mode and (self.requires_grad or r.requires_grad):
+            return _Add.apply(self, r)  # type: ignore[attr-defined]
         return _added(self, r)
 
     def _computed(self, slope: Tensor | float) -> Tensor:
@@ -127,8 +134,12 @@ class Deferred(Tensor):
     def _looked_at(self) -> bool:
         return self.value is not None or self.overwritten
 
-    def _changed(self) -> bool:
-        return self.dropout is not None or self.residual is not None
+    def _settled(self) -> bool:
+        """Whether nothing more can be deferred: z was looked at, is no norm's output any more, or PyTorch looks on."""
+        return (
+            self._looked_at() or self.dropout is not None or self.residual is not None
+            or self.grad_mode != torch.is_grad_enabled() or route.watched(self.x) is not None
+        )  # fmt: skip
 
     def _check_unchanged(self) -> None:
         if self.versions != _versions(self.x, self.weight, self.bias, self.residual):
@@ -143,13 +154,18 @@ def deferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _Defer.apply(x, weight, bias, eps)
+        return _Defer.apply(x, weight, bias, eps)  # type: ignore[attr-defined]
     return Deferred(x, weight, bias, eps)
 
 
 def dense(x: Tensor) -> bool:
     """Whether norm(x) will have x's strides."""
-    return layout(x.shape, x.stride()) is not None
+    return _dense(x.shape, x.stride())
+
+
+@lru_cache(maxsize=4096)
+def _dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    return layout(shape, stride) is not None
 
 
 def fits(parameter: Tensor, x: Tensor, length: int) -> bool:
@@ -161,9 +177,9 @@ def fits(parameter: Tensor, x: Tensor, length: int) -> bool:
     )
 
 
-def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
+def _versions(*tensors: Tensor | None) -> list[int]:
     """How often each was changed in place; inference mode does not count."""
-    return tuple(0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors)
+    return [tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference()]
 
 
 def _value(z: Deferred) -> Tensor:
@@ -195,7 +211,7 @@ def _added(z: Deferred, residual: Tensor) -> Deferred:
     return copy
 
 
-class _Defer(torch.autograd.Function):
+class _Defer(_SingleLevelFunction):
     """Gives a Deferred its place in the graph. The gradient is for whoever looked at z; the activation needs none."""
 
     @staticmethod
@@ -211,7 +227,7 @@ class _Defer(torch.autograd.Function):
         return dx, dweight, dbias, None
 
 
-class _Drop(torch.autograd.Function):
+class _Drop(_SingleLevelFunction):
     """Gives a Deferred with dropout its place in the graph."""
 
     @staticmethod
@@ -226,7 +242,7 @@ class _Drop(torch.autograd.Function):
         return gradients[0] * ctx.noise[0], None
 
 
-class _Add(torch.autograd.Function):
+class _Add(_SingleLevelFunction):
     """Gives a Deferred with a residual its place in the graph."""
 
     @staticmethod

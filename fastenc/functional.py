@@ -116,7 +116,13 @@ def fused_residual(
     dtype = output_dtype(x, slope)
     if is_compiling():
         return library.forward(x, weight, bias, slope, eps, dtype, residual)
-    return InstanceNormAddPReLU.apply(x, weight, bias, slope, eps, dtype, residual)  # type: ignore[attr-defined]
+    if is_grad_enabled():
+        return InstanceNormAddPReLU.apply(x, weight, bias, slope, eps, dtype, residual)  # type: ignore[attr-defined]
+    try:
+        return launchers()[0](x, weight, bias, slope, eps, dtype, residual=residual)[0]
+    except Exception as error:
+        route.fall_back(error, x.device)
+        return reference.forward(x, weight, bias, slope, eps, residual)
 
 
 class InstanceNormPReLU(_SingleLevelFunction):

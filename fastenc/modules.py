@@ -34,26 +34,30 @@ class _InstanceNormActNd(nn.Module):
 
     def why_eager(self, x: object) -> str | None:
         """Why norm and activation run one by one on x; None if they run as one kernel."""
-        return route.reason(x) or route.observed(self.norm, self.activation) or self._why_not_plain()
+        return _why_eager(x, self.norm, self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """activation(norm(x))."""
-        slope = slope_of(self.activation)
-        if (
-            torch.compiler.is_compiling()
-            or route.eager(self.why_eager(x))
-            or not takes(self.norm, x)
-            or (isinstance(slope, Tensor) and not (fits(slope, x, 1) or fits(slope, x, x.size(1))))
-        ):
-            return self.activation(self.norm(x))
-        return fused(x, self.norm.weight, self.norm.bias, slope, self.norm.eps)
+        norm, activation = self.norm, self.activation  # once, as what follows: nn.Module is slow to find them
+        if not (torch.compiler.is_compiling() or route.eager(_why_eager(x, norm, activation))):
+            weight, bias, slope = norm.weight, norm.bias, slope_of(activation)
+            if takes(norm, x, weight, bias) and (
+                not isinstance(slope, Tensor) or fits(slope, x, 1) or fits(slope, x, x.size(1))
+            ):
+                return fused(x, weight, bias, slope, norm.eps)
+        return activation(norm(x))
 
-    def _why_not_plain(self) -> str | None:
-        if type(self.norm) not in INSTANCE_NORMS.values():
-            return f"its norm is {self.norm}, not one of torch's own"
-        if type(self.activation) not in ACTIVATIONS:
-            return f"its activation is {self.activation}, not a plain PReLU, LeakyReLU or ReLU"
-        return why_not_plain(self.norm)
+
+def _why_eager(x: object, norm: nn.Module, activation: nn.Module) -> str | None:
+    return route.reason(x) or route.observed(norm, activation) or _why_not_plain(norm, activation)
+
+
+def _why_not_plain(norm: nn.Module, activation: nn.Module) -> str | None:
+    if type(norm) not in INSTANCE_NORMS.values():
+        return f"its norm is {norm}, not one of torch's own"
+    if type(activation) not in ACTIVATIONS:
+        return f"its activation is {activation}, not a plain PReLU, LeakyReLU or ReLU"
+    return why_not_plain(norm)
 
 
 class InstanceNormAct1d(_InstanceNormActNd):

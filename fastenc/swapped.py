@@ -87,21 +87,23 @@ class LoneNorm(Swapped):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         x = x.plain() if type(x) is Deferred else x
-        if torch.compiler.is_compiling() or route.eager(self.why_eager(x)) or not takes(self, x):
-            return super().forward(x)  # type: ignore[misc]
-        return self._normalized(x)
+        if not (torch.compiler.is_compiling() or route.eager(self.why_eager(x))):
+            weight, bias = self.weight, self.bias  # once: nn.Module is slow to find them
+            if takes(self, x, weight, bias):
+                return self._normalized(x, weight, bias)
+        return super().forward(x)  # type: ignore[misc]
 
-    def _normalized(self: Any, x: Tensor) -> Tensor:
-        return fused(x, self.weight, self.bias, 1.0, self.eps)
+    def _normalized(self: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return fused(x, weight, bias, 1.0, self.eps)
 
 
 class PairedNorm(LoneNorm):
     """An InstanceNorm ahead of an activation."""
 
-    def _normalized(self: Any, x: Tensor) -> Tensor:
+    def _normalized(self: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if _running.scopes and dense(x):
-            return deferred(x, self.weight, self.bias, self.eps)
-        return fused(x, self.weight, self.bias, 1.0, self.eps)
+            return deferred(x, weight, bias, self.eps)
+        return fused(x, weight, bias, 1.0, self.eps)
 
 
 class Activation(Swapped):
@@ -109,7 +111,7 @@ class Activation(Swapped):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if type(x) is Deferred:
-            inplace = getattr(self, "inplace", False)
+            inplace = vars(self).get("inplace", False)
             y = None if route.observed(self) else x.activated(slope_of(self), inplace)
             return _unfused(super().forward, x, inplace) if y is None else y  # type: ignore[misc]
         return super().forward(x)  # type: ignore[misc]
@@ -161,7 +163,8 @@ class Root(Scope):
         if not contiguous:
             return super().__call__(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, _laid_out, (args, kwargs))
-        return tree_map_only(Tensor, _contiguous, super().__call__(*args, **kwargs))
+        y = super().__call__(*args, **kwargs)
+        return _contiguous(y) if type(y) is Tensor else tree_map_only(Tensor, _contiguous, y)
 
     def _unannotated(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_only(_only_annotated, lambda value: value.as_subclass(Tensor), (args, kwargs))
@@ -204,19 +207,18 @@ def slope_of(activation: nn.Module) -> Tensor | float:
 
 def why_not_plain(norm: Any) -> str | None:
     """Why norm, an InstanceNorm, does more than normalise by the statistics of its input."""
-    if norm.track_running_stats or norm.running_mean is not None:
+    if norm.track_running_stats or norm._buffers.get("running_mean") is not None:
         return "it keeps running statistics"
     return None
 
 
-def takes(norm: Any, x: Tensor) -> bool:
-    """Whether x is what norm normalises; torch has its own word for what is not."""
-    C = norm.num_features
-    weight, bias = norm.weight, norm.bias
+def takes(norm: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether x is what norm, of this weight and bias, normalises; torch has its own word for what is not."""
+    C, shape = norm.num_features, x.shape
     return (
-        x.dim() == norm._get_no_batch_dim() + 1
-        and x.size(1) == C
-        and 0 < 2 * C * x.size(0) <= x.numel()
+        len(shape) == norm._get_no_batch_dim() + 1
+        and shape[1] == C
+        and 0 < 2 * C * shape[0] <= x.numel()
         and (weight is None or fits(weight, x, C))
         and (bias is None or fits(bias, x, C))
     )

@@ -127,6 +127,19 @@ def test_looked_at(add: str, look: str) -> None:
     check(net, untouched)
 
 
+TRANSFORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "vmap": lambda z, r: torch.func.vmap(lambda each: z + each)(r[None])[0],
+    "jvp": lambda z, r: torch.func.jvp(lambda r: r + z, (r,), (r,))[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_residual_that_is_transformed(transform: str) -> None:
+    net, untouched = twins()
+    net.add = untouched.add = TRANSFORMS[transform]
+    check(net, untouched)
+
+
 def test_the_norms_output_after_an_addition_in_place() -> None:
     """It is the sum; with a history, whoever asks is told."""
     net, untouched = twins("z += r")

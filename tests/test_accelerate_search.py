@@ -206,12 +206,14 @@ def test_norms_that_are_left() -> None:
     assert net[0].running_mean.any()
 
 
-def test_running_statistics_asked_for_later() -> None:
+@pytest.mark.parametrize("tracks", [True, False])
+def test_running_statistics_asked_for_later(tracks: bool) -> None:
+    """torch updates them in training even where they are not to be tracked."""
     net, untouched = twins(stack(nn.ReLU()))
     for model in net, untouched:
         model[1].register_buffer("running_mean", torch.zeros(4))
         model[1].register_buffer("running_var", torch.ones(4))
-        model[1].track_running_stats = True
+        model[1].track_running_stats = tracks
     with taken("fused"):
         net(volume())
         (row,) = fastenc.explain(net, volume())
