@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .chain import scope_of
 from .layers import _ConvModernNd
 from .modules import _InstanceNormActNd
 from .swapped import (
@@ -18,8 +19,6 @@ from .swapped import (
     Dropout,
     LoneNorm,
     PairedNorm,
-    Root,
-    Scope,
     restore,
     swap,
     why_not_plain,
@@ -144,9 +143,9 @@ def _accelerate(model: nn.Module) -> Iterator[NormOutcome]:
     for dropout in found.dropouts:
         swap(Dropout, dropout)
     for scope in found.scopes - {model}:
-        swap(Scope, scope)
+        swap(scope_of(scope, root=False), scope)
     if model not in norms:
-        swap(Root, model)
+        swap(scope_of(model, root=True), model)
 
 
 def _why_left(norm: nn.Module, own: set[nn.Module]) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import route
@@ -39,7 +38,7 @@ class _InstanceNormActNd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """activation(norm(x))."""
         norm, activation = self.norm, self.activation  # once, as what follows: nn.Module is slow to find them
-        if not (torch.compiler.is_compiling() or route.eager(_why_eager(x, norm, activation))):
+        if not route.eager(_why_eager(x, norm, activation)):
             weight, bias, slope = norm.weight, norm.bias, slope_of(activation)
             if takes(norm, x, weight, bias) and (
                 not isinstance(slope, Tensor) or fits(slope, x, 1) or fits(slope, x, x.size(1))
