@@ -125,6 +125,6 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.command, arguments.out, device, shared, plan(device), deadline, tests=tests, log=True, resume=True
         )
         status = session.run()
-    print(f"log of the tests: {log}")
     draw(session)
+    print(f"log of the tests: {log}", *gpu_tests.failures(log), sep="\n")
     return status

@@ -228,7 +228,7 @@ def layout_needs_cuda(workload: Workload, device: torch.device) -> str | None:
 
 def _compiled_peers() -> Iterator[tuple[str, Peer]]:
     """torch.compile in every mode, the layouts in turn: Inductor keeps a 3-D network in the layout that it is given."""
-    for mode in ("default", "max-autotune", "reduce-overhead"):
+    for mode in ("default", "reduce-overhead", "max-autotune"):  # the longest to compile last: time may end there
         for layout in ("", " channels_last_3d"):
             name = f"torch.compile{'' if mode == 'default' else f' {mode}'}{layout}"
             absent = _mode_needs_cuda if mode != "default" else layout_needs_cuda if layout else anywhere

@@ -6,6 +6,7 @@ Times are never asserted; that time runs out is, where none was given or a peer 
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,8 +105,70 @@ E   AssertionError: tests/gpu was PASSED over
     ],
 )
 def test_outcome_of_the_gpu_tests(log: str, code: int | None, status: str, counts: tuple[int, ...]) -> None:
-    found = gpu_tests.outcome(log, code, 3.0)
+    found = gpu_tests.outcome(log, code)
     assert (found.status, found.passed, found.failed, found.errors, found.skipped) == (status, *counts)
+
+
+def test_the_worst_part_tells_of_all() -> None:
+    passed, stopped = record.GpuTests("passed", 3, skipped=1), record.GpuTests("stopped: no time left", 2)
+    failed = record.GpuTests("failed", 1, 2, 3)
+    assert gpu_tests.total([passed, stopped], 4.0) == record.GpuTests(
+        "stopped: no time left", 5, skipped=1, seconds=4.0
+    )
+    assert gpu_tests.total([passed, failed, stopped], 4.0) == record.GpuTests("failed", 6, 2, 3, 1, 4.0)
+
+
+ALL_KINDS = """\
+import os, pytest
+@pytest.mark.parametrize("i", range(4))
+def test_passes(i): assert "FASTENC_GPU_TESTS_PART" not in os.environ
+def test_fails(): assert 2 == 3, "y is off\\nby far"
+@pytest.fixture
+def broken(): raise ValueError("no such layout")
+def test_errs(broken): pass
+"""
+
+
+def stand_in(checkout: Path, monkeypatch: pytest.MonkeyPatch, tests: str, conftest: str = "") -> None:
+    """Run these tests in place of tests/gpu, in three processes."""
+    folder = checkout / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "conftest.py").write_text(conftest, encoding="utf-8")
+    (folder / "test_stand_in.py").write_text(tests, encoding="utf-8")
+    monkeypatch.setattr(gpu_tests, "CHECKOUT", checkout)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def test_every_gpu_test_runs_once_and_what_failed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conftest = (ROOT / "tests" / "gpu" / "conftest.py").read_text(encoding="utf-8")
+    stand_in(tmp_path, monkeypatch, ALL_KINDS, f"{conftest}\n\ndef _lacking():\n    return None\n")
+    log = tmp_path / "tests.log"
+    found = gpu_tests.run(log, 300.0)
+    assert (found.status, found.passed, found.failed, found.errors, found.skipped) == ("failed", 4, 1, 1, 0)
+    assert sorted(gpu_tests.failures(log)) == [
+        "FAILURE tests/gpu/test_stand_in.py::test_errs: no such layout",
+        "FAILURE tests/gpu/test_stand_in.py::test_fails: y is off",
+    ]
+
+
+def test_gpu_tests_that_are_stopped_have_written_tracebacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = "import time\ndef test_fails(): assert 2 == 3\ndef test_never_ends(): time.sleep(600)\n"
+    stand_in(tmp_path, monkeypatch, tests)  # without a conftest that deals them out: all in each process
+    log = tmp_path / "tests.log"
+    found = gpu_tests.run(log, 10.0)
+    assert (found.status, found.passed, found.failed) == ("failed", 0, 3)
+    assert len(re.findall("^E +assert 2 == 3$", log.read_text(), re.MULTILINE)) == 3
+
+
+def test_failures_are_few_and_short(tmp_path: Path) -> None:
+    log = tmp_path / "tests.log"
+    assert gpu_tests.failures(log) == []
+    crash = "Fatal Python error: Segmentation fault"
+    log.write_text("\n".join([crash, *(f"FAILURE test_{i}: {'x' * 500}" for i in range(50)), crash]))
+    found = gpu_tests.failures(log)
+    assert (len(found), found[0], found[-1]) == (gpu_tests.SHOWN + 1, crash, "and 31 more")
+    assert max(map(len, found)) == gpu_tests.WIDTH
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -145,6 +208,7 @@ def test_whole_command_on_the_cpu(tmp_path: Path) -> None:
     written = only_record(tmp_path / "a" / "folder")
     assert table.text(written) in done.stdout
     assert "matplotlib is not installed" in done.stdout
+    assert done.stdout.endswith(f"log of the tests: {tmp_path / 'a' / 'folder' / 'tests.log'}\n")
     clients = [workload for workload in written.workloads if workload.kind == "client"]
     measured = [workload for workload in written.workloads if workload.kind != "client"]
     assert all(str(workload) in done.stderr for workload in measured), "a log, where there is no terminal"

@@ -57,14 +57,15 @@ def test_copied_across_devices(net: fastenc.EncoderNet3d) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
-def test_no_kernel_converts_a_layout(autocast: bool, recompute: bool, net: fastenc.EncoderNet3d) -> None:
-    net.recompute = recompute
+def test_no_kernel_converts_a_layout(
+    autocast: bool, recompute: bool, net: fastenc.EncoderNet3d, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(net, "recompute", recompute)
     x = volume()
     with settings(tf32=True, benchmark=False):  # as torch comes: exact float32 has few channels-last kernels in cuDNN
         gradients(net, x, autocast)
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             gradients(net, x, autocast)
-    net.recompute = False
     names = {event.name for event in profiler.events()}
     assert any("forward_one_pass" in name for name in names), "the trace has the library's own kernels"
     assert [name for name in names if any(word in name.lower() for word in CONVERSIONS)] == []
@@ -78,9 +79,8 @@ def test_recompute_is_the_same_to_the_bit(
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     x = volume()
     kept = gradients(net, x, autocast)
-    net.recompute = True
+    monkeypatch.setattr(net, "recompute", True)
     again = gradients(net, x, autocast)
-    net.recompute = False
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
@@ -95,7 +95,7 @@ def peak(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def test_memory(net: fastenc.EncoderNet3d) -> None:
+def test_memory(net: fastenc.EncoderNet3d, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inference in place, two volumes of a unit in training, one with recompute. cuDNN's workspaces are in it."""
     with torch.device("cuda"):
         plain = plain_encoder(EXAMPLE_1)
@@ -112,9 +112,8 @@ def test_memory(net: fastenc.EncoderNet3d) -> None:
     with settings(tf32=True, benchmark=False):  # as torch comes: cuDNN's exact float32 kernels want large workspaces
         assert peak(lambda: infer(net)) <= 0.70 * peak(lambda: infer(plain))
         eager, kept = peak(lambda: train(plain)), peak(lambda: train(net))
-        net.recompute = True
+        monkeypatch.setattr(net, "recompute", True)
         recomputed = peak(lambda: train(net))
-        net.recompute = False
     assert recomputed < kept < eager
 
 
