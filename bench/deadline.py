@@ -30,6 +30,10 @@ class Deadline:
         """Seconds to the deadline, negative after it."""
         return self._seconds - self.elapsed()
 
+    def share(self, part: float) -> float:
+        """Seconds that are a `part` of the whole time."""
+        return part * self._seconds
+
     def note(self, kind: str, seconds: float) -> None:
         """Remember that a step of this `kind` took, or was stopped after, so many seconds."""
         self._longest[kind] = max(self._longest.get(kind, 0.0), seconds)

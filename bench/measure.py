@@ -19,16 +19,16 @@ from .machine import settings
 from .memory import held_bytes, peak_bytes
 from .peers import EAGER, FASTENC, Candidate, Contest, Peer
 from .progress import Progress
-from .record import Result, Workload
+from .record import NOT_REACHED, Result, Workload
 from .summary import Ratio, Summary
 from .timing import calls_per_sample, sample, synchronize
 
-COMPILE_GUESS = {"cuda": 45.0, "cpu": 20.0}  # seconds, until a compilation has been timed
+COMPILE_GUESS = {"cuda": 45.0, "cpu": 20.0}  # seconds, until a compilation of a peer has been timed
+MOST_COMPILING = 0.2  # of the whole time, for one compilation: max-autotune of 3-D convolutions may take minutes
 ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 1.0}
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 SURE_ROUNDS, SURE_SECONDS = 8, 30.0  # from 8 on an outlier is outside a ratio's interval: worth so many seconds
 COMPILING, PREPARING, TIMING = 8.0, 1.0, 2.0  # shares of the work of one peer, for the progress bar
-NOT_REACHED = "not reached"
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
@@ -120,12 +120,13 @@ class Measurement:
             self._give_up()
             return {}
         agreeing: dict[str, Candidate] = {}
-        kind = f"compile {self._workload.kind}"
+        guess = COMPILE_GUESS[self._device.type]
+        most = max(deadline.share(MOST_COMPILING), 2 * guess)
         for name, peer in self._peers.items():
-            limit = deadline.left()
+            limit, kind = deadline.left(), f"compile {self._workload.kind}, {name}"
             if peer.compiles:
-                limit -= reserve
-                if limit < deadline.estimate(kind, COMPILE_GUESS[self._device.type]):
+                limit = min(limit - reserve, most)
+                if limit < deadline.estimate(kind, guess):
                     self._results[name] = Result(name, "left out", note="no time left to compile")
                     continue
             progress.say(str(self._workload), f"{name}{', compiling' if peer.compiles else ''}")
@@ -139,6 +140,7 @@ class Measurement:
                 if not peer.compiles:
                     raise
                 self._results[name] = Result(name, "left out", note="no time left to compile")
+                deadline.note(kind, math.inf)  # another workload's would be no faster: it is not tried again
             finally:
                 if peer.compiles:
                     self._compiling += time.monotonic() - begin

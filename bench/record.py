@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from .summary import Ratio, Summary
 
 SCHEMA = "fastenc-record-3"
+NOT_REACHED = "not reached"  # the note of every peer of a workload that a run never came to
 
 Status = Literal["ok", "wrong", "out of memory", "failed", "not here", "left out"]
 TestStatus = Literal["passed", "failed", "stopped: no time left", "not run"]
@@ -169,6 +170,10 @@ class Workload:
         """Whether `ratio` cannot be told from 1: its interval meets that of two runs of the same version."""
         noise = 1.0 if self.noise is None else self.noise
         return ratio.low <= noise and ratio.high >= 1 / noise
+
+    def reached(self) -> bool:
+        """Whether the run came to it; eager, the first result, is the first to be run."""
+        return not self.results or self.results[0].note != NOT_REACHED
 
     def unfinished(self) -> bool:
         """Whether any peer was left out."""

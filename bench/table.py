@@ -19,10 +19,18 @@ LEGEND = (
 
 
 def rows(record: Record) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Every workload in words, with a row of cells, as in HEADINGS, for every peer."""
+    """Every workload that was reached in words, with a row of cells, as in HEADINGS, for every peer."""
     return [
-        (title(workload), [cells(workload, result) for result in workload.results]) for workload in record.workloads
+        (title(workload), [cells(workload, result) for result in workload.results])
+        for workload in record.workloads
+        if workload.reached()
     ]
+
+
+def not_reached(record: Record) -> str:
+    """The workloads that the run never came to, in a line; empty if there are none."""
+    left = [str(workload) for workload in record.workloads if not workload.reached()]
+    return f"not reached: {'; '.join(left)}" if left else ""
 
 
 def title(workload: Workload) -> str:
@@ -86,7 +94,7 @@ def text(record: Record) -> str:
         return "  ".join(["  " + first.strip().ljust(widths[0]), *figures, row[-1]]).rstrip()
 
     body = [line for name, group in groups for line in (name, *map(aligned, group))]
-    return "\n".join([aligned(HEADINGS), *body])
+    return "\n".join([aligned(HEADINGS), *body, not_reached(record)]).rstrip("\n")
 
 
 def print_table(record: Record) -> None:
@@ -101,7 +109,8 @@ def print_table(record: Record) -> None:
         return
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     shown = [i for i in range(len(HEADINGS) - 1) if any(row[i] for _, group in rows(record) for row in group)]
-    for (name, group), workload in zip(rows(record), record.workloads, strict=True):
+    reached = [workload for workload in record.workloads if workload.reached()]
+    for (name, group), workload in zip(rows(record), reached, strict=True):
         console.print(name, markup=False, style="bold")
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for i in shown:
@@ -117,6 +126,7 @@ def print_table(record: Record) -> None:
             names = ", ".join(row[0] for row in group if row[-1] == note)
             console.print(f"{names}: {note}", markup=False, style="dim")
         console.print()
+    console.print(not_reached(record), markup=False, style="dim")
     console.print(LEGEND, style="dim")
 
 
