@@ -14,6 +14,7 @@ from .layers import _ConvModernNd
 from .modules import _InstanceNormActNd
 from .swapped import (
     INSTANCE_NORMS,
+    KEEPS_CONTIGUOUS,
     Activation,
     Dropout,
     LoneNorm,
@@ -90,7 +91,8 @@ def accelerate(model: Model, *, undo: bool = False) -> Model:
     _check(model)
     for module in model.modules():
         restore(module)
-        vars(module).pop("accelerated", None)
+        for attribute in ("accelerated", KEEPS_CONTIGUOUS):
+            vars(module).pop(attribute, None)
     if not undo:
         vars(model)["accelerated"] = Summary(tuple(_accelerate(model)))
     return model

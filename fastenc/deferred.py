@@ -8,6 +8,8 @@ gradient. So nothing depends on what the activation turns out to be.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ class Deferred(Tensor):
     residual: Tensor | None
     value: Tensor | None
     overwritten: bool
+    passed_by: bool
 
     # Everything goes through the dispatcher, below autograd: what is computed there needs no history of its own.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -45,7 +48,7 @@ class Deferred(Tensor):
         z.versions = _versions(x, weight, bias, None)
         z.grad_mode = torch.is_grad_enabled()
         z.dropout = z.residual = z.value = None
-        z.overwritten = False
+        z.overwritten = z.passed_by = False
         return z
 
     @classmethod
@@ -58,6 +61,26 @@ class Deferred(Tensor):
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return self.plain().__repr__(**options)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.plain(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def tolist(self) -> Any:
+        return self.plain().tolist()
+
+    def data_ptr(self) -> int:
+        return _value(self).data_ptr()
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        self._keep_gradient()
+        return super().register_hook(hook)
+
+    def retain_grad(self) -> None:
+        self._keep_gradient()
+        super().retain_grad()
+
     def activated(self, slope: Tensor | float, inplace: bool) -> Tensor | None:
         """PReLU(z) in one kernel; None where z was looked at already, or where slope does not fit it."""
         if self._looked_at() or self.grad_mode != torch.is_grad_enabled():
@@ -68,6 +91,7 @@ class Deferred(Tensor):
         y = self._computed(slope)
         if self.dropout is not None:
             y = self.dropout.drop(y)  # positive factors, and a slope on either side of them: the same
+        self.passed_by = True
         if inplace:
             self.value, self.overwritten = y, True
         return y
@@ -76,6 +100,7 @@ class Deferred(Tensor):
         """dropout(z), to be computed; None where z was looked at already, or is no norm's output any more."""
         if self._looked_at() or self._changed() or self.grad_mode != torch.is_grad_enabled():
             return None
+        self.passed_by = True
         return _Drop.apply(self, dropout) if self.requires_grad else _dropped(self, dropout, [])
 
     def plain(self) -> Tensor:
@@ -92,7 +117,9 @@ class Deferred(Tensor):
 
     def __radd__(self, other: Any) -> Tensor:
         z = self._plus(other)
-        return NotImplemented if z is None else z  # other's own __add__, then
+        if z is None and isinstance(other, Tensor):
+            return NotImplemented  # other's own __add__, then, which gives the sum other's strides
+        return super().__radd__(other) if z is None else z
 
     def __iadd__(self, other: Any) -> Tensor:
         z = self._plus(other)
@@ -115,6 +142,7 @@ class Deferred(Tensor):
             return None
         r = other.plain() if type(other) is Deferred else other
         self._check_unchanged()
+        self.passed_by = True
         if torch.is_grad_enabled() and (self.requires_grad or r.requires_grad):
             return _Add.apply(self, r)
         return _added(self, r)
@@ -125,7 +153,16 @@ class Deferred(Tensor):
         return fused_residual(self.x, self.weight, self.bias, slope, self.eps, self.residual)
 
     def _looked_at(self) -> bool:
-        return self.value is not None or self.overwritten
+        return self.value is not None or self.overwritten or (self.requires_grad and self.is_leaf)
+
+    def _keep_gradient(self) -> None:
+        """Whoever asks for z's own gradient gets it: z is looked at, so that no kernel passes it by."""
+        if self.passed_by and self.requires_grad:
+            raise RuntimeError(
+                "a hook or retain_grad() came after the output of an accelerated norm had been fused with what follows "
+                "it; register it right behind the norm, or use fastenc.accelerate(model, undo=True)"
+            )
+        _value(self)
 
     def _changed(self) -> bool:
         return self.dropout is not None or self.residual is not None

@@ -8,12 +8,14 @@ deferred leaves the outermost of those modules.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.overrides import handle_torch_function
 from torch.utils._pytree import tree_map_only
 
@@ -25,6 +27,7 @@ from .stem import channels_last
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 ACTIVATIONS = (nn.PReLU, nn.LeakyReLU, nn.ReLU)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+KEEPS_CONTIGUOUS = "_keeps_contiguous"  # an attribute of a Root whose forward failed on channels-last volumes
 
 
 class _Running(threading.local):
@@ -96,10 +99,14 @@ class LoneNorm(Swapped):
 
 
 class PairedNorm(LoneNorm):
-    """An InstanceNorm ahead of an activation."""
+    """An InstanceNorm ahead of an activation.
+
+    What torch.utils.checkpoint repeats in the backward, maybe outside all scopes, has to save the same tensors again:
+    wherever somebody takes those, norms defer with a scope and without.
+    """
 
     def _normalized(self: Any, x: Tensor) -> Tensor:
-        if _running.scopes and dense(x):
+        if (_running.scopes or _top_saved_tensors_default_hooks(True)) and dense(x):
             return deferred(x, self.weight, self.bias, self.eps)
         return fused(x, self.weight, self.bias, 1.0, self.eps)
 
@@ -157,11 +164,31 @@ class Root(Scope):
         annotated = [value for value in given if _only_annotated(value)]
         if annotated:
             return handle_torch_function(self._unannotated, annotated, *args, **kwargs)
-        contiguous = [value for value in given if value.dim() > 3 and value.is_contiguous() and not route.reason(value)]
-        if not contiguous:
+        volumes = [value for value in given if value.dim() > 3 and dense(value) and not route.reason(value)]
+        if not volumes:
             return super().__call__(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, _laid_out, (args, kwargs))
-        return tree_map_only(Tensor, _contiguous, super().__call__(*args, **kwargs))
+        if not vars(self).get(KEEPS_CONTIGUOUS):
+            try:
+                y = self._called(_laid_out, args, kwargs)
+                return tree_map_only(Tensor, _contiguous, y) if any(value.is_contiguous() for value in volumes) else y
+            except RuntimeError as error:
+                if not str(error).startswith("view size is not compatible"):
+                    raise
+            # Once more out of the except clause, where the error would hold on to all volumes of the first time.
+            y = self._called(_contiguous, args, kwargs)
+            vars(self)[KEEPS_CONTIGUOUS] = True
+            warnings.warn(
+                f"{type(self).__name__} runs on contiguous volumes from now on, without the gain of the channels-last "
+                "layout: it calls view on a volume, which that layout does not allow. Remedy: call reshape there.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return y
+        return self._called(_contiguous, args, kwargs)
+
+    def _called(self, layout: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, layout, (args, kwargs))
+        return super().__call__(*args, **kwargs)
 
     def _unannotated(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_only(_only_annotated, lambda value: value.as_subclass(Tensor), (args, kwargs))
