@@ -240,10 +240,16 @@ class _Defer(torch.autograd.Function):
         ctx.terms = x, weight, bias, 1.0, eps  # not save_for_backward: hooks on saved tensors may move them about
         z = Deferred(x, weight, bias, eps)
         z.grad_mode = True
+        ctx.versions = z.versions
         return z
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.versions != _versions(*ctx.terms[:3], None):
+            raise RuntimeError(
+                "the input, weight or bias of an accelerated norm was changed in place between forward and backward; "
+                "fastenc.accelerate(model, undo=True) gives the original model back"
+            )
         dx, dweight, dbias, _ = reference.backward(gradients[0], *ctx.terms)
         return dx, dweight, dbias, None
 

@@ -175,7 +175,7 @@ class Root(Scope):
                 if not str(error).startswith("view size is not compatible"):
                     raise
             # Once more out of the except clause, where the error would hold on to all volumes of the first time.
-            y = self._called(_contiguous, args, kwargs)
+            y = self._called(_row_major, args, kwargs)
             vars(self)[KEEPS_CONTIGUOUS] = True
             warnings.warn(
                 f"{type(self).__name__} runs on contiguous volumes from now on, without the gain of the channels-last "
@@ -184,10 +184,12 @@ class Root(Scope):
                 stacklevel=2,
             )
             return y
-        return self._called(_contiguous, args, kwargs)
+        return self._called(_row_major, args, kwargs)
 
     def _called(self, layout: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
-        args, kwargs = tree_map_only(Tensor, layout, (args, kwargs))
+        """The forward of what came, volumes laid out anew; a list or a dict stays the caller's own."""
+        args = [layout(value) if isinstance(value, Tensor) else value for value in args]
+        kwargs = {name: layout(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
         return super().__call__(*args, **kwargs)
 
     def _unannotated(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,6 +218,11 @@ def _only_annotated(value: Any) -> bool:
 
 def _laid_out(x: Tensor) -> Tensor:
     return x if route.reason(x) else channels_last(x)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """x contiguous, and so by the strides of axes of length 1: a convolution goes by them where a layout is both."""
+    return x if route.reason(x) else x.contiguous().flatten().view(x.shape)
 
 
 def _contiguous(y: Tensor) -> Tensor:
