@@ -77,6 +77,10 @@ def accelerate(model: Model, *, undo: bool = False) -> Model:
     enter the model. Whatever the kernels do not cover (`fastenc.explain(model, x)` says what, and why) runs as it did
     before, and so does everything under torch.compile, export and other tracers. Repeating the call looks anew.
 
+    Where the forward calls view on a volume, which a channels-last one refuses, a warning says so, and that call starts
+    over on contiguous volumes, as do all that follow. What lies between norm and activation has a gradient of its own
+    only for who asks right behind the norm (register_hook, retain_grad); torch.autograd.grad finds none there.
+
     Args:
         model: any nn.Module.
         undo: give the modules their own classes back instead.
