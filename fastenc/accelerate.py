@@ -15,6 +15,7 @@ from .layers import _ConvModernNd
 from .modules import _InstanceNormActNd
 from .swapped import (
     INSTANCE_NORMS,
+    KEEPS_CONTIGUOUS,
     Activation,
     Dropout,
     LoneNorm,
@@ -73,7 +74,14 @@ def accelerate(model: Model, *, undo: bool = False) -> Model:
     of the forward; dropout and Identity in between are no obstacle, nor is the addition, by + or +=, of a residual. A
     norm with no activation behind it runs as the kernel alone. On CUDA, volumes are laid out channels-last as they
     enter the model. Whatever the kernels do not cover (`fastenc.explain(model, x)` says what, and why) runs as it did
-    before, and so does everything under torch.compile, export and other tracers. Repeating the call looks anew.
+    before, and so does everything under tracers. Under torch.compile and torch.export a pair is one operator where the
+    two are in an nn.Sequential, as in nnU-Net's and most of MONAI's blocks, and runs as before elsewhere. Repeating the
+    call looks anew.
+
+    Where the forward calls view on a volume, which a channels-last one refuses, a warning says so, and that call starts
+    over on contiguous volumes, as do all that follow (RuntimeError where running statistics would count it twice, and
+    under torch.compile before any other call). What lies between norm and activation has a gradient of its own
+    only for who asks right behind the norm (register_hook, retain_grad); torch.autograd.grad finds none there.
 
     Args:
         model: any nn.Module.
@@ -89,7 +97,8 @@ def accelerate(model: Model, *, undo: bool = False) -> Model:
     _check(model)
     for module in model.modules():
         restore(module)
-        vars(module).pop("accelerated", None)
+        for attribute in ("accelerated", KEEPS_CONTIGUOUS):
+            vars(module).pop(attribute, None)
     if not undo:
         vars(model)["accelerated"] = Summary(tuple(_accelerate(model)))
     return model

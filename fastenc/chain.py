@@ -53,7 +53,11 @@ def scope_of(module: nn.Module, root: bool) -> type[Scope]:
 def _activation_of(layers: tuple[Any, ...], at: int, x: Any) -> int | None:
     """Where the activation of the norm layers[at] is, if the two can run on x as one operator."""
     norm: Any = layers[at]
-    if not issubclass(type(norm), PairedNorm) or route.eager(norm.why_eager(x)) or not takes(norm, x, norm.weight, norm.bias):
+    if (
+        not issubclass(type(norm), PairedNorm)
+        or route.eager(norm.why_eager(x))
+        or not takes(norm, x, norm.weight, norm.bias)
+    ):
         return None
     end = at + 1
     while end < len(layers) and isinstance(layers[end], (nn.Identity, *DROPOUTS)):

@@ -8,7 +8,8 @@ gradient. So nothing depends on what the activation turns out to be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -37,6 +38,7 @@ class Deferred(Tensor):
     residual: Tensor | None = None
     value: Tensor | None = None
     overwritten: bool = False
+    passed_by: bool = False
 
     # Everything goes through the dispatcher, below autograd: what is computed there needs no history of its own.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -59,6 +61,26 @@ class Deferred(Tensor):
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return self.plain().__repr__(**options)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.plain(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def tolist(self) -> Any:
+        return self.plain().tolist()
+
+    def data_ptr(self) -> int:
+        return _value(self).data_ptr()
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        self._keep_gradient()
+        return super().register_hook(hook)
+
+    def retain_grad(self) -> None:
+        self._keep_gradient()
+        super().retain_grad()
+
     def activated(self, slope: Tensor | float, inplace: bool) -> Tensor | None:
         """PReLU(z) in one kernel; None where z was looked at already, or where slope does not fit it."""
         if self._looked_at() or self.grad_mode != torch.is_grad_enabled():
@@ -69,6 +91,7 @@ class Deferred(Tensor):
         y = self._computed(slope)
         if self.dropout is not None:
             y = self.dropout.drop(y)  # positive factors, and a slope on either side of them: the same
+        self.passed_by = True
         if inplace:
             self.value, self.overwritten = y, True
         return y
@@ -77,6 +100,7 @@ class Deferred(Tensor):
         """dropout(z), to be computed; None where z is `_settled`."""
         if self._settled():
             return None
+        self.passed_by = True
         if self.requires_grad:
             return _Drop.apply(self, dropout)  # type: ignore[attr-defined]
         return _dropped(self, dropout, [])
@@ -95,7 +119,9 @@ class Deferred(Tensor):
 
     def __radd__(self, other: Any) -> Tensor:
         r = self._residual(other)
-        return NotImplemented if r is None else self._plus(r)  # other's own __add__, then
+        if r is None and isinstance(other, Tensor):
+            return NotImplemented  # other's own __add__, then, which gives the sum other's strides
+        return super().__radd__(other) if r is None else self._plus(r)
 
     def __iadd__(self, other: Any) -> Tensor:
         r = self._residual(other)
@@ -122,6 +148,7 @@ class Deferred(Tensor):
 
     def _plus(self, r: Tensor) -> Deferred:
         """z + r, to be computed."""
+        self.passed_by = True
         if self.grad_mode and (self.requires_grad or r.requires_grad):
             return _Add.apply(self, r)  # type: ignore[attr-defined]
         return _added(self, r)
@@ -132,7 +159,16 @@ class Deferred(Tensor):
         return fused_residual(self.x, self.weight, self.bias, slope, self.eps, self.residual)
 
     def _looked_at(self) -> bool:
-        return self.value is not None or self.overwritten
+        return self.value is not None or self.overwritten or (self.requires_grad and self.is_leaf)
+
+    def _keep_gradient(self) -> None:
+        """Whoever asks for z's own gradient gets it: z is looked at, so that no kernel passes it by."""
+        if self.passed_by and self.requires_grad:
+            raise RuntimeError(
+                "a hook or retain_grad() came after the output of an accelerated norm had been fused with what follows "
+                "it; register it right behind the norm, or use fastenc.accelerate(model, undo=True)"
+            )
+        _value(self)
 
     def _settled(self) -> bool:
         """Whether nothing more can be deferred: z was looked at, is no norm's output any more, or PyTorch looks on."""
@@ -219,10 +255,16 @@ class _Defer(_SingleLevelFunction):
         ctx.terms = x, weight, bias, 1.0, eps  # not save_for_backward: hooks on saved tensors may move them about
         z = Deferred(x, weight, bias, eps)
         z.grad_mode = True
+        ctx.versions = z.versions
         return z
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.versions != _versions(*ctx.terms[:3], None):
+            raise RuntimeError(
+                "the input, weight or bias of an accelerated norm was changed in place between forward and backward; "
+                "fastenc.accelerate(model, undo=True) gives the original model back"
+            )
         dx, dweight, dbias, _ = reference.backward(gradients[0], *ctx.terms)
         return dx, dweight, dbias, None
 

@@ -6,17 +6,19 @@ norm that waits in vain gives its own output all the same (`deferred.py`).
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
+import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from .swapped import ACTIVATIONS, DROPOUTS, INSTANCE_NORMS
 
@@ -206,11 +208,11 @@ class _Tracer(fx.Tracer):
 
     def graph_of(self, module: nn.Module, training: bool) -> fx.Graph | None:
         """module's forward; None where it cannot be traced."""
-        twin = self._twin(module, training, {})
         self.callers = [_Call(module)]
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _same_random_numbers_after():
             warnings.simplefilter("ignore")
             try:
+                twin = self._twin(module, training, {})
                 return self.trace(twin, _defaults(twin.forward))
             except Exception:
                 self.boxes.append(module)
@@ -244,18 +246,34 @@ class _Tracer(fx.Tracer):
         return attr_val
 
     def _twin(self, module: nn.Module, training: bool, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-        """A copy that shares the tensors but nothing that a forward may leave a trace in, without hooks."""
+        """A copy that shares the Parameters but nothing that a forward may leave a trace in, without hooks."""
         if module in twins or isinstance(module, torch.jit.ScriptModule):
             return twins.get(module, module)
         twin = twins[module] = object.__new__(type(module))
         self.originals[twin] = module
-        copied = {k: copy.copy(v) if type(v) in (list, dict, set, OrderedDict) else v for k, v in vars(module).items()}
+        copied = tree_map(_copied, vars(module))
         vars(twin).update(copied, training=training, **{hooks: OrderedDict() for hooks in HOOKS})
         twin._modules = {
             name: None if child is None else self._twin(child, training, twins)
             for name, child in module._modules.items()
         }
         return twin
+
+
+def _copied(value: Any) -> Any:
+    """What a twin holds in value's place, an attribute or what is in its lists, dicts and tuples."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.detach().clone()
+    return value.copy() if type(value) is set else value
+
+
+@contextmanager
+def _same_random_numbers_after() -> Iterator[None]:
+    """A forward that draws random numbers takes none from whoever draws next."""
+    state = random.getstate()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        yield
+    random.setstate(state)
 
 
 def _since(last: fx.Node, graph: fx.Graph) -> Iterator[fx.Node]:

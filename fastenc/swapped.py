@@ -8,12 +8,14 @@ deferred leaves the outermost of those modules.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.overrides import handle_torch_function
 from torch.utils._pytree import tree_map_only
 
@@ -25,6 +27,7 @@ from .stem import channels_last
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 ACTIVATIONS = (nn.PReLU, nn.LeakyReLU, nn.ReLU)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+KEEPS_CONTIGUOUS = "_keeps_contiguous"  # an attribute of a Root whose forward failed on channels-last volumes
 
 
 class _Running(threading.local):
@@ -98,10 +101,14 @@ class LoneNorm(Swapped):
 
 
 class PairedNorm(LoneNorm):
-    """An InstanceNorm ahead of an activation."""
+    """An InstanceNorm ahead of an activation.
+
+    What torch.utils.checkpoint repeats in the backward, maybe outside all scopes, has to save the same tensors again:
+    wherever somebody takes those, norms defer with a scope and without.
+    """
 
     def _normalized(self: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if _running.scopes and dense(x):
+        if (_running.scopes or _top_saved_tensors_default_hooks(True)) and dense(x):
             return deferred(x, weight, bias, self.eps)
         return fused(x, weight, bias, 1.0, self.eps)
 
@@ -152,19 +159,53 @@ class Scope(Swapped):
 class Root(Scope):
     """The model itself: volumes are laid out channels-last as they come in, and their maps as they were as they go."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if torch.compiler.is_compiling():
+            return self._traced(given, args, kwargs)
         annotated = [value for value in given if _only_annotated(value)]
         if annotated:
             return handle_torch_function(self._unannotated, annotated, *args, **kwargs)
-        contiguous = [value for value in given if value.dim() > 3 and value.is_contiguous() and not route.reason(value)]
-        if not contiguous:
+        volumes = [value for value in given if value.dim() > 3 and dense(value) and not route.reason(value)]
+        if not volumes:
             return super().__call__(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, _laid_out, (args, kwargs))
-        y = super().__call__(*args, **kwargs)
-        return _contiguous(y) if type(y) is Tensor else tree_map_only(Tensor, _contiguous, y)
+        if not vars(self).get(KEEPS_CONTIGUOUS):
+            try:
+                y = self._called(_laid_out, args, kwargs)
+                return tree_map_only(Tensor, _contiguous, y) if any(value.is_contiguous() for value in volumes) else y
+            except RuntimeError as error:
+                if not str(error).startswith("view size is not compatible"):
+                    raise
+                if any(map(_counting, self.modules())):
+                    raise RuntimeError(
+                        f"{type(self).__name__} calls view on a volume, which the channels-last layout of an "
+                        "accelerated model does not allow, and running statistics would count a second try twice. Call "
+                        "reshape there, or call the model once in eval mode: it then keeps to contiguous volumes."
+                    ) from error
+            # Once more out of the except clause, where the error would hold on to all volumes of the first time.
+            y = self._called(_row_major, args, kwargs)
+            vars(self)[KEEPS_CONTIGUOUS] = True
+            warnings.warn(
+                f"{type(self).__name__} runs on contiguous volumes from now on, without the gain of the channels-last "
+                "layout: it calls view on a volume, which that layout does not allow. Remedy: call reshape there.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return y
+        return self._called(_row_major, args, kwargs)
+
+    def _traced(self, given: list[Tensor], args: Any, kwargs: Any) -> Any:
+        """What torch.compile and torch.export write down: the same layouts."""
+        volumes = [value for value in given if value.dim() > 3 and value.is_contiguous() and not route.reason(value)]
+        if not volumes or getattr(self, KEEPS_CONTIGUOUS, False):
+            return super().__call__(*args, **kwargs)
+        return tree_map_only(Tensor, _contiguous, self._called(_laid_out, args, kwargs))
+
+    def _called(self, layout: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
+        """The forward of what came, volumes laid out anew; a list or a dict stays the caller's own."""
+        args = [layout(value) if isinstance(value, Tensor) else value for value in args]
+        kwargs = {name: layout(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        return super().__call__(*args, **kwargs)
 
     def _unannotated(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_only(_only_annotated, lambda value: value.as_subclass(Tensor), (args, kwargs))
@@ -190,8 +231,18 @@ def _only_annotated(value: Any) -> bool:
     )
 
 
+def _counting(module: nn.Module) -> bool:
+    """Whether a forward of module changes running statistics."""
+    return module.training and module._buffers.get("running_mean") is not None
+
+
 def _laid_out(x: Tensor) -> Tensor:
     return x if route.reason(x) else channels_last(x)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """x contiguous, and so by the strides of axes of length 1: a convolution goes by them where a layout is both."""
+    return x if route.reason(x) else x.contiguous().flatten().view(x.shape)
 
 
 def _contiguous(y: Tensor) -> Tensor:

@@ -44,23 +44,23 @@ def eager_norms() -> Iterator[mock.Mock]:
 
 def _forward_by_formula(
     x: torch.Tensor, weight: Any, bias: Any, slope: Any, eps: float, dtype: Any = None, in_place: bool = False,
-    statistics: Any = None,
+    statistics: Any = None, residual: Any = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     statistics = torch.full((2, x.shape[0] * x.shape[1]), eps, dtype=torch.float64)  # all that the formula needs of it
     if in_place and dtype in (None, x.dtype):
         for sample in x:  # one at a time: what a launch allocates is the output alone, and here not even that
             sample.copy_(fastenc.reference.forward(sample[None], weight, bias, slope, eps)[0])
         return x, statistics
-    y = torch.empty_like(x, dtype=dtype).copy_(fastenc.reference.forward(x, weight, bias, slope, eps))
+    y = torch.empty_like(x, dtype=dtype).copy_(fastenc.reference.forward(x, weight, bias, slope, eps, residual))
     return y, statistics
 
 
 def _backward_by_formula(
     dy: torch.Tensor, x: torch.Tensor, weight: Any, bias: Any, slope: Any, statistics: Any,
-    needs: Any = (True,) * 4, in_place: bool = False,
+    needs: Any = (True,) * 5, in_place: bool = False, residual: Any = None,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    gradients = fastenc.reference.backward(dy, x, weight, bias, slope, statistics[0, 0].item())
-    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs[:4], strict=True))
+    gradients = fastenc.reference.backward(dy, x, weight, bias, slope, statistics[0, 0].item(), residual)
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=False))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 
@@ -158,7 +159,7 @@ def test_only_one_mode_pairs() -> None:
 
 
 def test_the_search_leaves_no_trace() -> None:
-    """Neither in what a forward keeps, nor through hooks."""
+    """Neither in what a forward keeps, counts or draws, nor through hooks."""
 
     class Keeps(nn.Module):
         def __init__(self) -> None:
@@ -166,19 +167,27 @@ def test_the_search_leaves_no_trace() -> None:
             self.net = stack(nn.ReLU())
             self.kept: list[Tensor] = []
             self.last: Tensor | None = None
+            self.register_buffer("calls", torch.zeros(()))
+            self.counted = {"calls": [0]}
 
         def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.counted["calls"][0] += 1
+            x = x + torch.rand(()) + random.random()
             self.last = self.net(x)
             self.kept.append(self.last)
             return self.last
 
     net = Keeps()
     net.net.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
+    drawn = random.getstate(), torch.get_rng_state().tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastenc.accelerate(net)
     assert net.kept == []
     assert net.last is None
+    assert net.calls == net.counted["calls"][0] == 0
+    assert (random.getstate(), torch.get_rng_state().tolist()) == drawn
     assert net.training
     assert net.accelerated.count("fused") == 1
 
