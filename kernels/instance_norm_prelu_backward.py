@@ -274,7 +274,8 @@ def _parameter_gradients(sums: Tensor, N: int, C: int, wanted: Sequence[Tensor |
     dtypes = {parameter.dtype for parameter in wanted if parameter is not None and parameter.numel() == C}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     kinds = sums.shape[0]
-    if N > 1 or dtype != torch.float32:
+    shared_alone = all(parameter is None or parameter.numel() != C for parameter in wanted)  # summed over n and c below
+    if not shared_alone and (N > 1 or dtype != torch.float32):
         total = torch.empty(kinds, C, dtype=dtype, device=sums.device)
         backward_sum_n[(ceil_div(C, SUM_N_C), kinds)](sums, total, N, C, BLOCK_N=SUM_N_N, BLOCK_C=SUM_N_C, num_warps=4)
         sums = total
