@@ -90,6 +90,7 @@ def test_slope_shared_or_a_number(slope: Tensor | float, S: int, layout: str) ->
 def test_without_weight_or_bias(has_weight: bool, has_bias: bool, S: int, layout: str) -> None:
     x, weight, bias, slope, dy = arguments(2, 3, S, layout)
     check(x, weight if has_weight else None, bias if has_bias else None, slope, dy)
+    check(x, weight if has_weight else None, bias if has_bias else None, slope[:1], dy)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
