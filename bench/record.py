@@ -171,6 +171,15 @@ class Workload:
         noise = 1.0 if self.noise is None else self.noise
         return ratio.low <= noise and ratio.high >= 1 / noise
 
+    def timed(self, peer: str) -> Result | None:
+        """The peer of that name, where it has a time."""
+        return next((each for each in self.results if each.peer == peer and each.time is not None), None)
+
+    def fastest(self, prefix: str = "") -> Result | None:
+        """The fastest of the peers whose names begin like that, where one has a time."""
+        found = [each for each in self.results if each.time is not None and each.peer.startswith(prefix)]
+        return min(found, key=lambda each: each.time.median if each.time is not None else 0.0, default=None)
+
     def reached(self) -> bool:
         """Whether the run came to it; eager, the first result, is the first to be run."""
         return not self.results or self.results[0].note != NOT_REACHED

@@ -179,8 +179,8 @@ def _network_table(networks: Sequence[Workload]) -> str:
             f"channel {workload.network.channel}, layers {' '.join(map(str, workload.network.layers))}, {size}, "
             f"batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
         )
-        eager, compiled = _timed(workload, EAGER), _fastest(workload, "torch.compile")
-        columns = _columns(workload, (eager, compiled, _timed(workload, FASTENC)), (eager, compiled))
+        eager, compiled = workload.timed(EAGER), workload.fastest("torch.compile")
+        columns = _columns(workload, (eager, compiled, workload.timed(FASTENC)), (eager, compiled))
         lines.append(f"| {what} | {columns} | {_memory_and_fastest(workload)} |")
     return "\n".join(lines) + "\n"
 
@@ -196,10 +196,10 @@ def _client_table(clients: Sequence[Workload]) -> str:
         assert workload.client is not None
         size = "×".join(map(str, workload.shape[1:]))
         what = f"{workload.client.name}, {size}, batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
-        untouched = [_timed(workload, peer) for peer in (EAGER, "eager channels_last_3d")]
-        compiled = _fastest(workload, "torch.compile")
-        times = (*untouched, compiled, _timed(workload, FASTENC))
-        columns = _columns(workload, times, (_fastest(workload, EAGER), compiled))
+        untouched = [workload.timed(peer) for peer in (EAGER, "eager channels_last_3d")]
+        compiled = workload.fastest("torch.compile")
+        times = (*untouched, compiled, workload.timed(FASTENC))
+        columns = _columns(workload, times, (workload.fastest(EAGER), compiled))
         lines.append(f"| {what} | {columns} | {_memory_and_fastest(workload)} |")
     return "\n".join(lines) + "\n"
 
@@ -215,32 +215,17 @@ def _op_table(ops: Sequence[Workload]) -> str:
     for workload in (each for each in ops if prod(each.shape) == largest[each.kind]):
         what = f"{'×'.join(map(str, workload.shape))} {workload.layout}, {workload.precision}, {workload.mode}"
         what += ", with a residual" if workload.kind == "instance_norm_add_prelu" else ""
-        eager, compiled = _timed(workload, EAGER), _fastest(workload, "torch.compile")
-        columns = _columns(workload, (eager, compiled, _timed(workload, FASTENC)), (eager, compiled))
+        eager, compiled = workload.timed(EAGER), workload.fastest("torch.compile")
+        columns = _columns(workload, (eager, compiled, workload.timed(FASTENC)), (eager, compiled))
         lines.append(f"| {what} | {columns} |")
     return "\n".join(lines) + "\n"
-
-
-def _fastest(workload: Workload, prefix: str) -> Result | None:
-    """The fastest of the peers whose names begin like that, where one has a time."""
-    timed = [
-        (result.time.median, i, result)
-        for i, result in enumerate(workload.results)
-        if result.time is not None and result.peer.startswith(prefix)
-    ]
-    return min(timed)[2] if timed else None
-
-
-def _timed(workload: Workload, peer: str) -> Result | None:
-    """The peer of that name, where it has a time."""
-    return next((each for each in workload.results if each.peer == peer and each.time is not None), None)
 
 
 def _columns(workload: Workload, times: Sequence[Result | None], rivals: Sequence[Result | None]) -> str:
     """Times, what fastenc gains over its rivals, and fastenc's share of the floor, as cells."""
     cells = ["–" if one is None or one.time is None else milliseconds(one.time.median) for one in times]
     cells += ["–" if one is None else against(workload, one.over_fastenc) or "–" for one in rivals]
-    fused, share = _timed(workload, FASTENC), "–"
+    fused, share = workload.timed(FASTENC), "–"
     if workload.floor is not None and fused is not None and fused.time is not None:
         share = f"{100 * workload.floor / fused.time.median:.0f} %"
     return " | ".join([*cells, share])
@@ -248,7 +233,7 @@ def _columns(workload: Workload, times: Sequence[Result | None], rivals: Sequenc
 
 def _memory_and_fastest(workload: Workload) -> str:
     """fastenc's peak memory over eager's, and the fastest way to run it, as cells."""
-    eager, fused, best = _timed(workload, EAGER), _timed(workload, FASTENC), _fastest(workload, FASTENC)
+    eager, fused, best = workload.timed(EAGER), workload.timed(FASTENC), workload.fastest(FASTENC)
     smaller = "" if eager is None or fused is None else _quotient(fused.peak_memory, eager.peak_memory)
     fastest = "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"
     return f"{smaller} | {fastest}"

@@ -18,7 +18,7 @@ from .measure import DeviceLost, Measurement
 from .peers import FASTENC, contest_of
 from .progress import Progress
 from .record import GpuTests, MatmulRate, Record, Settings, Workload, load, write
-from .table import heading, print_table
+from .table import brief, heading, print_table
 
 FIRST_GUESS = {
     "network": 12.0,
@@ -99,6 +99,8 @@ class Session:
         self._save(complete=not note, note=note, after=condition(self._device))
         print(heading(self.record))
         print_table(self.record)
+        if len(self._measurements) > 1:
+            print(brief(self.record))
         print(f"record: {self.path}", flush=True)
         return status or int(self._faulty())
 

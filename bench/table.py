@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from .peers import EAGER, FASTENC
 from .record import Record, Result, Workload
 from .summary import Ratio
 
@@ -128,6 +129,27 @@ def print_table(record: Record) -> None:
         console.print()
     console.print(not_reached(record), markup=False, style="dim")
     console.print(LEGEND, style="dim")
+
+
+def brief(record: Record) -> str:
+    """A line for each workload with a time: fastenc against the fastest eager and the fastest torch.compile."""
+    lines = []
+    for workload in record.workloads:
+        best, fused = workload.fastest(), workload.timed(FASTENC)
+        if best is None or best.time is None:
+            continue
+        words = [f"fastest {best.peer} {milliseconds(best.time.median)} ms"]
+        if fused is not None and fused.time is not None:
+            rivals = [workload.fastest(EAGER), workload.fastest("torch.compile")]
+            words = [
+                f"fastenc {milliseconds(fused.time.median)} ms",
+                *(f"{against(workload, one.over_fastenc)} × {one.peer}" for one in rivals if one is not None),
+                *words,
+            ]
+            if workload.floor is not None:
+                words.append(f"{100 * workload.floor / fused.time.median:.0f} % of the floor")
+        lines.append(f"{workload}: {', '.join(words)}")
+    return "\n".join(lines)
 
 
 def heading(record: Record) -> str:

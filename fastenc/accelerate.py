@@ -75,8 +75,8 @@ def accelerate(model: Model, *, undo: bool = False) -> Model:
     norm with no activation behind it runs as the kernel alone. On CUDA, volumes are laid out channels-last as they
     enter the model. Whatever the kernels do not cover (`fastenc.explain(model, x)` says what, and why) runs as it did
     before, and so does everything under tracers. Under torch.compile and torch.export a pair is one operator where the
-    two are in an nn.Sequential, as in nnU-Net's and most of MONAI's blocks, and runs as before elsewhere. Repeating the
-    call looks anew.
+    two are in an nn.Sequential, as in nnU-Net's ConvDropoutNormReLU and MONAI's ADN, and runs as before elsewhere.
+    Repeating the call looks anew.
 
     Where the forward calls view on a volume, which a channels-last one refuses, a warning says so, and that call starts
     over on contiguous volumes, as do all that follow (RuntimeError where running statistics would count it twice, and

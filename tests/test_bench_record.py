@@ -93,6 +93,7 @@ def test_a_table_says_what_a_record_holds(
     for text in ("1000", "900.0–1100", "1.50 (1.40–1.60)", "50 %", "floor 500.0 ms", "noise ×1.02", "a note"):
         assert text in printed, text
     assert "out of memory" in printed
+    assert table.brief(loaded) == f"{NETWORK}: fastest eager 1000 ms", "no other has a time"
     heading = table.heading(loaded)
     assert "copy 4.2e+03 GB/s, bfloat16 matrix product 700 TFLOP/s" in heading
     assert "before 45 °C, 1980 MHz" in heading

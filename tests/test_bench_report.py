@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastenc.bench import clients, plots, report
+from fastenc.bench import clients, plots, report, table
 from fastenc.bench.__main__ import main
 from fastenc.bench.floor import seconds as floor_of
 from fastenc.bench.peers import contest_of
@@ -95,6 +95,17 @@ def test_figures_pictures_and_sources_of_every_machine(tmp_path: Path) -> None:
     names = product(("a-gpu", "a-cpu"), plots.PICTURES, plots.THEMES)
     assert pictures == {f"{machine}-{picture}-{theme}.png" for machine, picture, theme in names}
     assert all(f'"plots/{name}"' in text for name in pictures)
+
+
+def test_a_line_of_each_workload(tmp_path: Path) -> None:
+    record = written(tmp_path / "records", "A GPU")
+    lines = table.brief(record).splitlines()
+    assert len(lines) == len(record.workloads)
+    share = 100 * (record.workloads[0].floor or 0.0)
+    assert lines[0] == (
+        f"{record.workloads[0]}: fastenc 1000 ms, 3.00 (3.00–3.00) × eager channels_last_3d, "
+        f"2.00 (2.00–2.00) × torch.compile, fastest fastenc graphed 500.0 ms, {share:.0f} % of the floor"
+    )
 
 
 def test_the_newest_measurement_of_a_workload_counts_and_noise_is_called_noise(
