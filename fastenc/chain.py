@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import route
 from .deferred import fits
 from .functional import fused
-from .swapped import DROPOUTS, Activation, PairedNorm, Root, Scope, slope_of, takes
+from .swapped import DROPOUTS, Activation, Dropout, PairedNorm, Root, Scope, slope_of, takes
 
 
 class Chain(Scope):
@@ -24,7 +24,7 @@ class Chain(Scope):
     def forward(self: Any, input: Tensor) -> Any:  # named as nn.Sequential names it
         if not torch.compiler.is_compiling():
             return super().forward(input)  # type: ignore[misc]
-        x, at, layers = input, 0, tuple(self._modules.values())
+        x, at, layers = input, 0, tuple(self)
         while at < len(layers):
             activation_at = _activation_of(layers, at, x)
             if activation_at is None:
@@ -60,9 +60,14 @@ def _activation_of(layers: tuple[Any, ...], at: int, x: Any) -> int | None:
     ):
         return None
     end = at + 1
-    while end < len(layers) and isinstance(layers[end], (nn.Identity, *DROPOUTS)):
+    while end < len(layers) and _lets_pass(layers[end]):
         end += 1
     if end == len(layers) or not isinstance(layers[end], Activation) or route.observed(*layers[at : end + 1]):
         return None
     slope = slope_of(layers[end])
     return end if not isinstance(slope, Tensor) or fits(slope, x, 1) or fits(slope, x, norm.num_features) else None
+
+
+def _lets_pass(layer: nn.Module) -> bool:
+    """Whether layer is a dropout or nothing; a subclass of those may do anything."""
+    return isinstance(layer, Dropout) or type(layer) in (nn.Identity, *DROPOUTS)

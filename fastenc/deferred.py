@@ -159,7 +159,11 @@ class Deferred(Tensor):
         return fused_residual(self.x, self.weight, self.bias, slope, self.eps, self.residual)
 
     def _looked_at(self) -> bool:
-        return self.value is not None or self.overwritten or (self.requires_grad and self.is_leaf)
+        """Whether z is more than its definition: it has a value, or a history that is not its own.
+
+        Such a history is a leaf's, or that of an autograd Function which returns z, say a reentrant checkpoint's.
+        """
+        return self.value is not None or self.overwritten or (self.requires_grad and type(self.grad_fn) not in _HISTORY)
 
     def _keep_gradient(self) -> None:
         """Whoever asks for z's own gradient gets it: z is looked at, so that no kernel passes it by."""
@@ -296,3 +300,7 @@ class _Add(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         return gradients[0], gradients[0]
+
+
+# The nodes that give a Deferred a history of its own.
+_HISTORY = tuple(function._backward_cls for function in (_Defer, _Drop, _Add))

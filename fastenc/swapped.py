@@ -143,8 +143,10 @@ class Dropout(Swapped):
 class Scope(Swapped):
     """The innermost module in whose forward a norm meets its activation."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
+            if not isinstance(self, Scope):  # what torch.compile made of it holds on to this method after `restore`
+                return self(*args, **kwargs)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         _running.scopes += 1
         try:
@@ -162,7 +164,8 @@ class Root(Scope):
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if torch.compiler.is_compiling():
-            return self._traced(given, args, kwargs)
+            # As in Scope; part of a model that was accelerated anew, it may be a Scope and no Root any more.
+            return self._traced(given, args, kwargs) if isinstance(self, Root) else self(*args, **kwargs)
         annotated = [value for value in given if _only_annotated(value)]
         if annotated:
             return handle_torch_function(self._unannotated, annotated, *args, **kwargs)

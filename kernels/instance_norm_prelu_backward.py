@@ -273,18 +273,17 @@ def _parameter_gradients(sums: Tensor, N: int, C: int, wanted: Sequence[Tensor |
     """The sums (kinds, N·C) over n, and over c for a slope that the channels share, as gradients of `wanted`."""
     dtypes = {parameter.dtype for parameter in wanted if parameter is not None and parameter.numel() == C}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    kinds = sums.shape[0]
+    kinds, total = sums.shape[0], sums
     shared_alone = all(parameter is None or parameter.numel() != C for parameter in wanted)  # summed over n and c below
     if not shared_alone and (N > 1 or dtype != torch.float32):
         total = torch.empty(kinds, C, dtype=dtype, device=sums.device)
         backward_sum_n[(ceil_div(C, SUM_N_C), kinds)](sums, total, N, C, BLOCK_N=SUM_N_N, BLOCK_C=SUM_N_C, num_warps=4)
-        sums = total
     found: list[Tensor | None] = []
-    for parameter, part in zip_longest(wanted, sums.unbind()):
+    for parameter, part in zip_longest(wanted, total.unbind()):
         if parameter is None:
             part = None
         elif parameter.numel() != C:
-            part = part.sum(0, True).to(parameter.dtype)
+            part = sums[-1].sum(0, True).to(parameter.dtype)  # of the sums in float32: rounded once
         elif parameter.dtype != part.dtype:
             part = part.to(parameter.dtype)
         found.append(part)

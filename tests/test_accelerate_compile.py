@@ -4,7 +4,7 @@
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -79,7 +79,18 @@ def removed_activation(net: Any) -> None:
     del net[2:]
 
 
-@pytest.mark.parametrize("surgery", [replaced_norm, replaced_activation, removed_activation])
+class Negated(nn.Identity):
+    """Nothing, to go by its kind."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return -input
+
+
+def negated_between(net: Any) -> None:
+    net.insert(2, Negated())
+
+
+@pytest.mark.parametrize("surgery", [replaced_norm, replaced_activation, removed_activation, negated_between])
 def test_surgery(surgery: Callable[[Any], None]) -> None:
     net, untouched = twins(stack(nn.PReLU(4)))
     x = volume()
@@ -107,6 +118,49 @@ def test_a_sequential_with_a_forward_of_its_own() -> None:
         for found, expected in zip(compiled(x), untouched(x), strict=True):
             assert_near(found, expected.double())
     assert compiled.graphs == [0]
+
+
+class Backwards(nn.Sequential):
+    """Runs its modules from the last to the first."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return reversed(self._modules.values())  # type: ignore[arg-type]
+
+
+def test_a_sequential_with_an_order_of_its_own() -> None:
+    net, untouched = twins(Backwards(*reversed(stack(nn.PReLU(4)))))
+    x = volume()
+    with taken("fused"), torch.no_grad():
+        compiled = Compiled(net)
+        assert_near(compiled(x), untouched(x).double())
+    assert compiled.graphs == [1]
+
+
+class Wrapped(nn.Module):
+    """A pair in a Sequential, and one that meets in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.norm, self.activation = stack(nn.PReLU(4)), nn.InstanceNorm3d(2), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(self.pair(x)))
+
+
+@pytest.mark.parametrize("part", ["", "pair"])
+def test_undone_and_done_anew_after_compiling(part: str) -> None:
+    """What was compiled holds on to the __call__ of then, whatever class the module is of now."""
+    net, untouched = twins(Wrapped())
+    x = volume()
+    expected = untouched.get_submodule(part)(x).double()
+    with taken("fused"), torch.no_grad():
+        compiled = Compiled(net.get_submodule(part))
+        assert_near(compiled(x), expected)
+        fastenc.accelerate(net, undo=True)
+        assert_near(compiled(x), expected)
+        fastenc.accelerate(nn.Sequential(net))
+        assert_near(compiled(x), expected)
+    assert compiled.graphs[:2] == [1, 0]
 
 
 @pytest.mark.parametrize("name", PAIRS)

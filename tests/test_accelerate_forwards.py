@@ -80,6 +80,19 @@ def leaf(net: Unit, x: Tensor) -> Tensor:
     return z.grad + net.activation(net.other(x))
 
 
+class Doubled(torch.autograd.Function):
+    """z, whose gradient goes to x, twice as large, and to nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, net: Unit, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return net.z(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, 2 * gradients[0]
+
+
 FORWARDS: dict[str, Forward] = {
     "number + z": lambda net, x: net.activation(1.5 + net.z(x)),
     "sum": lambda net, x: net.activation(sum([net.z(x), net.other(x)])),
@@ -88,6 +101,9 @@ FORWARDS: dict[str, Forward] = {
     "hook, then + r": lambda net, x: net.activation(hooked(net.z(x)) + x),
     "retain_grad": own_gradient,
     "requires_grad_": leaf,
+    "reentrant checkpoint that ends in z": lambda net, x: net.activation(checkpoint(net.z, x, use_reentrant=True)),
+    "history of another Function": lambda net, x: net.activation(Doubled.apply(net, x)),
+    "history of another Function, then + r": lambda net, x: net.activation(Doubled.apply(net, x) + x),
 }
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from accuracy import check, double, formula, gradients
+from accuracy import check, double, formula, gradients, hold, magnitudes
 from torch import Tensor
 
 import fastenc
@@ -67,6 +67,15 @@ def test_low_precision(N: int, C: int, S: int, layout: str, dtype: torch.dtype) 
 def test_parameters_in_low_precision(N: int, layout: str, dtype: torch.dtype) -> None:
     x, weight, bias, slope, dy = arguments(N, 24, 120, layout, dtype)
     check(x, weight.to(dtype), bias.to(dtype), slope.to(dtype), dy)
+
+
+def test_a_shared_slope_in_float32_beside_parameters_in_low_precision() -> None:
+    """Its gradient is as near as float32 is, which torch's is not."""
+    x, weight, bias, slope, dy = arguments(2, 24, 120, "channels_last", torch.bfloat16)
+    given = x, weight.bfloat16(), bias.bfloat16(), slope[:1], 1e-5
+    found = gradients(fastenc.instance_norm_prelu, dy, *given)["dslope"]
+    truth = gradients(formula, dy.double(), *map(double, given))["dslope"]
+    hold({"dslope": found}, {"dslope": truth.float()}, {"dslope": truth}, magnitudes(dy, *given))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
