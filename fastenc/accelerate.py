@@ -81,7 +81,8 @@ def accelerate(model: Model, *, undo: bool = False) -> Model:
     Where the forward calls view on a volume, which a channels-last one refuses, a warning says so, and that call starts
     over on contiguous volumes, as do all that follow (RuntimeError where running statistics would count it twice, and
     under torch.compile before any other call). What lies between norm and activation has a gradient of its own
-    only for who asks right behind the norm (register_hook, retain_grad); torch.autograd.grad finds none there.
+    only for who asks right behind the norm (register_hook, retain_grad); torch.autograd.grad finds none there. A model
+    that writes over its input writes over the channels-last copy, not over what the caller gave.
 
     Args:
         model: any nn.Module.
