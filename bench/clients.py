@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from itertools import product
 from typing import cast
 
 from . import arguments as options
 from .client_networks import CHANNELS, missing, run_without_data
 from .client_peers import CONTEST
-from .compare import MODES, draw
-from .deadline import Deadline
-from .machine import settings
+from .compare import MODES, measure
 from .record import Client, Precision, Workload
-from .session import Session
 
 PURPOSE = "time nnU-Net's and MONAI's U-Nets untouched, compiled and accelerated; one record, one table, one picture"
 NAMES = {name.split()[-1]: name for name in CHANNELS}
@@ -70,20 +66,10 @@ def problem_of(asked: Workload) -> str | None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    deadline = Deadline(arguments.minutes * 60)
     asked = [
         workload(name, mode, dtype, (batch, 1, *arguments.size), tuple(arguments.channels or ()))
         for name, dtype, mode, batch in product(
             arguments.networks, arguments.dtype, arguments.mode, sorted(set(arguments.batch))
         )
     ]
-    problem = next(filter(None, map(problem_of, asked)), None) or options.folder_problem(arguments.out)
-    if problem is not None:
-        print(f"fastenc bench clients: {problem}", file=sys.stderr)
-        return 2
-    device = options.chosen_device(arguments.device, "clients")
-    with settings(tf32=True, benchmark=True) as shared:
-        session = Session(arguments.command, arguments.out, device, shared, asked, deadline, only=arguments.peers)
-        status = session.run()
-    draw(session)
-    return status
+    return measure(arguments, asked, problem_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import cast
@@ -75,13 +76,21 @@ def network_problem(workload: Workload) -> str | None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
+    return measure(arguments, workloads(arguments), network_problem)
+
+
+def measure(
+    arguments: argparse.Namespace,
+    asked: Sequence[Workload],
+    problem_of: Callable[[Workload], str | None] = lambda workload: None,
+) -> int:
+    """Time what was asked for, unless one of it cannot be run; a line says why. Returns the exit status."""
     deadline = Deadline(arguments.minutes * 60)
-    asked = workloads(arguments)
-    problem = next(filter(None, map(network_problem, asked)), None) or options.folder_problem(arguments.out)
+    problem = next(filter(None, map(problem_of, asked)), None) or options.folder_problem(arguments.out)
     if problem is not None:
-        print(f"fastenc bench compare: {problem}", file=sys.stderr)
+        print(f"fastenc bench {arguments.subcommand}: {problem}", file=sys.stderr)
         return 2
-    device = options.chosen_device(arguments.device, "compare")
+    device = options.chosen_device(arguments.device, arguments.subcommand)
     with settings(tf32=True, benchmark=True) as shared:
         session = Session(arguments.command, arguments.out, device, shared, asked, deadline, only=arguments.peers)
         status = session.run()

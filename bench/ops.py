@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import cast, get_args
 
 from . import arguments as options
-from .compare import draw
-from .deadline import Deadline
+from .compare import measure
 from .floor import norms
-from .machine import settings
 from .op_peers import CONTEST
 from .record import Layout, Mode, Network, Precision, Workload
-from .session import Session
 
 PURPOSE = "time the fused operation against what it replaces, over the layers of a network or given shapes"
 SIZE = (31, 32, 30)
@@ -80,11 +76,6 @@ def workloads(
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    deadline = Deadline(arguments.minutes * 60)
-    problem = options.folder_problem(arguments.out)
-    if problem is not None:
-        print(f"fastenc bench ops: {problem}", file=sys.stderr)
-        return 2
     shapes = arguments.shapes or [(arguments.batch, *each) for each in norms(*NETWORKS[arguments.network])]
     asked = [
         workload
@@ -93,9 +84,4 @@ def run(arguments: argparse.Namespace) -> int:
             shapes, cast(Precision, options.PRECISIONS[dtype]), arguments.layout, arguments.residual
         )
     ]
-    device = options.chosen_device(arguments.device, "ops")
-    with settings(tf32=True, benchmark=True) as shared:
-        session = Session(arguments.command, arguments.out, device, shared, asked, deadline, only=arguments.peers)
-        status = session.run()
-    draw(session)
-    return status
+    return measure(arguments, asked)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastenc.bench import client_networks, client_peers, clients, gpu, measure, record, session
+from fastenc.bench import client_networks, client_peers, clients, compare, gpu, measure, record, session
 from fastenc.bench.__main__ import main
 from fastenc.bench.floor import Cost
 from fastenc.bench.record import MatmulRate
@@ -22,7 +22,7 @@ network = pytest.mark.parametrize("name", clients.NAMES)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more rounds than needed, no pictures, and ceilings that cost nothing."""
     monkeypatch.setitem(measure.ROUNDS_SECONDS, "cpu", 0.0)
-    monkeypatch.setattr(clients, "draw", lambda session: None)
+    monkeypatch.setattr(compare, "draw", lambda session: None)
     monkeypatch.setattr(session, "copy_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(session, "matmul_rates", lambda dtypes, device: tuple(MatmulRate(d, 1e11) for d in dtypes))
 
@@ -137,7 +137,7 @@ def test_a_network_that_is_wrong_fails_the_command(tmp_path: Path, monkeypatch: 
 def test_what_cannot_be_run_is_a_line_before_any_work(
     change: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(clients, "Session", None)
+    monkeypatch.setattr(compare, "Session", None)
     assert main(["clients", *TINY, "--networks", "PlainConvUNet", "--out", str(tmp_path), *change]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"fastenc bench clients: {words}")

@@ -131,7 +131,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_timing(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compare, "Session", None)
-    monkeypatch.setattr(ops, "Session", None)
     (tmp_path / "file").write_text("")
     assert main([command, "--out", str(tmp_path / "file")]) == 2
     assert f"--out: cannot write to {tmp_path / 'file'}" in capsys.readouterr().err
