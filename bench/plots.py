@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from .floor import ITEMSIZE
 from .peers import EAGER
@@ -24,34 +25,34 @@ THEMES = {
     "light": {"ink": "#1f2328", "paper": "#ffffff", "grid": "#d8dee4"},
     "dark": {"ink": "#e6edf3", "paper": "#0d1117", "grid": "#30363d"},
 }
-GREYS, BLUES, BROWNS, ORANGES = (
-    ("#8c959f", "#656d76"),
-    ("#54aeff", "#0969da", "#79c0ff", "#218bff", "#a5d6ff", "#1f6feb"),
-    ("#bf8700", "#9a6700"),
-    ("#fb6a22", "#d1242f", "#fd8c73", "#bc4c00", "#e16f24"),
-)
+# One colour for each baseline, in every picture and on every machine.
+COLOURS = {
+    "eager": "#8c959f",
+    "eager channels_last_3d": "#57606a",
+    "fastenc": "#fb6a22",
+    "fastenc recompute": "#d1242f",
+    "fastenc frozen": "#ffab70",
+    "fastenc graphed": "#a40e26",
+    "fastenc torch.compile": "#e16f24",
+    "torch.compile": "#54aeff",
+    "torch.compile channels_last_3d": "#0969da",
+    "torch.compile reduce-overhead": "#a5d6ff",
+    "torch.compile reduce-overhead channels_last_3d": "#218bff",
+    "torch.compile max-autotune": "#1f6feb",
+    "torch.compile max-autotune channels_last_3d": "#0550ae",
+    "GroupNorm(C, C)": "#d4a72c",
+    "torch.compile GroupNorm(C, C)": "#9a6700",
+}
+OTHER = "#8250df"
 MOST_PANELS = 6  # of bars: a record begins with what matters most
+FARTHEST_FLOOR = 2.5  # times the longest bar: a floor beyond that would squeeze the bars, and is left out
 MARKERS = "osD^vPX<>*"
 DASHES = (0, (4, 2))
 
 
-def colours(peers: Iterable[str]) -> dict[str, str]:
-    """fastenc's in orange, compiled ones in blue, GroupNorm in brown, eager in grey."""
-    used: dict[tuple[str, ...], int] = {}
-    found: dict[str, str] = {}
-    for peer in peers:
-        family: tuple[str, ...]
-        if peer.startswith("fastenc"):
-            family = ORANGES
-        elif "GroupNorm" in peer:
-            family = BROWNS
-        elif peer.startswith("torch.compile"):
-            family = BLUES
-        else:
-            family = GREYS
-        found[peer] = family[used.get(family, 0) % len(family)]
-        used[family] = used.get(family, 0) + 1
-    return found
+def colour(peer: str) -> str:
+    """The colour of a baseline: fastenc in orange and red, torch.compile in blue, GroupNorm in brown, eager in grey."""
+    return COLOURS.get(peer, OTHER)
 
 
 def latest(records: Iterable[Record]) -> dict[str, list[Workload]]:
@@ -68,7 +69,9 @@ def draw(records: Sequence[Record], folder: Path, stem: str, themes: Sequence[st
 
     The records are of one machine.
     """
-    (workloads,) = latest(records).values() or ([],)
+    ((machine, workloads),) = latest(records).items() or (("", []),)
+    device = {record.machine.device for record in records}
+    where = f"{'GPU' if device == {'cuda'} else 'CPU'}, {machine}"
     written = []
     for name, picture in PICTURES.items():
         for theme in themes:
@@ -76,6 +79,7 @@ def draw(records: Sequence[Record], folder: Path, stem: str, themes: Sequence[st
                 figure = picture(workloads, THEMES[theme])
                 if figure is None:
                     continue
+                figure.suptitle(where, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
                 written.append(folder / f"{stem}-{name}-{theme}.png")
                 figure.savefig(written[-1], metadata={"Software": None})
     return written
@@ -130,31 +134,29 @@ def _short(peer: str) -> str:
     return re.sub("torch.compile (?=max-|reduce-)", "", name)
 
 
-def _panels(
-    workloads: Sequence[Workload], fill: Callable[[Any, Workload, list[str]], str], xlabel: str
-) -> Figure | None:
-    """A panel of horizontal bars for every workload, two abreast. fill(axes, workload, peers) gives a line of title."""
+def _panels(workloads: Sequence[Workload], fill: Callable[[Any, Workload, list[str]], str]) -> Figure | None:
+    """A panel of horizontal bars for every workload, two side by side, with a bar for each measured baseline.
+
+    fill(axes, workload, peers) draws the bars and returns more of the title.
+    """
     if not workloads:
         return None
     workloads = workloads[:MOST_PANELS]
     across = min(2, len(workloads))
     lines = [workloads[i : i + across] for i in range(0, len(workloads), across)]
-    peers = [_peers(line) for line in lines]
-    heights = [0.21 * len(names) + 0.95 for names in peers]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.2), layout="constrained")
+    heights = [0.21 * max(len(timed(each)) for each in line) + 0.95 for line in lines]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
     axes = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
-    for panels, line, names in zip(axes, lines, peers, strict=True):
-        for i, panel in enumerate(panels):
-            if i >= len(line):
-                panel.set_axis_off()
-                continue
-            more = fill(panel, line[i], names)
-            panel.set_title(f"{_title(line[i])}{more}")
-            panel.set_ylim(len(names) - 0.4, -0.6)
-            panel.set_yticks(range(len(names)), map(_short, names) if i == 0 else [])
-            panel.tick_params(axis="y", length=0)
-            panel.grid(axis="x")
-    figure.supxlabel(xlabel, fontsize=9)
+    for panel in axes.flat[len(workloads) :]:
+        panel.set_axis_off()
+    for i, (panel, workload) in enumerate(zip(axes.flat, workloads, strict=False)):
+        names = _peers([workload])
+        longest = max(len(timed(each)) for each in lines[i // across])
+        panel.set_title(f"{_title(workload)}{fill(panel, workload, names)}")
+        panel.set_ylim(longest - 0.4, -0.6)  # bars of one height side by side
+        panel.set_yticks(range(len(names)), map(_short, names))
+        panel.tick_params(axis="y", length=0)
+        panel.grid(axis="x")
     return figure
 
 
@@ -169,48 +171,56 @@ def clients(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
 
 
 def _speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+    drawn: list[float] = []  # the floors
+
     def fill(panel: Any, workload: Workload, names: list[str]) -> str:
-        shades, most = colours(result.peer for result in workload.results), 1.0
+        most = 1.0
         eager = next((r.time.median for r in timed(workload) if r.peer == EAGER and r.time is not None), None)
         for result in timed(workload):
             at, ratio = names.index(result.peer), result.over_eager
             if ratio is None and result.peer != EAGER:
                 continue
             value, low, high = (1.0, 1.0, 1.0) if ratio is None else (ratio.median, ratio.p20, ratio.p80)
-            panel.barh(at, value, color=shades[result.peer], height=0.74)
+            panel.barh(at, value, color=colour(result.peer), height=0.74)
             if ratio is not None:
                 panel.errorbar(value, at, xerr=[[value - low], [high - value]], fmt="none", ecolor=theme["ink"],
                                elinewidth=0.8, capsize=1.5)  # fmt: skip
             panel.annotate(f"{value:.2f}", (high, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
             most = max(most, high)
         right, more = 1.2 * most, ""
-        if workload.floor is not None and eager is not None:
-            floor = eager / workload.floor
-            more = f", floor at {floor:#.3g}"
-            if floor <= 2.5 * most:
-                right = max(right, 1.05 * floor)
-                panel.axvline(floor, color=theme["ink"], linewidth=1, linestyle=DASHES)
+        floor = eager / workload.floor if workload.floor is not None and eager is not None else 0.0
+        if 0 < floor <= FARTHEST_FLOOR * most:
+            drawn.append(floor)
+            right, more = max(right, 1.05 * floor), f", floor at {floor:#.3g}"
+            panel.axvline(floor, color=theme["ink"], linewidth=1, linestyle=DASHES)
         panel.set_xlim(0, right)
         return more
 
-    return _panels(workloads, fill, "speed-up over eager, with p20–p80 of the rounds; dashed: physical floor")
+    figure = _panels(workloads, fill)
+    if figure is not None:
+        floors = "; dashed: physical floor" if drawn else ""
+        figure.supxlabel(f"speed-up over eager, with p20–p80 of the rounds{floors}", fontsize=9)
+    return figure
 
 
 def memory(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
     """Peak memory of every peer of every network."""
 
     def fill(panel: Any, workload: Workload, names: list[str]) -> str:
-        shades, most = colours(result.peer for result in workload.results), 0.0
+        most = 0.0
         for result in timed(workload):
             at, value = names.index(result.peer), (result.peak_memory or 0) / 1e9
-            panel.barh(at, value, color=shades[result.peer], height=0.74)
+            panel.barh(at, value, color=colour(result.peer), height=0.74)
             panel.annotate(f"{value:#.3g}", (value, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
             most = max(most, value)
         panel.set_xlim(0, 1.2 * most)
         return ""
 
     chosen = [each for each in _networks(workloads) if any(result.peak_memory for result in each.results)]
-    return _panels(chosen, fill, "peak memory in GB: parameters, optimizer, input and what one call allocates")
+    figure = _panels(chosen, fill)
+    if figure is not None:
+        figure.supxlabel("peak memory in GB: parameters, optimizer, input and what one call allocates", fontsize=9)
+    return figure
 
 
 def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
@@ -225,7 +235,7 @@ def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
     figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
     peers = _peers(ops)
-    shades, marks = colours(peers), dict(zip(peers, cycle(MARKERS)))
+    marks = dict(zip(peers, cycle(MARKERS)))
     for panel, (dtype, backward, layout) in zip(axes.flat, chosen, strict=False):
         here = [e for e in ops if (e.dtype, e.mode != "forward", e.layout) == (dtype, backward, layout)]
         for peer in peers:
@@ -237,7 +247,7 @@ def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
             )
             if points:
                 panel.plot(
-                    *zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=_short(peer)
+                    *zip(*points, strict=True), marks[peer] + "-", color=colour(peer), markersize=4, label=_short(peer)
                 )
         panel.axhline(1, color=theme["ink"], linewidth=1, linestyle=DASHES)
         panel.set_title(f"{'backward' if backward else 'forward'}, {layout}, {dtype}")
@@ -249,7 +259,7 @@ def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
     figure.supxlabel("MB of x", fontsize=9)
     figure.supylabel("fraction of copy bandwidth", fontsize=9)
     handles = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=3)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -268,7 +278,7 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
     figure = Figure(figsize=(WIDTH, 3.0 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, min(2, len(found)), squeeze=False)
     peers = _peers(each for group in found for each in group)
-    shades, marks = colours(peers), dict(zip(peers, cycle(MARKERS)))
+    marks = dict(zip(peers, cycle(MARKERS)))
     for panel, group in zip(axes.flat, found, strict=False):
         for peer in peers:
             points = sorted(
@@ -279,7 +289,7 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
             )
             if points:
                 panel.plot(
-                    *zip(*points, strict=True), marks[peer] + "-", color=shades[peer], markersize=4, label=_short(peer)
+                    *zip(*points, strict=True), marks[peer] + "-", color=colour(peer), markersize=4, label=_short(peer)
                 )
         floors = sorted((each.shape[0], 1e3 * each.floor) for each in group if each.floor is not None)
         if floors:
@@ -288,6 +298,8 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(batches, [str(batch) for batch in batches])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.minorticks_off()
         panel.set_xlabel("batch")
         panel.set_ylabel("ms")
@@ -296,7 +308,7 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
     for panel in axes.flat[len(found) :]:
         panel.set_axis_off()
     handles = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=3)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
     return figure
 
 
