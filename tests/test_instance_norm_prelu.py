@@ -238,8 +238,10 @@ def test_autocast_gives_torchs_dtypes(dtype: torch.dtype, slope: Tensor | float)
         with fastenc.backend("eager"):
             torchs = gradients(fastenc.instance_norm_prelu, dy, x, weight, bias, slope, 1e-5)
     assert {k: v.dtype for k, v in ours.items()} == {k: v.dtype for k, v in torchs.items()}
+    terms = magnitudes(dy, x, weight, bias, slope, 1e-5)  # what a sum rounds by, where it cancels
     for name in ours:
-        assert (ours[name].float() - torchs[name].float()).norm() <= 2**-7 * torchs[name].float().norm(), name
+        limit = 2**-7 * max(torchs[name].float().norm(), terms[name])
+        assert (ours[name].float() - torchs[name].float()).norm() <= limit, name
 
 
 def test_double_backward() -> None:
