@@ -159,10 +159,12 @@ def _fake_backward(
     needs: Sequence[bool],
     residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    wanted = (readable(x), weight, bias, slope, *(() if residual is None else (readable(x),)))
+    alike = _alike(readable(x), x.dtype)
+    # A parameter of any strides has a gradient whose elements lie side by side.
+    parameters = [None if each is None else each.new_empty(each.shape) for each in (weight, bias, slope)]
+    wanted = (alike, *parameters, *(() if residual is None else (torch.empty_like(alike),)))
     return tuple(
-        _alike(tensor, tensor.dtype) if need and tensor is not None else x.new_empty(0)
-        for tensor, need in zip(wanted, needs, strict=True)
+        tensor if need and tensor is not None else x.new_empty(0) for tensor, need in zip(wanted, needs, strict=True)
     )
 
 

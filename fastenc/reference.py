@@ -60,7 +60,9 @@ def backward(
     if statistics is None:
         centered = x_wide - x_wide.mean(axes, keepdim=True)
         centered = centered - centered.mean(axes, keepdim=True)  # what rounding left of the mean
-        rstd = torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
+        constant = x_wide.amax(axes, keepdim=True) == x_wide.amin(axes, keepdim=True)
+        variance = centered.square().mean(axes, keepdim=True)
+        rstd = _reciprocal_deviation(torch.where(constant, 0.0, variance), eps)
     else:
         mean, rstd = statistics.view(2, *x.shape[:2], *(1,) * len(axes))
         centered = x_wide - mean
@@ -84,5 +86,13 @@ def backward(
 
 def statistics(x: Tensor, eps: float) -> Tensor:
     """(2, N·C) in float32: mean and rstd of each (n, c), as the kernels keep them for the backward."""
-    variance, mean = torch.var_mean(x.float().flatten(2), dim=2, correction=0)
-    return torch.stack((mean.flatten(), torch.rsqrt(variance + eps).flatten()))
+    rows = x.float().flatten(2)
+    variance, mean = torch.var_mean(rows, dim=2, correction=0)
+    variance = torch.where(rows.amax(2) == rows.amin(2), 0.0, variance)
+    return torch.stack((mean.flatten(), _reciprocal_deviation(variance, eps).flatten()))
+
+
+def _reciprocal_deviation(variance: Tensor, eps: float) -> Tensor:
+    """1/√(variance + eps); 0 where both are 0, as in torch's own kernels. So are its derivatives there."""
+    total = variance + eps
+    return torch.rsqrt(torch.where(total == 0, torch.inf, total))
