@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 from fastenc.kernels.layout import MEMORY_FORMAT
 
 from . import route
+from .saved import save, saved
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TYPES = frozenset(CONVOLUTIONS.values())
@@ -242,14 +243,14 @@ class Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, way: Way, dtype: torch.dtype | None
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        save(ctx, x, weight, bias)
         ctx.way, ctx.dtype = way, dtype
         return forward(x, weight, bias, way, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        x, weight, bias = ctx.saved_tensors
+        x, weight, bias = saved(ctx)
         gradients = backward(dy, x, weight, bias, ctx.way, ctx.dtype, ctx.needs_input_grad[:3])
         return (*gradients, None, None)
 

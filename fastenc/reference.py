@@ -24,6 +24,8 @@ def forward(
 
     residual: of x's shape and dtype, or None.
     """
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        weight, bias = weight.float(), bias.float()  # instance_norm wants one dtype of the two
     z = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
     if residual is not None:
         z = z + residual

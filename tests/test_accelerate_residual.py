@@ -73,7 +73,7 @@ def check(net: nn.Module, untouched: nn.Module, x: Tensor | None = None, r: Tens
 @pytest.mark.parametrize("add", ADDITIONS)
 def test_one_kernel(add: str, activation: nn.Module) -> None:
     net, untouched = twins(add, activation)
-    with mock.patch.object(deferred, "fused_residual", wraps=deferred.fused_residual) as fused:
+    with mock.patch.object(deferred, "fused", wraps=deferred.fused) as fused:
         check(net, untouched)
         assert fused.call_count == 2
 

@@ -16,8 +16,8 @@ import fastenc
 from fastenc.functional import launchers
 from fastenc.kernels.layout import MEMORY_FORMAT
 
-OPERATOR = torch.ops.fastenc.instance_norm_add_prelu.default
-BACKWARD = torch.ops.fastenc.instance_norm_add_prelu_backward.default
+OPERATOR = torch.ops.fastenc.instance_norm_prelu.default
+BACKWARD = torch.ops.fastenc.instance_norm_prelu_backward.default
 LAYOUTS = ("contiguous", "channels_last")
 ONE_PASS, SPLIT = (4, 5, 6), (17, 11, 11)  # channels-last; a contiguous row splits beyond 16,384 positions
 

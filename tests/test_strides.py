@@ -202,8 +202,8 @@ def test_operators(arrange: Callable[[Tensor], Tensor]) -> None:
         assert torch.equal(OPERATOR(x, *strided, 0.0, 1e-5, None)[0], y)
         view = torch.stack([statistics, statistics + 1e30], dim=-1)[..., 0]
         dy = torch.ones(()).expand(x.shape)
-        backward = (0.0, view, [True] * 4)
-        expected = BACKWARD(dy, x, *copies, 0.0, statistics, [True] * 4)
+        backward = (0.0, view, [True] * 5)
+        expected = BACKWARD(dy, x, *copies, 0.0, statistics, [True] * 5)
         assert_equal(list(BACKWARD(dy, x, *strided, *backward)), list(expected))
         opcheck(OPERATOR, (x, *strided, 0.0, 1e-5, None), test_utils="test_faketensor")
         opcheck(BACKWARD, (dy, x, *strided, *backward), test_utils="test_faketensor")
