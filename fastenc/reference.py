@@ -58,7 +58,6 @@ def backward(
         return parameter.to(wide).reshape(per_channel)
 
     x_wide, dy_wide = x.to(wide), dy.to(wide)
-    slope_wide = wider(slope) if isinstance(slope, Tensor) else slope
     if statistics is None:
         centered = x_wide - x_wide.mean(axes, keepdim=True)
         centered = centered - centered.mean(axes, keepdim=True)  # what rounding left of the mean
@@ -72,7 +71,11 @@ def backward(
     z = xhat if weight is None else xhat * wider(weight)
     z = z if bias is None else z + wider(bias)
     z = z if residual is None else z + residual.to(wide)
-    dz = torch.where(z > 0, dy_wide, slope_wide * dy_wide)
+    # torch's own backward of the activation: a second derivative is then zeros where torch's is, and not None.
+    if isinstance(slope, Tensor):
+        dz, by_slope = torch.ops.aten._prelu_kernel_backward(dy_wide, z, wider(slope))
+    else:
+        dz = torch.ops.aten.leaky_relu_backward(dy_wide, z, slope, False)
     dxhat = dz if weight is None else dz * wider(weight)
     dx = rstd * (dxhat - dxhat.mean(axes, keepdim=True) - xhat * (dxhat * xhat).mean(axes, keepdim=True))
     over = (0, *axes)
@@ -80,7 +83,7 @@ def backward(
     dbias = None if bias is None else dz.sum(over).to(bias.dtype)
     dslope = None
     if isinstance(slope, Tensor):
-        dslope = torch.where(z > 0, 0.0, z * dy_wide).sum(over).to(slope.dtype)
+        dslope = by_slope.sum(over).to(slope.dtype)
         dslope = dslope.sum(0, True) if slope.numel() == 1 else dslope
     gradients = dx.to(x.dtype), dweight, dbias, dslope
     return gradients if residual is None else (*gradients, dz.to(residual.dtype))
