@@ -314,7 +314,7 @@ def backward(
         way.cut_padding if cut else way.padding, way.dilation, False, (0,) * len(way.stride), way.groups, needs,
     )  # fmt: skip
     if needs[0]:
-        dx = dx.to(x.dtype)
+        dx = dx.to(x.dtype) if way.fused or transformed else dx.to(x.dtype, memory_format=_layout(x, way))
     if needs[1]:
         dweight = dweight.to(weight.dtype) if transformed else _gradient(dweight, weight, way.window if cut else None)
     return dx, dweight, dbias.to(bias.dtype) if needs[2] and bias is not None else None
@@ -421,8 +421,12 @@ def _as_volume(rows: Tensor, x: Tensor, way: Way) -> Tensor:
 
 
 def _layout(x: Tensor, way: Way) -> torch.memory_format:
-    """The memory format of every volume of a convolution of x."""
-    if way.fused or not x.is_contiguous():
+    """The memory format of every volume of a convolution of x.
+
+    On the eager route a single sample is contiguous: of a channels-last dy, torch's backward of instance_norm on a CPU
+    makes a wrong dx, and torch's own convolution of such an x may return contiguous volumes.
+    """
+    if way.fused or not (x.shape[0] == 1 or x.is_contiguous()):
         return MEMORY_FORMAT.get(x.dim(), torch.contiguous_format)
     return torch.contiguous_format
 
