@@ -314,7 +314,8 @@ def backward(
         way.cut_padding if cut else way.padding, way.dilation, False, (0,) * len(way.stride), way.groups, needs,
     )  # fmt: skip
     if needs[0]:
-        dx = dx.to(x.dtype) if way.fused or transformed else dx.to(x.dtype, memory_format=_layout(x, way))
+        dx = dx.to(x.dtype)
+        dx = dx if way.fused or transformed else dx.contiguous(memory_format=_layout(x, way))
     if needs[1]:
         dweight = dweight.to(weight.dtype) if transformed else _gradient(dweight, weight, way.window if cut else None)
     return dx, dweight, dbias.to(bias.dtype) if needs[2] and bias is not None else None
@@ -336,7 +337,7 @@ def _product_backward(
     dx = dweight = dbias = None
     if needs[0]:
         dcolumns = torch.mm(rows, _matrix(weight, window, dtype, last))
-        dx = _scattered(dcolumns, x, window, way.stride, last).to(x.dtype, memory_format=_layout(x, way))
+        dx = _scattered(dcolumns, x, window, way.stride, last).to(x.dtype).contiguous(memory_format=_layout(x, way))
     if needs[1]:
         dmatrix = torch.mm(rows.t(), _columns(x.to(dtype), window, way.stride, last))
         taps = [high - low for low, high in zip(window.low, window.high, strict=True)]

@@ -24,13 +24,15 @@ def forward(
 
     residual: of x's shape and dtype, or None.
     """
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        weight, bias = weight.float(), bias.float()  # instance_norm wants one dtype of the two
+    if any(parameter is not None and parameter.dtype != x.dtype for parameter in (weight, bias)):
+        # instance_norm takes float32 parameters with a low-precision x, and otherwise one dtype only.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
     z = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
     if residual is not None:
         z = z + residual
     if isinstance(slope, Tensor):
-        # instance_norm takes float32 parameters with a low-precision x; prelu wants one dtype.
+        # prelu takes one dtype only.
         return F.prelu(z, slope if slope.dtype == z.dtype else slope.to(z.dtype))
     return F.leaky_relu(z, slope)
 

@@ -163,6 +163,28 @@ def test_a_residual_that_changes() -> None:
         net(torch.randn(SHAPE), torch.randn(SHAPE))
 
 
+@pytest.mark.parametrize("change", ["x", "weight", "bias"])
+@pytest.mark.parametrize("add", ADDITIONS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_changed_before_the_addition(grad: bool, add: str, change: str) -> None:
+    """By then the kernel would read other numbers than the norm was given: an error, where torch has the old numbers."""
+    net = fastenc.accelerate(nn.Sequential(Block(ADDITIONS[add], nn.PReLU(4))))[0]  # no root, which would copy x
+
+    def add_after_a_change(z: Tensor, r: Tensor) -> Tensor:
+        with torch.no_grad():
+            (x if change == "x" else getattr(net.norm, change)).mul_(2)
+        return ADDITIONS[add](z, r)
+
+    net.add = add_after_a_change
+    x, r = torch.randn(SHAPE), torch.randn(SHAPE)
+    with (
+        taken("fused"),
+        torch.set_grad_enabled(grad),
+        pytest.raises(RuntimeError, match="of an accelerated norm was changed in place before its output was used"),
+    ):
+        net(x, r)
+
+
 def test_surgery() -> None:
     net, untouched = twins()
     net.activation = untouched.activation = nn.Tanh()

@@ -113,6 +113,16 @@ def test_only_the_gradients_asked_for(spatial: tuple[int, ...], N: int) -> None:
         assert others == [None] * 4  # dr too, though dz may have waited in dx
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_residual_that_alone_needs_a_gradient(layout: str) -> None:
+    args = arguments(ONE_PASS, layout)
+    expected = outcome(plain, [a.double() for a in args], torch.ones(args[0].shape).double())
+    with taken("triton"):
+        y = ours(*args[:4], args[4].requires_grad_())
+        (dr,) = torch.autograd.grad(y.sum(), args[4])
+    assert (dr.double() - expected["residual"]).norm() <= 1e-5 * expected["residual"].norm()
+
+
 def test_eager_route_to_the_bit() -> None:
     args = arguments(ONE_PASS)
     dy = torch.randn(args[0].shape)

@@ -80,7 +80,9 @@ def test_as_near_as_torch(twins: tuple[nn.Module, nn.Module]) -> None:
     assert net.accelerated.count("fused") == 6
     with mock.patch.object(deferred, "fused", wraps=deferred.fused) as fused:
         ours = gradients(net, x)
-    assert sum(call.kwargs["residual"] is not None for call in fused.call_args_list) == (3 if isinstance(net.first, ResidualBlock) else 0)
+    assert sum(call.kwargs["residual"] is not None for call in fused.call_args_list) == (
+        3 if isinstance(net.first, ResidualBlock) else 0
+    )
     assert ours[0].is_contiguous()
     with fastenc.backend("eager"):
         torchs = gradients(untouched, x)
