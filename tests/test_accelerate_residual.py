@@ -167,7 +167,7 @@ def test_a_residual_that_changes() -> None:
 @pytest.mark.parametrize("add", ADDITIONS)
 @pytest.mark.parametrize("grad", [False, True])
 def test_changed_before_the_addition(grad: bool, add: str, change: str) -> None:
-    """By then the kernel would read other numbers than the norm was given: an error, where torch has the old numbers."""
+    """The kernel would read the new numbers, where torch takes the old ones: an error."""
     net = fastenc.accelerate(nn.Sequential(Block(ADDITIONS[add], nn.PReLU(4))))[0]  # no root, which would copy x
 
     def add_after_a_change(z: Tensor, r: Tensor) -> Tensor:

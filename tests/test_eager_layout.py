@@ -1,6 +1,6 @@
 """A single sample on the eager route: never channels-last where torch's own convolution is contiguous.
 
-On a CPU, torch's backward of instance_norm at batch 1 is wrong by 100 % where dy is channels-last. At batch 2 it is right.
+On a CPU, torch's backward of instance_norm is wrong by 100 % if the batch is 1 and dy is channels-last.
 """
 
 from collections.abc import Callable, Iterator
