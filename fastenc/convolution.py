@@ -315,7 +315,6 @@ def backward(
     )  # fmt: skip
     if needs[0]:
         dx = dx.to(x.dtype)
-        dx = dx if way.fused or transformed else dx.contiguous(memory_format=_layout(x, way))
     if needs[1]:
         dweight = dweight.to(weight.dtype) if transformed else _gradient(dweight, weight, way.window if cut else None)
     return dx, dweight, dbias.to(bias.dtype) if needs[2] and bias is not None else None
