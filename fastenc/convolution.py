@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 from fastenc.kernels.layout import MEMORY_FORMAT
 
 from . import route
+from .saved import save, saved
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TYPES = frozenset(CONVOLUTIONS.values())
@@ -242,14 +243,14 @@ class Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, way: Way, dtype: torch.dtype | None
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        save(ctx, x, weight, bias)
         ctx.way, ctx.dtype = way, dtype
         return forward(x, weight, bias, way, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        x, weight, bias = ctx.saved_tensors
+        x, weight, bias = saved(ctx)
         gradients = backward(dy, x, weight, bias, ctx.way, ctx.dtype, ctx.needs_input_grad[:3])
         return (*gradients, None, None)
 
@@ -335,7 +336,7 @@ def _product_backward(
     dx = dweight = dbias = None
     if needs[0]:
         dcolumns = torch.mm(rows, _matrix(weight, window, dtype, last))
-        dx = _scattered(dcolumns, x, window, way.stride, last).to(x.dtype, memory_format=_layout(x, way))
+        dx = _scattered(dcolumns, x, window, way.stride, last).to(x.dtype).contiguous(memory_format=_layout(x, way))
     if needs[1]:
         dmatrix = torch.mm(rows.t(), _columns(x.to(dtype), window, way.stride, last))
         taps = [high - low for low, high in zip(window.low, window.high, strict=True)]
@@ -420,8 +421,12 @@ def _as_volume(rows: Tensor, x: Tensor, way: Way) -> Tensor:
 
 
 def _layout(x: Tensor, way: Way) -> torch.memory_format:
-    """The memory format of every volume of a convolution of x."""
-    if way.fused or not x.is_contiguous():
+    """The memory format of every volume of a convolution of x.
+
+    On the eager route a single sample is contiguous: of a channels-last dy, torch's backward of instance_norm on a CPU
+    makes a wrong dx, and torch's own convolution of such an x may return contiguous volumes.
+    """
+    if way.fused or not (x.shape[0] == 1 or x.is_contiguous()):
         return MEMORY_FORMAT.get(x.dim(), torch.contiguous_format)
     return torch.contiguous_format
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from fastenc.kernels.layout import layout
 
 from . import reference, route
-from .functional import fused, fused_residual
+from .functional import fused
 
 
 class Deferred(Tensor):
@@ -154,9 +154,7 @@ class Deferred(Tensor):
         return _added(self, r)
 
     def _computed(self, slope: Tensor | float) -> Tensor:
-        if self.residual is None:
-            return fused(self.x, self.weight, self.bias, slope, self.eps)
-        return fused_residual(self.x, self.weight, self.bias, slope, self.eps, self.residual)
+        return fused(self.x, self.weight, self.bias, slope, self.eps, residual=self.residual)
 
     def _looked_at(self) -> bool:
         """Whether z is more than its definition: it has a value, or a history that is not its own.

@@ -13,6 +13,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
 
 from . import library, reference, route
+from .saved import save, saved
 
 
 def instance_norm_prelu(
@@ -50,86 +51,74 @@ def instance_norm_prelu(
         TypeError: x, a parameter or residual is not a tensor.
         RuntimeError: backend "triton" was asked for and cannot be taken.
     """
+    positions = _positions(x, weight, bias, slope)
+    why = route.reason(x)
     if residual is not None:
-        return _with_residual(x, weight, bias, slope, eps, residual)
-    if _positions(x, weight, bias, slope) < 2 or ((why := route.reason(x)) is not None and route.eager(why)):
-        return reference.forward(x, weight, bias, slope, eps)
-    return fused(x, weight, bias, slope, eps)
+        _check_residual(residual, x)
+        why = why or route.reason(residual)
+    if positions < 2 or (why is not None and route.eager(why)):
+        return reference.forward(x, weight, bias, slope, eps, residual)
+    return fused(x, weight, bias, slope, eps, residual=residual)
 
 
 def output_dtype(x: Tensor, slope: Tensor | float) -> torch.dtype | None:
     """The dtype of y under autocast, whose list has prelu but not leaky_relu; None for x's own."""
-    # The first question is the cheap one.
+    # Private, because the public question costs 0.4 of 9 µs of a forward.
     if is_any_autocast_enabled() and isinstance(slope, Tensor) and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return None
 
 
 def fused(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float, in_place: bool = False
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | float,
+    eps: float,
+    in_place: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`instance_norm_prelu` on the Triton route, for arguments that are known to be good.
+    """`instance_norm_prelu` on the Triton route, for arguments that have been checked.
 
-    in_place: where nothing is kept for a backward, y may be written over x.
+    in_place: without gradients, y may overwrite x.
     """
     dtype = output_dtype(x, slope)
     if is_compiling():
-        return library.forward(x, weight, bias, slope, eps, dtype)
+        return library.forward(x, weight, bias, slope, eps, dtype, residual)
     if is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (isinstance(slope, Tensor) and slope.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
-        return InstanceNormPReLU.apply(x, weight, bias, slope, eps, dtype)  # type: ignore[attr-defined]
+        return InstanceNormPReLU.apply(x, weight, bias, slope, residual, eps, dtype)  # type: ignore[attr-defined]
+    return _forward(x, weight, bias, slope, residual, eps, dtype, in_place)[0]
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: Tensor | float,
+    residual: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y and the statistics by the kernels, or, if they cannot be launched, y by the formula and None."""
     try:
-        return launchers()[0](x, weight, bias, slope, eps, dtype, in_place)[0]
+        return launchers()[0](x, weight, bias, slope, eps, dtype, in_place, None, residual)
     except Exception as error:
         route.fall_back(error, x.device)
-        return reference.forward(x, weight, bias, slope, eps)
-
-
-def _with_residual(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float, residual: Tensor
-) -> Tensor:
-    """`instance_norm_prelu` with a residual, which nobody has looked at yet."""
-    positions = _positions(x, weight, bias, slope)
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual must be a torch.Tensor, got {type(residual).__name__}")
-    for what, came, needed in (
-        ("shape", tuple(residual.shape), tuple(x.shape)),
-        ("dtype", residual.dtype, x.dtype),
-        ("device", residual.device, x.device),
-    ):
-        if came != needed:
-            raise ValueError(f"residual must have x's {what} {needed}, got {came}")
-    why = route.reason(x) or route.reason(residual)
-    if positions < 2 or (why is not None and route.eager(why)):
-        return reference.forward(x, weight, bias, slope, eps, residual)
-    return fused_residual(x, weight, bias, slope, eps, residual)
-
-
-def fused_residual(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, eps: float, residual: Tensor
-) -> Tensor:
-    """`fused`, with a residual of x's shape, dtype and device."""
-    dtype = output_dtype(x, slope)
-    if is_compiling():
-        return library.forward(x, weight, bias, slope, eps, dtype, residual)
-    if is_grad_enabled():
-        return InstanceNormAddPReLU.apply(x, weight, bias, slope, eps, dtype, residual)  # type: ignore[attr-defined]
-    try:
-        return launchers()[0](x, weight, bias, slope, eps, dtype, residual=residual)[0]
-    except Exception as error:
-        route.fall_back(error, x.device)
-        return reference.forward(x, weight, bias, slope, eps, residual)
+        return reference.forward(x, weight, bias, slope, eps, residual), None
 
 
 class InstanceNormPReLU(_SingleLevelFunction):
-    """The Triton route under autograd. Saves x and the statistics, nothing else of x's size.
+    """The Triton route under autograd. Of tensors of x's size it saves x and the residual only.
 
-    Under a torch.func transform a call never comes here, so it need not pay for `torch.autograd.Function`, which first
-    asks for one: a third of the cost of an apply.
+    `torch.autograd.Function` would first ask for a torch.func transform, under which a call takes the eager route
+    anyway. That costs 1.4 of 10 µs of a forward (bench/bench_host_cost.py on a CPU, AMD EPYC).
     """
 
     @staticmethod
@@ -139,79 +128,36 @@ class InstanceNormPReLU(_SingleLevelFunction):
         weight: Tensor | None,
         bias: Tensor | None,
         slope: Tensor | float,
+        residual: Tensor | None,
         eps: float,
         dtype: torch.dtype | None,
     ) -> Tensor:
-        try:
-            y, statistics = launchers()[0](x, weight, bias, slope, eps, dtype)
-        except Exception as error:
-            route.fall_back(error, x.device)
-            y, statistics = reference.forward(x, weight, bias, slope, eps), None
-        if isinstance(slope, Tensor):
-            ctx.save_for_backward(x, weight, bias, slope, statistics)
-        else:
-            ctx.save_for_backward(x, weight, bias, None, statistics)
-            ctx.slope = slope
-        ctx.eps = eps
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grad_outputs
-        x, weight, bias, slope, statistics = ctx.saved_tensors
-        slope = ctx.slope if slope is None else slope
-        # Where the backward itself is differentiated or vectorised, a kernel would end that: the formula goes on.
-        if statistics is None or is_grad_enabled() or route.transformed(dy):
-            return (*reference.backward(dy, x, weight, bias, slope, ctx.eps), None, None)
-        try:
-            gradients = launchers()[1](dy, x, weight, bias, slope, statistics, ctx.needs_input_grad)
-        except Exception as error:
-            route.fall_back(error, x.device)
-            gradients = reference.backward(dy, x, weight, bias, slope, ctx.eps)
-        return (*gradients, None, None)
-
-
-class InstanceNormAddPReLU(_SingleLevelFunction):
-    """`InstanceNormPReLU` with a residual; saves that too."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        slope: Tensor | float,
-        eps: float,
-        dtype: torch.dtype | None,
-        residual: Tensor,
-    ) -> Tensor:
-        try:
-            y, statistics = launchers()[0](x, weight, bias, slope, eps, dtype, residual=residual)
-        except Exception as error:
-            route.fall_back(error, x.device)
-            y, statistics = reference.forward(x, weight, bias, slope, eps, residual), None
+        y, statistics = _forward(x, weight, bias, slope, residual, eps, dtype)
         shared = slope if isinstance(slope, Tensor) else None
-        ctx.save_for_backward(x, weight, bias, shared, statistics, residual)
-        ctx.slope, ctx.eps = None if shared is not None else slope, eps
+        if residual is None:
+            save(ctx, x, weight, bias, shared, statistics)
+        else:
+            save(ctx, x, weight, bias, shared, statistics, residual)
+        ctx.slope, ctx.eps = slope if shared is None else None, eps
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        x, weight, bias, slope, statistics, residual = ctx.saved_tensors
+        x, weight, bias, slope, statistics, *residuals = saved(ctx)
         slope = ctx.slope if slope is None else slope
-        gradients: tuple[Tensor | None, ...]
-        if statistics is None or is_grad_enabled() or route.transformed(dy):
-            gradients = reference.backward(dy, x, weight, bias, slope, ctx.eps, residual)
-        else:
-            needs = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[6])
+        residual = residuals[0] if residuals else None
+        gradients: tuple[Tensor | None, ...] | None = None
+        # The kernels are not differentiable. The formula serves double backward and batched gradients.
+        if not (statistics is None or is_grad_enabled() or route.transformed(dy)):
+            needs = ctx.needs_input_grad
             try:
-                gradients = launchers()[1](dy, x, weight, bias, slope, statistics, needs, residual=residual)
+                gradients = launchers()[1](dy, x, weight, bias, slope, statistics, needs, False, residual)
             except Exception as error:
                 route.fall_back(error, x.device)
-                gradients = reference.backward(dy, x, weight, bias, slope, ctx.eps, residual)
-        *others, dr = gradients
-        return (*others, None, None, dr)
+        if gradients is None:
+            gradients = reference.backward(dy, x, weight, bias, slope, ctx.eps, residual)
+        return (*gradients, None, None) if residuals else (*gradients, None, None, None)
 
 
 @lru_cache(maxsize=1)
@@ -246,6 +192,19 @@ def _positions(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Ten
     elif not isinstance(slope, (int, float)):
         raise TypeError(f"slope must be a torch.Tensor or a number, got {type(slope).__name__}")
     return x.numel() // rows
+
+
+def _check_residual(residual: Any, x: Tensor) -> None:
+    """Raise what is wrong with a residual that does not fit x."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a torch.Tensor, got {type(residual).__name__}")
+    for what, came, needed in (
+        ("shape", tuple(residual.shape), tuple(x.shape)),
+        ("dtype", residual.dtype, x.dtype),
+        ("device", residual.device, x.device),
+    ):
+        if came != needed:
+            raise ValueError(f"residual must have x's {what} {needed}, got {came}")
 
 
 def _fits(parameter: Tensor, shape: tuple[int], dtype: torch.dtype, device: torch.device) -> bool:

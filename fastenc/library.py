@@ -1,18 +1,18 @@
-"""The fused operation as `torch.library` operators: what torch.compile and torch.export write down on the Triton route.
+"""The fused operation as `torch.library` operators, for the graphs of torch.compile and torch.export.
 
-    fastenc::instance_norm_prelu           x, parameters → y, statistics
-    fastenc::instance_norm_prelu_backward  dy, x, parameters, statistics → dx, dweight, dbias, dslope
-    fastenc::instance_norm_add_prelu, and its _backward: the same with a residual, and dr
+    fastenc::instance_norm_prelu           x, parameters, residual → y, statistics
+    fastenc::instance_norm_prelu_backward  dy, x, parameters, statistics, residual → dx, dweight, dbias, dslope, dr
 
-slope is a tensor, or None and `number` holds. statistics is (2, N·C) in float32: mean and rstd of each (n, c). A
-gradient that nobody wants is an empty tensor: an operator returns tensors, never None. They end in the launchers of
-fastenc.kernels, which is where triton is imported: at the first call. Where a launch fails for want of something that
-the machine lacks, what was written down is run by the formula.
+The residual may be None. The slope is a tensor, or it is None and `number` holds. The statistics are (2, N·C) in
+float32: mean and rstd of each (n, c). An operator cannot return None: a gradient that is not needed is an empty tensor.
+Both operators end in the launchers of fastenc.kernels, and triton is imported at their first call. If a launch fails
+because of the environment, for example without a C compiler, the operator computes the formula of `reference`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,24 +22,19 @@ from torch.autograd import forward_ad
 from fastenc.kernels.layout import readable
 
 from . import reference, route
+from .saved import save, saved
 
-NAME, NAME_RESIDUAL = "fastenc::instance_norm_prelu", "fastenc::instance_norm_add_prelu"
+NAME = "fastenc::instance_norm_prelu"
 PARAMETERS = "Tensor? weight, Tensor? bias, Tensor? slope, float number"
 
 _library = torch.library.Library("fastenc", "DEF")
-_library.define(f"instance_norm_prelu(Tensor x, {PARAMETERS}, float eps, ScalarType? dtype) -> (Tensor, Tensor)")
 _library.define(
-    f"instance_norm_prelu_backward(Tensor dy, Tensor x, {PARAMETERS}, Tensor statistics, bool[4] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-# Operators of their own, so that a graph written down without a residual stays what it is.
-_library.define(
-    f"instance_norm_add_prelu(Tensor x, {PARAMETERS}, float eps, ScalarType? dtype, Tensor residual)"
+    f"instance_norm_prelu(Tensor x, {PARAMETERS}, float eps, ScalarType? dtype, Tensor? residual=None)"
     " -> (Tensor, Tensor)"
 )
 _library.define(
-    f"instance_norm_add_prelu_backward(Tensor dy, Tensor x, {PARAMETERS}, Tensor statistics, bool[5] needs,"
-    " Tensor residual) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"instance_norm_prelu_backward(Tensor dy, Tensor x, {PARAMETERS}, Tensor statistics, bool[5] needs,"
+    " Tensor? residual=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -54,9 +49,7 @@ def forward(
 ) -> Tensor:
     """y by the operator, which torch.compile and torch.export keep as one node and differentiate."""
     shared, number = (slope, 0.0) if isinstance(slope, Tensor) else (None, float(slope))
-    if residual is None:
-        return torch.ops.fastenc.instance_norm_prelu(x, weight, bias, shared, number, eps, dtype)[0]
-    return torch.ops.fastenc.instance_norm_add_prelu(x, weight, bias, shared, number, eps, dtype, residual)[0]
+    return torch.ops.fastenc.instance_norm_prelu(x, weight, bias, shared, number, eps, dtype, residual)[0]
 
 
 def _forward(
@@ -111,7 +104,7 @@ def _backward(
     others[:3] = [None if other is None else other.clone() for other in others[:3]]
     return tuple(
         gradient if need and gradient is not None else x.new_empty(0)
-        for gradient, need in zip((dx, *others), needs, strict=True)
+        for gradient, need in zip_longest((dx, *others), needs)  # without a residual there is no fifth gradient
     )
 
 
@@ -159,39 +152,37 @@ def _fake_backward(
     needs: Sequence[bool],
     residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    wanted = (readable(x), weight, bias, slope, *(() if residual is None else (readable(x),)))
+    # A parameter of any strides has a gradient whose elements lie side by side.
+    parameters = [None if each is None else each.new_empty(each.shape) for each in (weight, bias, slope)]
+    volumes = [None if each is None else _alike(readable(x), x.dtype) for each in (x, residual)]
+    wanted = (volumes[0], *parameters, volumes[1])
     return tuple(
-        _alike(tensor, tensor.dtype) if need and tensor is not None else x.new_empty(0)
-        for tensor, need in zip(wanted, needs, strict=True)
+        tensor if need and tensor is not None else x.new_empty(0) for tensor, need in zip(wanted, needs, strict=True)
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, slope, ctx.number, ctx.eps, _, *residual = inputs
+    x, weight, bias, slope, ctx.number, ctx.eps, _, residual = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, bias, slope, output[1], *residual)
+    save(ctx, x, weight, bias, slope, output[1], residual)
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, slope, statistics, *residual = ctx.saved_tensors
-    # Differentiated in its turn, or vectorised: the operator has no second derivative, the formula has.
+    x, weight, bias, slope, statistics, residual = saved(ctx)
+    # The backward operator is not differentiable. The formula serves double backward and batched gradients.
     if torch.is_grad_enabled() or route.transformed(dy):
         shared = ctx.number if slope is None else slope
-        gradients = reference.backward(dy, x, weight, bias, shared, ctx.eps, *residual)
-        return (*gradients[:4], None, None, None, *gradients[4:])
-    present = (True, weight is not None, bias is not None, slope is not None)
-    needs = [need and there for need, there in zip(ctx.needs_input_grad[:4], present, strict=True)]
-    needs += ctx.needs_input_grad[7:]
-    operators = torch.ops.fastenc
-    backward = operators.instance_norm_add_prelu_backward if residual else operators.instance_norm_prelu_backward
-    gradients = backward(dy, x, weight, bias, slope, ctx.number, statistics, needs, *residual)
-    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    return (*wanted[:4], None, None, None, *wanted[4:])
+        *gradients, dr = (*reference.backward(dy, x, weight, bias, shared, ctx.eps, residual), None)[:5]
+    else:
+        needs = [*ctx.needs_input_grad[:4], *(ctx.needs_input_grad[7:] or (False,))]  # torch drops a trailing None
+        backward = torch.ops.fastenc.instance_norm_prelu_backward
+        found = backward(dy, x, weight, bias, slope, ctx.number, statistics, needs, residual)
+        *gradients, dr = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+    return (*gradients, None, None, None, dr)
 
 
-for _name in (NAME, NAME_RESIDUAL):
-    _library.impl(_name, _forward, "CompositeExplicitAutograd")
-    _library.impl(f"{_name}_backward", _backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(_name, _fake_forward, lib=_library)
-    torch.library.register_fake(f"{_name}_backward", _fake_backward, lib=_library)
-    torch.library.register_autograd(_name, _differentiate, setup_context=_save, lib=_library)
+_library.impl(NAME, _forward, "CompositeExplicitAutograd")
+_library.impl(f"{NAME}_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake(NAME, _fake_forward, lib=_library)
+torch.library.register_fake(f"{NAME}_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(NAME, _differentiate, setup_context=_save, lib=_library)

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import convolution, reference, route
 from .convolution import Way
 from .functional import launchers, output_dtype
+from .saved import save, saved
 
 
 def unit(
@@ -54,14 +55,14 @@ class RecomputedUnit(torch.autograd.Function):
             route.fall_back(error, x.device)
             y, statistics = reference.forward(x, weight, bias, slope, eps), None
         shared = slope if isinstance(slope, Tensor) else None
-        ctx.save_for_backward(x, weight, bias, shared, convolution_weight, convolution_bias, statistics)
+        save(ctx, x, weight, bias, shared, convolution_weight, convolution_bias, statistics)
         ctx.slope, ctx.eps, ctx.way, ctx.dtypes = None if shared is not None else slope, eps, way, dtypes
         return convolution.forward(y, convolution_weight, convolution_bias, way, dtypes[1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dout,) = grad_outputs
-        *tensors, statistics = ctx.saved_tensors
+        *tensors, statistics = saved(ctx)
         if statistics is None or torch.is_grad_enabled() or route.transformed(dout):
             return _by_the_formula(ctx, dout, tensors)
         return _by_the_kernels(ctx, dout, tensors, statistics)

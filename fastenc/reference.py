@@ -24,11 +24,15 @@ def forward(
 
     residual: of x's shape and dtype, or None.
     """
+    if any(parameter is not None and parameter.dtype != x.dtype for parameter in (weight, bias)):
+        # instance_norm takes float32 parameters with a low-precision x, and otherwise one dtype only.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
     z = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
     if residual is not None:
         z = z + residual
     if isinstance(slope, Tensor):
-        # instance_norm takes float32 parameters with a low-precision x; prelu wants one dtype.
+        # prelu takes one dtype only.
         return F.prelu(z, slope if slope.dtype == z.dtype else slope.to(z.dtype))
     return F.leaky_relu(z, slope)
 
@@ -56,11 +60,12 @@ def backward(
         return parameter.to(wide).reshape(per_channel)
 
     x_wide, dy_wide = x.to(wide), dy.to(wide)
-    slope_wide = wider(slope) if isinstance(slope, Tensor) else slope
     if statistics is None:
         centered = x_wide - x_wide.mean(axes, keepdim=True)
         centered = centered - centered.mean(axes, keepdim=True)  # what rounding left of the mean
-        rstd = torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
+        constant = x_wide.amax(axes, keepdim=True) == x_wide.amin(axes, keepdim=True)
+        variance = centered.square().mean(axes, keepdim=True)
+        rstd = _reciprocal_deviation(torch.where(constant, 0.0, variance), eps)
     else:
         mean, rstd = statistics.view(2, *x.shape[:2], *(1,) * len(axes))
         centered = x_wide - mean
@@ -68,7 +73,11 @@ def backward(
     z = xhat if weight is None else xhat * wider(weight)
     z = z if bias is None else z + wider(bias)
     z = z if residual is None else z + residual.to(wide)
-    dz = torch.where(z > 0, dy_wide, slope_wide * dy_wide)
+    # torch's own backward of the activation: a second derivative is then zeros where torch's is, and not None.
+    if isinstance(slope, Tensor):
+        dz, by_slope = torch.ops.aten._prelu_kernel_backward(dy_wide, z, wider(slope))
+    else:
+        dz = torch.ops.aten.leaky_relu_backward(dy_wide, z, slope, False)
     dxhat = dz if weight is None else dz * wider(weight)
     dx = rstd * (dxhat - dxhat.mean(axes, keepdim=True) - xhat * (dxhat * xhat).mean(axes, keepdim=True))
     over = (0, *axes)
@@ -76,7 +85,7 @@ def backward(
     dbias = None if bias is None else dz.sum(over).to(bias.dtype)
     dslope = None
     if isinstance(slope, Tensor):
-        dslope = torch.where(z > 0, 0.0, z * dy_wide).sum(over).to(slope.dtype)
+        dslope = by_slope.sum(over).to(slope.dtype)
         dslope = dslope.sum(0, True) if slope.numel() == 1 else dslope
     gradients = dx.to(x.dtype), dweight, dbias, dslope
     return gradients if residual is None else (*gradients, dz.to(residual.dtype))
@@ -84,5 +93,13 @@ def backward(
 
 def statistics(x: Tensor, eps: float) -> Tensor:
     """(2, N·C) in float32: mean and rstd of each (n, c), as the kernels keep them for the backward."""
-    variance, mean = torch.var_mean(x.float().flatten(2), dim=2, correction=0)
-    return torch.stack((mean.flatten(), torch.rsqrt(variance + eps).flatten()))
+    rows = x.float().flatten(2)
+    variance, mean = torch.var_mean(rows, dim=2, correction=0)
+    variance = torch.where(rows.amax(2) == rows.amin(2), 0.0, variance)
+    return torch.stack((mean.flatten(), _reciprocal_deviation(variance, eps).flatten()))
+
+
+def _reciprocal_deviation(variance: Tensor, eps: float) -> Tensor:
+    """1/√(variance + eps); 0 where both are 0, as in torch's own kernels. So are its derivatives there."""
+    total = variance + eps
+    return torch.rsqrt(torch.where(total == 0, torch.inf, total))

@@ -82,6 +82,16 @@ def statistics(Statistics, row, N, C, exists):
 
 
 @triton.jit
+def corrected(m2, excess):
+    """M2 without the excess that an inexact mean gave it.
+
+    Exactly 0 where all but rounding is excess, as in a constant row of any value; infinite where M2 overflowed.
+    """
+    rest = m2 - excess
+    return tl.where(m2 == float("inf"), m2, tl.where(rest <= m2 * 2**-17, 0.0, rest))
+
+
+@triton.jit
 def tile_statistics(x, valid, count):
     """Mean and M2 = Σ(x − mean)² of `count` elements down each column of a tile; x is 0 where not valid.
 
@@ -91,8 +101,7 @@ def tile_statistics(x, valid, count):
     mean = tl.sum(x, axis=0) / count
     d = tl.where(valid, x - mean[None, :], 0.0)
     e = tl.sum(d, axis=0) / count
-    m2 = tl.sum(d * d, axis=0) - count * e * e
-    return mean + e, tl.where(m2 < 0.0, 0.0, m2)
+    return mean + e, corrected(tl.sum(d * d, axis=0), count * e * e)
 
 
 @triton.jit
@@ -101,8 +110,7 @@ def combined_statistics(mean, m2, count, total):
     center = tl.sum(mean * count, axis=0) / total
     d = mean - center[None, :]
     e = tl.sum(d * count, axis=0) / total
-    whole = tl.sum(tl.where(count > 0.0, m2 + d * d * count, 0.0), axis=0) - total * e * e
-    return center + e, tl.where(whole < 0.0, 0.0, whole)
+    return center + e, corrected(tl.sum(tl.where(count > 0.0, m2 + d * d * count, 0.0), axis=0), total * e * e)
 
 
 @triton.jit
@@ -111,13 +119,14 @@ def merge(mean, m2, count, mean_b, m2_b, count_b):
     total = count + count_b
     delta = mean_b - mean
     share = count_b / total
-    return mean + delta * share, m2 + m2_b + delta * delta * (count * share), total
+    return mean + delta * share, m2 + m2_b + delta * (delta * (count * share)), total
 
 
 @triton.jit
 def reciprocal_deviation(m2, S, eps):
-    """rstd = 1/√(M2/S + eps), rounded to nearest at each step."""
-    return tl.div_rn(1.0, tl.sqrt_rn(m2 / S + eps))
+    """rstd = 1/√(M2/S + eps), rounded to nearest at each step; 0 where variance and eps are both 0, as in torch."""
+    variance = m2 / S + eps
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.where(variance == 0.0, float("inf"), variance)))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formula import divisible, locate, normalize, parameters, plus, prelu_dslope, prelu_dz, statistics
-from .launch import elsewhere, prepared
+from .launch import elsewhere, parameters_side_by_side, prepared, side_by_side
 from .layout import like, readable
 from .plan import COMBINE_WARPS, RELOAD_BLOCK_S, SUM_N_C, SUM_N_N, ceil_div
 
@@ -200,8 +200,8 @@ def instance_norm_prelu_backward(
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward of `instance_norm_prelu_forward`, whose x and statistics it takes.
 
-    dy of y's shape, any strides. residual: the forward's. needs: which of dx, dweight, dbias, dslope and, with a
-    residual, dr to compute; the others come back None.
+    dy of y's shape; it, the parameters and the statistics of any strides. residual: the forward's. needs: which of dx,
+    dweight, dbias, dslope and, with a residual, dr to compute; the others come back None.
     in_place: dx may be written over dy, where their dtypes are one. dx and dr are in x's layout and dtype, the others
     in their parameter's shape and dtype.
     """
@@ -216,10 +216,8 @@ def instance_norm_prelu_backward(
     N, C, S, channels_last, plan, tile = launch
     if dy.stride() != stride:
         dy = like(dy, x)
-    if isinstance(slope, Tensor):
-        pointer, number, slope_step = slope, 0.0, 1 if slope.numel() > 1 else 0
-    else:
-        pointer, number, slope_step = None, float(slope), 0
+    weight, bias, pointer, number, slope_step = parameters_side_by_side(weight, bias, slope)
+    statistics = side_by_side(statistics)
     wanted = (bias if needs[2] else None, weight if needs[1] else None, pointer if needs[3] else None)
     need_dslope = wanted[2] is not None
     need_sums = need_dslope or wanted[0] is not None or wanted[1] is not None

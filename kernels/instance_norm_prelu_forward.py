@@ -24,7 +24,7 @@ from .formula import (
     statistics,
     tile_statistics,
 )
-from .launch import elsewhere, prepared
+from .launch import elsewhere, parameters_side_by_side, prepared, side_by_side
 from .layout import like, readable
 from .plan import COMBINE_WARPS, ceil_div
 
@@ -163,7 +163,7 @@ def instance_norm_prelu_forward(
     (C,), (1,) or a number; dtype of y, x's where None. in_place: y may be written over x, where their dtypes are one.
     statistics: what an earlier launch on the same x returned; y is then the same to the bit, and a row that is split is
     read once. residual: of x's shape, any strides. Returns y, in x's layout where that is readable, and the statistics
-    (2, N·C) in float32: mean and rstd of each (n, c).
+    (2, N·C) in float32: mean and rstd of each (n, c). Parameters and statistics may have any strides.
     """
     device = x.get_device()
     if elsewhere(device):
@@ -183,10 +183,9 @@ def instance_norm_prelu_forward(
     known = statistics is not None
     if statistics is None:
         statistics = torch.empty(2, N * C, dtype=torch.float32, device=x.device)
-    if isinstance(slope, Tensor):
-        pointer, number, slope_step = slope, 0.0, 1 if slope.numel() > 1 else 0
     else:
-        pointer, number, slope_step = None, float(slope), 0
+        statistics = side_by_side(statistics)
+    weight, bias, pointer, number, slope_step = parameters_side_by_side(weight, bias, slope)
     if plan.one_pass:
         forward_one_pass[(plan.grid,)](
             x, residual, y, weight, bias, pointer, number, slope_step, statistics, N, C, S, eps, **tile

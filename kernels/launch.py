@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .layout import layout
 from .plan import Plan, make_plan
@@ -46,3 +47,24 @@ def prepared(
 def elsewhere(device: int) -> bool:
     """Whether x's device, `x.get_device()`, is not the current GPU, to which triton launches."""
     return device >= 0 and torch.cuda.current_device() != device
+
+
+def side_by_side(tensor: Tensor) -> Tensor:
+    """tensor with its elements side by side, as a kernel walks them: itself, or a copy."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def parameters_side_by_side(
+    weight: Tensor | None, bias: Tensor | None, slope: Tensor | float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, int]:
+    """weight, bias and slope as the kernels take them: the slope as a pointer, a number and the step of the pointer.
+
+    A parameter may be a column of a table or an expanded scalar; a kernel reads element c at c.
+    """
+    if weight is not None:
+        weight = side_by_side(weight)
+    if bias is not None:
+        bias = side_by_side(bias)
+    if isinstance(slope, Tensor):
+        return weight, bias, side_by_side(slope), 0.0, 1 if slope.numel() > 1 else 0
+    return weight, bias, None, float(slope), 0

@@ -73,7 +73,7 @@ def check(net: nn.Module, untouched: nn.Module, x: Tensor | None = None, r: Tens
 @pytest.mark.parametrize("add", ADDITIONS)
 def test_one_kernel(add: str, activation: nn.Module) -> None:
     net, untouched = twins(add, activation)
-    with mock.patch.object(deferred, "fused_residual", wraps=deferred.fused_residual) as fused:
+    with mock.patch.object(deferred, "fused", wraps=deferred.fused) as fused:
         check(net, untouched)
         assert fused.call_count == 2
 
@@ -161,6 +161,28 @@ def test_a_residual_that_changes() -> None:
         pytest.raises(RuntimeError, match="residual of an accelerated norm was changed"),
     ):
         net(torch.randn(SHAPE), torch.randn(SHAPE))
+
+
+@pytest.mark.parametrize("change", ["x", "weight", "bias"])
+@pytest.mark.parametrize("add", ADDITIONS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_changed_before_the_addition(grad: bool, add: str, change: str) -> None:
+    """The kernel would read the new numbers, where torch takes the old ones: an error."""
+    net = fastenc.accelerate(nn.Sequential(Block(ADDITIONS[add], nn.PReLU(4))))[0]  # no root, which would copy x
+
+    def add_after_a_change(z: Tensor, r: Tensor) -> Tensor:
+        with torch.no_grad():
+            (x if change == "x" else getattr(net.norm, change)).mul_(2)
+        return ADDITIONS[add](z, r)
+
+    net.add = add_after_a_change
+    x, r = torch.randn(SHAPE), torch.randn(SHAPE)
+    with (
+        taken("fused"),
+        torch.set_grad_enabled(grad),
+        pytest.raises(RuntimeError, match="of an accelerated norm was changed in place before its output was used"),
+    ):
+        net(x, r)
 
 
 def test_surgery() -> None:

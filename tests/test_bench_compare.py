@@ -198,6 +198,19 @@ def test_the_floor_counts_what_a_plain_network_does(network: Network, size: tupl
     assert floor.cost(workload) == floor.Cost(flops, moved)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast"])
+def test_the_floor_writes_a_weights_gradient_in_float32(precision: str) -> None:
+    """By hand: a 3³ kernel from 2 to 3 channels on a map of 4³, all of whose taps meet input."""
+    layer = floor.Convolution(2, 3, (4, 4, 4), (3, 3, 3), (1, 1, 1), (1, 1, 1))
+    e = floor.ITEMSIZE[precision.split()[0]]
+    x, y, weight = 5 * 2 * 64, 5 * 3 * 64, 3 * 2 * 27
+    assert layer.cost(5, e, training=False).bytes == e * (x + y + weight)
+    into_x, into_weight = e * (x + y + weight), e * (x + y) + 4 * weight
+    assert layer.cost(5, e, training=True).bytes == e * (x + y + weight) + into_x + into_weight
+    first = dataclasses.replace(layer, first=True)
+    assert first.cost(5, e, training=True).bytes == e * (x + y + weight) + into_weight
+
+
 def test_the_floor_is_flops_over_rate_plus_bytes_over_bandwidth() -> None:
     machine = record.Machine("cpu", "", None, None, "", "", None, None, None, 4.0, (MatmulRate("bfloat16", 8.0),))
     workload = Workload("network", "forward", "bfloat16 autocast", (1, 1), flops=16, least_bytes=12)

@@ -1,5 +1,6 @@
 """instance_norm_prelu: what it refuses, and what it does on the eager route."""
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import fastenc
-from fastenc import functional, route
+from fastenc import functional, reference, route
 from fastenc.bench.interpret import interpreted
 
 
@@ -59,10 +60,53 @@ def test_eager_route_is_torchs_two_operations(dtype: torch.dtype) -> None:
     assert torch.equal(fastenc.instance_norm_prelu(x, weight, bias, slope), expected)
 
 
-def test_parameters_in_float32_on_the_eager_route() -> None:
-    x = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16)
-    y = fastenc.instance_norm_prelu(x, torch.ones(3), torch.zeros(3), torch.rand(3))
-    assert y.dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [*itertools.product((torch.bfloat16, torch.float16), ("eager", "triton")), (torch.float64, "eager")],
+)
+def test_every_mixture_of_dtypes(dtype: torch.dtype, backend: str) -> None:
+    """Each parameter in x's dtype or in float32, or None: y and the gradients, against float64."""
+    choices = (dtype, torch.float32)
+    mixtures = itertools.product((*choices, None), (*choices, None), (*choices, None), (False, True))
+    for weight_dtype, bias_dtype, slope_dtype, add in mixtures:
+        # x̂ is near 1 or −1 and |z| above 1/4: rounding takes none to the other side of 0.
+        x = torch.tensor([1.0, -1.0]).repeat(144).view(3, 4, 2, 3, 4) + torch.rand(3, 4, 2, 3, 4) / 8
+        x = x.to(dtype).requires_grad_()
+        residual = (torch.rand(x.shape) / 4).to(dtype).requires_grad_() if add else None
+        weight, bias, slope = (
+            None if chosen is None else (torch.rand(4) / 4 + least).to(chosen).requires_grad_()
+            for chosen, least in ((weight_dtype, 1.0), (bias_dtype, 0.0), (slope_dtype, 0.25))
+        )
+        leaves = [leaf for leaf in (x, weight, bias, slope, residual) if leaf is not None]
+        results = []
+        for wide in (False, True):
+            given = {leaf: leaf.detach().double().requires_grad_() if wide else leaf for leaf in leaves}
+            with interpreted(), fastenc.backend("eager" if wide else backend):
+                y = fastenc.instance_norm_prelu(
+                    given[x], given.get(weight), given.get(bias), 0.1 if slope is None else given[slope],
+                    residual=given.get(residual),
+                )  # fmt: skip
+            dy = torch.linspace(0.5, 1.5, y.numel()).view_as(y).to(dtype).to(y.dtype)
+            results.append([y, *torch.autograd.grad(y, [*given.values()], dy)])
+        assert [found.dtype for found in results[0]] == [dtype, *(leaf.dtype for leaf in leaves)]
+        # A few roundings of x's dtype in y, dy and dz, and in sums of them.
+        for found, truth in zip(*results, strict=True):
+            eps = max(torch.finfo(dtype).eps, torch.finfo(found.dtype).eps)
+            assert (found.double() - truth).norm() <= 16 * eps * (truth.norm() + 1)
+
+
+def test_gradients_of_mixed_dtypes_are_rounded_once() -> None:
+    """A float32 weight's gradient has float32's accuracy, whatever the bias's dtype; and the other way round."""
+    x = torch.randn(3, 4, 2, 3, 4).bfloat16()
+    dy = torch.randn_like(x)
+    for dtypes in itertools.product((torch.bfloat16, torch.float32), repeat=3):
+        leaves = [(torch.rand(4) + 0.25).to(dtype).requires_grad_() for dtype in dtypes]
+        with interpreted(), fastenc.backend("triton"):
+            found = torch.autograd.grad(fastenc.instance_norm_prelu(x, *leaves), leaves, dy)
+        truth = reference.backward(dy.double(), x.double(), *(leaf.detach().double() for leaf in leaves))[1:]
+        for dtype, mine, value in zip(dtypes, found, truth, strict=True):
+            assert mine.dtype == dtype
+            assert (mine.double() - value).norm() <= max(1e-5, torch.finfo(dtype).eps) * value.norm()
 
 
 def failing(error: Exception) -> Callable[..., object]:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 import fastenc
 from fastenc.bench.interpret import Traffic, interpreted
+from fastenc.kernels import instance_norm_prelu_backward as backward_room
+from fastenc.kernels import instance_norm_prelu_forward as forward_room
 from fastenc.kernels.layout import MEMORY_FORMAT
+from fastenc.kernels.plan import blocks, make_plan
 
 SPATIAL = {2: (2, 1, 1), 3: (3, 1, 1), 7: (7, 1, 1), 120: (4, 5, 6), 1000: (10, 10, 10), 4097: (17, 241, 1)}
 LAYOUTS = ("contiguous", "channels_last")
@@ -78,11 +81,67 @@ def test_a_shared_slope_in_float32_beside_parameters_in_low_precision() -> None:
     hold({"dslope": found}, {"dslope": truth.float()}, {"dslope": truth}, magnitudes(dy, *given))
 
 
+@pytest.mark.parametrize("N", [17, 20, 33])
+def test_gradients_of_a_big_batch(N: int) -> None:
+    """More samples than the sum over n takes at a time."""
+    check(*arguments(N, 3, 7, "channels_last"))
+
+
+@pytest.mark.parametrize("low", list(itertools.product([True, False], repeat=3)))
+def test_each_parameters_gradient_is_as_exact_as_its_dtype(low: tuple[bool, ...]) -> None:
+    """Parameters in float32 beside others in low precision: theirs alone are rounded to it."""
+    x, *parameters, dy = arguments(2, 8, 120, "channels_last", torch.bfloat16)
+    parameters = [
+        each.bfloat16().to(torch.bfloat16 if is_low else torch.float32)
+        for each, is_low in zip(parameters, low, strict=True)
+    ]
+    given = x, *parameters, 1e-5
+    found = gradients(fastenc.instance_norm_prelu, dy, *given)
+    truth = gradients(formula, dy.double(), *map(double, given))
+    for name, parameter in zip(("dweight", "dbias", "dslope"), parameters, strict=True):
+        assert found[name].dtype == parameter.dtype
+        exact = {name: truth[name].to(parameter.dtype)}
+        hold({name: found[name]}, exact, {name: truth[name]}, magnitudes(dy, *given))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_split_in_many_chunks(layout: str) -> None:
     shape = (2, 3, 33, 33, 37)
     x, dy = (laid_out(torch.randn(shape), layout) for _ in range(2))
     check(x, torch.randn(3), torch.randn(3), torch.rand(3), dy)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_more_chunks_than_a_combining_program_holds_at_a_time(channels_last: bool) -> None:
+    """The combining launches alone, on the partials of short chunks: of a 128³ volume, too big to interpret."""
+    C, size = 8, 5
+    plan = make_plan(1, C, 128**3, 4, channels_last=True, sms=132, backward=False)
+    assert plan.chunks > plan.COMBINE_K
+    chunks, rows = 2 * plan.COMBINE_K + 88, 2 * C
+    S = chunks * size - 3
+    x = torch.randn(rows, S, dtype=torch.float64) + 10
+    parts = x.float().split(size, dim=1)
+
+    def laid_out_as_partials(per_chunk: list[Tensor]) -> Tensor:
+        found = torch.stack(per_chunk, dim=1)  # [rows, chunks]
+        return found.view(2, C, chunks).transpose(1, 2).contiguous() if channels_last else found
+
+    center = [part[:, 0] for part in parts]
+    mean = [part.mean(1) - part[:, 0] for part in parts]
+    m2 = [part.var(1, correction=0) * part.shape[1] for part in parts]
+    statistics, sums = torch.empty(2, rows), torch.empty(2, rows)
+    grid = blocks(2, C, plan.COMBINE_C, channels_last)
+    options = {"BLOCK_K": plan.COMBINE_K, "BLOCK_C": plan.COMBINE_C, "CHANNELS_LAST": channels_last}
+    forward_room.forward_combine[(grid,)](
+        *map(laid_out_as_partials, (center, mean, m2)), statistics, 2, C, S, chunks, size, 1e-5, **options
+    )
+    backward_room.backward_combine[(grid, 2)](
+        torch.stack([laid_out_as_partials([k * part.sum(1) for part in parts]) for k in (1, 2)]),
+        sums, 2, C, chunks, **options,
+    )  # fmt: skip
+    rstd = (x.var(1, correction=0) + 1e-5).rsqrt()
+    for found, truth in zip((*statistics, *sums), (x.mean(1), rstd, x.sum(1), 2 * x.sum(1)), strict=True):
+        assert (found - truth).abs().max() <= 1e-6 * truth.abs().max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,6 +189,50 @@ def test_tiny_variance_and_constant_channel(S: int, layout: str) -> None:
     x[:, 0] = 1000.1
     x[:, 1] *= 1e-4
     check(x, weight, bias, slope, dy)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("S", "C"), [(7, 3), (120, 8), (4097, 3)])
+@pytest.mark.parametrize("value", [0.0, 2.0, 0.1, -1000.1, 1e-25, 1e-42, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_variance_and_no_eps(dtype: torch.dtype, value: float, S: int, C: int, layout: str) -> None:
+    """A constant channel is normalised to 0, and its gradient is 0, as in torch; the others are held to the rule."""
+    x, weight, bias, slope, dy = arguments(2, C, S, layout, dtype)
+    x[0, 0], x[1, -1] = value, value
+    given = x, weight, bias, slope, 0.0
+    ours = gradients(fastenc.instance_norm_prelu, dy, *given)
+    with fastenc.backend("eager"):
+        torchs = gradients(fastenc.instance_norm_prelu, dy, *given)
+        by_formula = dict(
+            zip(("dx", "dweight", "dbias", "dslope"), fastenc.reference.backward(dy, *given), strict=True)
+        )
+    assert not ours["dx"][0, 0].any()
+    assert not by_formula["dx"][1, -1].any()
+    for name, theirs in torchs.items():
+        assert theirs.isfinite().all()
+        for mine in (ours[name], by_formula.get(name, theirs)):
+            assert (mine - theirs).norm() <= 4 * torch.finfo(dtype).eps * S**0.25 * theirs.norm(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("S", [120, 4097])
+@pytest.mark.parametrize("magnitude", [1e-25, 1e-42])
+def test_a_variance_that_underflows(magnitude: float, S: int, layout: str) -> None:
+    """In float32 it is 0, so that y is PReLU(bias), as on a GPU; torch sums in float64 on a CPU."""
+    x, weight, bias, slope, dy = arguments(2, 3, S, layout)
+    found = gradients(fastenc.instance_norm_prelu, dy, magnitude * x, weight, bias, slope, 0.0)
+    flat = gradients(fastenc.instance_norm_prelu, dy, torch.zeros_like(x), weight, bias, slope, 0.0)
+    assert all(torch.equal(found[name], flat[name]) for name in found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("S", [120, 4097])
+def test_a_variance_that_overflows(S: int, layout: str) -> None:
+    """It is infinite, so that y is PReLU(bias), as on a GPU."""
+    x, weight, bias, slope, _ = arguments(2, 3, S, layout)
+    y = fastenc.instance_norm_prelu(1e30 * x, weight, bias, slope)
+    z = bias.view(1, 3, 1, 1, 1)
+    assert torch.equal(y, torch.where(z > 0, z, slope.view(z.shape) * z).expand(x.shape))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -76,7 +76,7 @@ def test_opcheck(arrangement: str, affine: bool, slope: Tensor | float, dtype: t
             opcheck(OPERATOR, (x, weight, bias, shared, number, 1e-5, output))
         plain = [None if t is None else t.detach() for t in (x, weight, bias, shared)]
         _, statistics = OPERATOR(*plain, number, 1e-5, None)
-        for needs in ([True] * 4, [True, False, False, False], [False, affine, False, shared is not None]):
+        for needs in ([True] * 5, [True, *[False] * 4], [False, affine, False, shared is not None, False]):
             opcheck(BACKWARD, (arranged(x.shape, "contiguous", dtype), *plain, number, statistics, needs))
 
 
@@ -89,7 +89,7 @@ def test_fakes_promise_what_the_kernels_return(shape: tuple[int, ...], arrangeme
     C = shape[1]
     dtypes = [(torch.float32, None), (torch.bfloat16, torch.float32)]
     with taken("fused"), sampled_programs(lambda name, grid: []):
-        for (dtype, output), needs in itertools.product(dtypes, ([True] * 4, [False, True, False, False])):
+        for (dtype, output), needs in itertools.product(dtypes, ([True] * 5, [False, True, False, False, False])):
             x, dy = arranged(shape, arrangement, dtype), arranged(shape, "contiguous", output or dtype)
             parameters = [torch.ones(C, dtype=dtype), torch.zeros(C), torch.rand(1)]
             results = OPERATOR(x, *parameters, 0.0, 1e-5, output)
@@ -247,7 +247,7 @@ def test_an_operator_where_no_kernel_runs_says_so() -> None:
     with pytest.raises(RuntimeError, match="x is on the CPU; the kernels run on CUDA"):
         OPERATOR(x, None, None, None, 0.1, 1e-5, None)
     with pytest.raises(RuntimeError, match="x is on the CPU; the kernels run on CUDA"):
-        BACKWARD(x, x, None, None, None, 0.1, torch.ones(2, 6), [True, False, False, False])
+        BACKWARD(x, x, None, None, None, 0.1, torch.ones(2, 6), [True] * 5)
 
 
 @pytest.mark.parametrize(("capability", "nodes"), [((8, 0), 1), ((7, 5), 0)])

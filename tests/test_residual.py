@@ -16,8 +16,8 @@ import fastenc
 from fastenc.functional import launchers
 from fastenc.kernels.layout import MEMORY_FORMAT
 
-OPERATOR = torch.ops.fastenc.instance_norm_add_prelu.default
-BACKWARD = torch.ops.fastenc.instance_norm_add_prelu_backward.default
+OPERATOR = torch.ops.fastenc.instance_norm_prelu.default
+BACKWARD = torch.ops.fastenc.instance_norm_prelu_backward.default
 LAYOUTS = ("contiguous", "channels_last")
 ONE_PASS, SPLIT = (4, 5, 6), (17, 11, 11)  # channels-last; a contiguous row splits beyond 16,384 positions
 
@@ -111,6 +111,16 @@ def test_only_the_gradients_asked_for(spatial: tuple[int, ...], N: int) -> None:
         dx, *others = backward(dy, *args[:4], statistics, (True, *[False] * 4), residual=args[4])
         assert torch.equal(dx, full["x"])
         assert others == [None] * 4  # dr too, though dz may have waited in dx
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_residual_that_alone_needs_a_gradient(layout: str) -> None:
+    args = arguments(ONE_PASS, layout)
+    expected = outcome(plain, [a.double() for a in args], torch.ones(args[0].shape).double())
+    with taken("triton"):
+        y = ours(*args[:4], args[4].requires_grad_())
+        (dr,) = torch.autograd.grad(y.sum(), args[4])
+    assert (dr.double() - expected["residual"]).norm() <= 1e-5 * expected["residual"].norm()
 
 
 def test_eager_route_to_the_bit() -> None:
