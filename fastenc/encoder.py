@@ -17,19 +17,22 @@ POOLS: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn
 
 
 class _EncoderNetNd(nn.Module):
-    """The network over `order` spatial axes. See `EncoderNet3d`."""
+    """The network over `_order` spatial axes. See `EncoderNet3d`."""
+
+    _order: int
 
     def __init__(
         self,
-        order: int,
         channel: int,
         layers: Sequence[int],
         kernel_size: int | Sequence[int] = 3,
         in_planes: int = 1,
         out_length: int | None = 2,
+        *,
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        order = self._order
         channel = integer("channel", channel, 1)
         in_planes = integer("in_planes", in_planes, 1)
         depths = _depths(layers)
@@ -54,7 +57,6 @@ class _EncoderNetNd(nn.Module):
         self.netbody = nn.ModuleList(body)
         if self.is_out_vector:
             self.fc = nn.Linear(widths[-1], length)
-        self._order = order
         self._nlayers = sum(depths) + 2
         self.recompute = recompute
 
@@ -128,33 +130,13 @@ def _depths(layers: Any) -> list[int]:
 class EncoderNet1d(_EncoderNetNd):
     """`EncoderNet3d` over one spatial axis."""
 
-    def __init__(
-        self,
-        channel: int,
-        layers: Sequence[int],
-        kernel_size: int | Sequence[int] = 3,
-        in_planes: int = 1,
-        out_length: int | None = 2,
-        *,
-        recompute: bool = False,
-    ) -> None:
-        super().__init__(1, channel, layers, kernel_size, in_planes, out_length, recompute)
+    _order = 1
 
 
 class EncoderNet2d(_EncoderNetNd):
     """`EncoderNet3d` over two spatial axes."""
 
-    def __init__(
-        self,
-        channel: int,
-        layers: Sequence[int],
-        kernel_size: int | Sequence[int] = 3,
-        in_planes: int = 1,
-        out_length: int | None = 2,
-        *,
-        recompute: bool = False,
-    ) -> None:
-        super().__init__(2, channel, layers, kernel_size, in_planes, out_length, recompute)
+    _order = 2
 
 
 class EncoderNet3d(_EncoderNetNd):
@@ -178,17 +160,7 @@ class EncoderNet3d(_EncoderNetNd):
         TypeError, ValueError: at once, naming the argument, what came and what is needed.
     """
 
-    def __init__(
-        self,
-        channel: int,
-        layers: Sequence[int],
-        kernel_size: int | Sequence[int] = 3,
-        in_planes: int = 1,
-        out_length: int | None = 2,
-        *,
-        recompute: bool = False,
-    ) -> None:
-        super().__init__(3, channel, layers, kernel_size, in_planes, out_length, recompute)
+    _order = 3
 
 
 ENCODERS = {1: EncoderNet1d, 2: EncoderNet2d, 3: EncoderNet3d}

@@ -47,6 +47,7 @@ def per_axis(name: str, value: Any, order: int) -> tuple[int, ...]:
 class _ConvModernNd(nn.Module):
     """A convolution with its normalisation and activation, over `order` spatial axes. See `ConvModern3d`."""
 
+    _order: int
     recompute = False  # on the Triton route, make the activated volume again in the backward instead of keeping it
 
     def __init__(
@@ -194,51 +195,41 @@ def _parameter_fits(parameter: Tensor, x: Tensor, length: int) -> bool:
     )
 
 
-class ConvModern1d(_ConvModernNd):
+class _ConvModern(_ConvModernNd):
+    """A `_ConvModernNd` that knows its `order`: the signature that the three public units share."""
+
+    def __init__(
+        self,
+        in_planes: int,
+        out_planes: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 1,
+        output_size: int | tuple[int, ...] | None = None,
+        normalizer: str = "pinst",
+        activator: str = "prelu",
+        layer_order: str = "new",
+        scaler: str = "down",
+    ) -> None:
+        super().__init__(
+            self._order, in_planes, out_planes, kernel_size, stride, padding,
+            output_size, normalizer, activator, layer_order, scaler,
+        )  # fmt: skip
+
+
+class ConvModern1d(_ConvModern):
     """`ConvModern3d` over one spatial axis."""
 
-    def __init__(
-        self,
-        in_planes: int,
-        out_planes: int,
-        kernel_size: int | Sequence[int] = 3,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 1,
-        output_size: int | tuple[int, ...] | None = None,
-        normalizer: str = "pinst",
-        activator: str = "prelu",
-        layer_order: str = "new",
-        scaler: str = "down",
-    ) -> None:
-        super().__init__(
-            1, in_planes, out_planes, kernel_size, stride, padding,
-            output_size, normalizer, activator, layer_order, scaler,
-        )  # fmt: skip
+    _order = 1
 
 
-class ConvModern2d(_ConvModernNd):
+class ConvModern2d(_ConvModern):
     """`ConvModern3d` over two spatial axes."""
 
-    def __init__(
-        self,
-        in_planes: int,
-        out_planes: int,
-        kernel_size: int | Sequence[int] = 3,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 1,
-        output_size: int | tuple[int, ...] | None = None,
-        normalizer: str = "pinst",
-        activator: str = "prelu",
-        layer_order: str = "new",
-        scaler: str = "down",
-    ) -> None:
-        super().__init__(
-            2, in_planes, out_planes, kernel_size, stride, padding,
-            output_size, normalizer, activator, layer_order, scaler,
-        )  # fmt: skip
+    _order = 2
 
 
-class ConvModern3d(_ConvModernNd):
+class ConvModern3d(_ConvModern):
     """A 3-D convolution with its normalisation and activation: the unit of the network.
 
     Args:
@@ -258,23 +249,7 @@ class ConvModern3d(_ConvModernNd):
         ValueError: an unknown normalizer; a stride above 1 with an unknown scaler.
     """
 
-    def __init__(
-        self,
-        in_planes: int,
-        out_planes: int,
-        kernel_size: int | Sequence[int] = 3,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 1,
-        output_size: int | tuple[int, ...] | None = None,
-        normalizer: str = "pinst",
-        activator: str = "prelu",
-        layer_order: str = "new",
-        scaler: str = "down",
-    ) -> None:
-        super().__init__(
-            3, in_planes, out_planes, kernel_size, stride, padding,
-            output_size, normalizer, activator, layer_order, scaler,
-        )  # fmt: skip
+    _order = 3
 
 
 class _BlockConvStkNd(nn.Module):
