@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import route
-from .convolution import CONVOLUTIONS, convolve, is_plain
+from .convolution import CONVOLUTIONS, convolve, is_channels_last, is_plain
 from .layers import _BlockConvStkNd, _ConvModernNd, integer, per_axis
 from .stem import channels_last, stem
 
@@ -53,7 +53,7 @@ class _EncoderNetNd(nn.Module):
         body.append(convolution(widths[-1], widths[-1], kernel, 1, padding))
         self.is_out_vector = length > 0
         if self.is_out_vector:
-            body.append(POOLS[order](1))
+            body.append(POOLS[order]((1,) * order))
         self.netbody = nn.ModuleList(body)
         if self.is_out_vector:
             self.fc = nn.Linear(widths[-1], length)
@@ -77,9 +77,9 @@ class _EncoderNetNd(nn.Module):
                 unit.recompute = bool(value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, in_planes, *spatial) → (N, out_length), or the map (N, channels, *smaller) where there is no vector."""
+        """x (N, in_planes, *spatial) → (N, out_length), or the map (N, channels, *smaller) in map mode."""
         fused = route.reason(x) is None and x.dim() == self._order + 2
-        was_contiguous = fused and x.is_contiguous()
+        contiguous = fused and not is_channels_last(x)
         layers = list(self.netbody)
         pool = layers.pop() if self.is_out_vector else None
         if route.watched(x) is None and not is_compiling():
@@ -89,16 +89,16 @@ class _EncoderNetNd(nn.Module):
             for layer in layers:
                 x = layer(x)
         if pool is None:
-            return x.contiguous() if was_contiguous else x
+            return x.contiguous() if contiguous else x
         if fused and x.is_cuda and type(pool) is POOLS[self._order] and route.observed(pool) is None:
             # The CUDA backward of adaptive pooling adds atomically and refuses deterministic mode.
             return self.fc(x.flatten(2).mean(2))
         return self.fc(pool(x).flatten(1))
 
     def _walk(self, layers: list[nn.Module], x: Tensor, fused: bool) -> Tensor:
-        """x through `layers`, without the calls that nobody could notice.
+        """x through `layers`, without the calls that no hook can observe.
 
-        No volume is held here that the next step does not need, so that a unit may write over what it is given.
+        No tensor is held here that the next step does not need, so that a unit may overwrite its input.
         """
         fresh = False
         if fused:
@@ -157,7 +157,7 @@ class EncoderNet3d(_EncoderNetNd):
     Attributes: netbody, fc (vector output only), is_out_vector, nlayers.
 
     Raises:
-        TypeError, ValueError: at once, naming the argument, what came and what is needed.
+        TypeError, ValueError: an argument is invalid.
     """
 
     _order = 3
