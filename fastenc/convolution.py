@@ -292,9 +292,12 @@ def backward(
         return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
     compute = dtype or x.dtype
     cut = _cuts(way) and not transformed
-    laid_out = weight.to(compute) if transformed else _laid_out(weight, x, way, compute)
+    operands = dy, x.to(compute), weight.to(compute) if transformed else _laid_out(weight, x, way, compute)
+    if compute is torch.bfloat16 and x.is_cpu and x.dim() == 5:
+        # torch 2.13 leaves parts of a bfloat16 Conv3d's weight gradient unwritten on a CPU that multiplies bfloat16.
+        operands = dy.float(), operands[1].float(), operands[2].float()
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, x.to(compute), laid_out, None if bias is None else list(bias.shape), way.stride,
+        *operands, None if bias is None else list(bias.shape), way.stride,
         way.cut_padding if cut else way.padding, way.dilation, False, (0,) * len(way.stride), way.groups, needs,
     )  # fmt: skip
     if needs[0]:
