@@ -135,9 +135,9 @@ class backend(Block):
 
     def __call__(self, function: Function) -> Function:
         """Decorate `function`, a generator function included."""
+        self._take_back()
         if inspect.isclass(function) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"backend decorates functions and methods that are not async, got {function!r}")
-        self._take_back()
         return context_decorator(partial(Block, self.name), function)
 
     def _take_back(self) -> None:
