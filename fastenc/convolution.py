@@ -12,6 +12,7 @@ import operator
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -140,7 +141,7 @@ def is_channels_last(x: Tensor) -> bool:
     if x.dim() not in MEMORY_FORMAT or x.is_contiguous():
         return False
     stride = [x.stride(axis) for axis in (1, *range(x.dim() - 1, 1, -1), 0)]
-    return stride[0] > 0 and all(a <= b for a, b in zip(stride, stride[1:], strict=False))
+    return stride[0] > 0 and all(a <= b for a, b in pairwise(stride))
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -175,7 +176,7 @@ def _per_axis(option: Any, axes: int) -> tuple[int, ...] | None:
     except TypeError:
         return None
     values = values * axes if len(values) == 1 else values
-    return values if len(values) == axes else None
+    return tuple(map(int, values)) if len(values) == axes else None
 
 
 def _device(x: Tensor) -> str:

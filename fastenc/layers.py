@@ -160,7 +160,7 @@ class _ConvModernNd(nn.Module):
         return x
 
     def _run_eager(self, x: Tensor) -> Tensor:
-        """Run the submodules in order; the convolution on its live taps if no hook, tracer or override can observe it."""
+        """Run the submodules in order; the convolution on its live taps if nothing can observe it."""
         layers = tuple(self.mconv._modules.values())
         plain = not is_compiling() and type(self.mconv) is nn.Sequential and route.observed(self.mconv, *layers) is None
         if not plain or route.watched(x) is not None:
@@ -175,7 +175,7 @@ class _ConvModernNd(nn.Module):
         return is_plain(last) and type(self.mconv) is nn.Sequential and route.observed(self.mconv, last) is None
 
     def _refuse_unbatched(self, x: object) -> None:
-        """Without a batch axis PReLU applies its slopes to the first spatial axis: an error, or a silent wrong result."""
+        """Without a batch axis PReLU applies its slopes to the first spatial axis: an error, or wrong numbers."""
         if type(x) is not Tensor or x.dim() != self._order + 1:
             return
         if any(type(module) is nn.PReLU and module.weight.numel() > 1 for module in self.mconv):

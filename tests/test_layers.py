@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain import assert_all_near, gradients
 from routes import eager_norms, taken
 from torch import Tensor, nn
 
@@ -133,6 +134,36 @@ def test_triton_route(name: str, normalizer: str) -> None:
             ConvModern3d(2, 3, **options)(torch.randn(2, 2, 6, 5, 7))
         assert calls.call_count == 0
         compare(options, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("activator", ["prelu", "relu"])
+@pytest.mark.parametrize("layer_order", ["new", "old"])
+def test_recompute(layer_order: str, activator: str) -> None:
+    """Only a unit that ends in its convolution can. PReLU's slopes are negative, so that applying it twice differs."""
+    with taken("fused"):
+        unit = ConvModern3d(2, 3, layer_order=layer_order, activator=activator)
+        unit.recompute = True
+        if activator == "prelu":
+            with torch.no_grad():
+                next(m for m in unit.mconv if isinstance(m, nn.PReLU)).weight.fill_(-0.7)
+        x = torch.randn(2, 2, *SIZES[3])
+        assert_all_near(gradients(unit, x), gradients(nn.Sequential(*unit.mconv), x))
+
+
+@pytest.mark.parametrize("replacement", [nn.Identity, nn.Dropout, lambda: nn.Flatten(0, 0), nn.AvgPool3d])
+@pytest.mark.parametrize("last", [False, True])
+def test_the_input_stays_where_the_convolution_was_replaced(replacement: Any, last: bool) -> None:
+    """What takes its place may return its input, which is the user's."""
+    unit = ConvModern3d(3, 3, layer_order="old").eval()
+    unit.mconv[0] = replacement(1) if replacement is nn.AvgPool3d else replacement()
+    unit.mconv[0].eval()
+    x = torch.randn(2, 3, *SIZES[3])
+    x = x.contiguous(memory_format=torch.channels_last_3d) if last else x
+    before = x.clone()
+    with taken("fused"), torch.no_grad():
+        y = unit(x)
+        assert torch.equal(x, before)
+        assert_all_near([y], [nn.Sequential(*unit.mconv)(x)])
 
 
 def test_the_representation_of_an_upsampling_layer() -> None:
