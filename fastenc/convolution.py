@@ -8,9 +8,11 @@ no weight that was cast, laid out or cut outlives a call.
 
 from __future__ import annotations
 
+import operator
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.compiler import is_compiling
 from fastenc.kernels.layout import MEMORY_FORMAT
 
 from . import route
+from .live_taps import Window, window_of
 from .saved import save, saved
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -39,28 +42,6 @@ CPU_FORWARD, CPU_BACKWARD = 1 << 23, 1 << 20
 # Cutting a contiguous weight gathers a few elements of each 3³ kernel. Up to this many taps that is cheaper, on a CPU,
 # than reading the whole weight against columns that hold zeros for the dead ones.
 CPU_CUT_TAPS = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """The taps [low, high) of each axis, and what the volume is padded by on either side so that they fit.
-
-    `padding` is (before, after) of each axis; negative where the stride leaves positions out at the end.
-    """
-
-    low: tuple[int, ...]
-    high: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    output: tuple[int, ...]
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        """The window's part of a weight (out, in, *kernel)."""
-        return (slice(None), slice(None), *map(slice, self.low, self.high))
-
-    @property
-    def taps(self) -> int:
-        return prod(high - low for low, high in zip(self.low, self.high, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,39 +67,17 @@ class Cuts(dict[tuple[Window, bool], Tensor]):
     """A frozen convolution's weight as matrices, by window and order of the columns: made once, kept."""
 
     def matrix(self, weight: Tensor, window: Window, dtype: torch.dtype, last: bool) -> Tensor:
-        """The window's taps of weight, made at the first call."""
+        """The window's taps of weight, made at the first call; `refresh` cannot write to what inference mode made."""
         found = self.get((window, last))
         if found is None:
-            found = self[window, last] = _matrix(weight, window, dtype, last)
+            with torch.inference_mode(False), torch.no_grad():
+                found = self[window, last] = _matrix(weight, window, dtype, last)
         return found
 
     def refresh(self, weight: Tensor) -> None:
         """Take weight's numbers again, into the same memory."""
         for (window, last), matrix in self.items():
             matrix.copy_(_matrix(weight, window, matrix.dtype, last))
-
-
-def window_of(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-              whole: bool = False) -> Window | None:  # fmt: skip
-    """The smallest window that holds every tap that meets a volume of `size`, or, `whole`, all taps.
-
-    None where the convolution has no output. At stride s and padding p, tap k of an axis meets position o·s − p + k.
-    """
-    low, high, around, output = [], [], [], []
-    for length, taps, step, pad in zip(size, kernel, stride, padding, strict=True):
-        positions = (length + 2 * pad - taps) // step + 1
-        if length < 1 or positions < 1:
-            return None
-        alive = [k for k in range(taps) if whole or any(0 <= o * step - pad + k < length for o in range(positions))]
-        if not alive:
-            return None
-        first, last = alive[0], alive[-1] + 1
-        before = pad - first
-        low.append(first)
-        high.append(last)
-        around.append((before, (positions - 1) * step + last - first - length - before))
-        output.append(positions)
-    return Window(tuple(low), tuple(high), tuple(around), tuple(output))
 
 
 @lru_cache(maxsize=4096)
@@ -137,11 +96,18 @@ def way_of(
     """How to run a convolution on the fused route, or, where `fused` is false, None for torch's own call.
 
     frozen: the cut weight is kept, so that cutting it costs nothing.
+
+    Raises TypeError for a stride, padding or dilation that is no tuple of one int for each axis.
     """
-    ordinary = Way(stride, padding, dilation, groups, fused) if fused else None
     size, kernel = x_shape[2:], weight_shape[2:]
     if len(x_shape) != len(weight_shape) or x_shape[0] < 1 or x_shape[1] != groups * weight_shape[1]:
         return None  # torch's own error
+    for option in (stride, padding, dilation):
+        if type(option) is not tuple or len(option) != len(size) or any(type(value) is not int for value in option):
+            raise TypeError(option)
+    if min(*stride, *dilation) < 1 or min(padding) < 0:
+        return None  # torch's own error
+    ordinary = Way(stride, padding, dilation, groups, fused) if fused else None
     live = None
     if groups == 1 and all(d == 1 for d in dilation) and device in MEASURED:
         live = window_of(size, kernel, stride, padding)
@@ -171,6 +137,14 @@ def way_of(
     return Way(stride, padding, dilation, groups, fused, window, forward, backward)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether torch's convolutions take x for channels-last: they go by the order of its strides."""
+    if x.dim() not in MEMORY_FORMAT or x.is_contiguous():
+        return False
+    stride = [x.stride(axis) for axis in (1, *range(x.dim() - 1, 1, -1), 0)]
+    return stride[0] > 0 and all(a <= b for a, b in pairwise(stride))
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether layer is an nn.Conv1d, 2d or 3d, and no subclass that may do more."""
     return type(layer) in _TYPES
@@ -187,11 +161,23 @@ def prepare(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, 
         return None
     if x.dtype != weight.dtype and compute_dtype(x) is None:
         return None
-    way = way_of(
-        x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, layer.groups,
-        weight.is_contiguous(), _device(x), fused, "cuts" in layer.__dict__,
-    )  # fmt: skip
+    rest = layer.groups, weight.is_contiguous(), _device(x), fused, "cuts" in layer.__dict__
+    try:
+        way = way_of(x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, *rest)
+    except TypeError:  # an option was set to an int or a list, which torch takes too
+        options = [_per_axis(option, x.dim() - 2) for option in (layer.stride, layer.padding, layer.dilation)]
+        way = None if None in options else way_of(x.shape, weight.shape, *options, *rest)
     return None if way is None else (weight, bias, way)
+
+
+def _per_axis(option: Any, axes: int) -> tuple[int, ...] | None:
+    """A convolution's option as one int for each axis, read as torch reads it; None if torch refuses it."""
+    try:
+        values = tuple(map(operator.index, option if isinstance(option, (list, tuple)) else (option,)))
+    except TypeError:
+        return None
+    values = values * axes if len(values) == 1 else values
+    return tuple(map(int, values)) if len(values) == axes else None
 
 
 def _device(x: Tensor) -> str:
@@ -308,9 +294,12 @@ def backward(
         return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
     compute = dtype or x.dtype
     cut = _cuts(way) and not transformed
-    laid_out = weight.to(compute) if transformed else _laid_out(weight, x, way, compute)
+    operands = dy, x.to(compute), weight.to(compute) if transformed else _laid_out(weight, x, way, compute)
+    if compute is torch.bfloat16 and x.is_cpu and x.dim() == 5:
+        # torch 2.13 leaves parts of a bfloat16 Conv3d's weight gradient unwritten on a CPU that multiplies bfloat16.
+        operands = dy.float(), operands[1].float(), operands[2].float()
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, x.to(compute), laid_out, None if bias is None else list(bias.shape), way.stride,
+        *operands, None if bias is None else list(bias.shape), way.stride,
         way.cut_padding if cut else way.padding, way.dilation, False, (0,) * len(way.stride), way.groups, needs,
     )  # fmt: skip
     if needs[0]:
@@ -421,12 +410,12 @@ def _as_volume(rows: Tensor, x: Tensor, way: Way) -> Tensor:
 
 
 def _layout(x: Tensor, way: Way) -> torch.memory_format:
-    """The memory format of every volume of a convolution of x.
+    """The memory format of all tensors of a convolution of x.
 
-    On the eager route a single sample is contiguous: of a channels-last dy, torch's backward of instance_norm on a CPU
-    makes a wrong dx, and torch's own convolution of such an x may return contiguous volumes.
+    On the eager route it is x's, but a single sample is contiguous: of a channels-last dy, torch's backward of
+    instance_norm on a CPU makes a wrong dx, and torch's own convolution of such an x may return contiguous tensors.
     """
-    if way.fused or not (x.shape[0] == 1 or x.is_contiguous()):
+    if way.fused or (x.shape[0] > 1 and is_channels_last(x)):
         return MEMORY_FORMAT.get(x.dim(), torch.contiguous_format)
     return torch.contiguous_format
 

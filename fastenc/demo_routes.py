@@ -84,7 +84,7 @@ class Route:
     """One way to run the network. `backend` is fastenc's; None is plain PyTorch."""
 
     name: str
-    backend: str | None
+    backend: routes.Backend | None
     memory_format: torch.memory_format = torch.contiguous_format
 
     def network(self, arguments: dict[str, Any], seed: int) -> nn.Module:

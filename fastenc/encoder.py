@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import route
-from .convolution import CONVOLUTIONS, convolve, is_plain
+from .convolution import CONVOLUTIONS, convolve, is_channels_last, is_plain
 from .layers import _BlockConvStkNd, _ConvModernNd, integer, per_axis
 from .stem import channels_last, stem
 
@@ -17,19 +17,22 @@ POOLS: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn
 
 
 class _EncoderNetNd(nn.Module):
-    """The network over `order` spatial axes. See `EncoderNet3d`."""
+    """The network over `_order` spatial axes. See `EncoderNet3d`."""
+
+    _order: int
 
     def __init__(
         self,
-        order: int,
         channel: int,
         layers: Sequence[int],
         kernel_size: int | Sequence[int] = 3,
         in_planes: int = 1,
         out_length: int | None = 2,
+        *,
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        order = self._order
         channel = integer("channel", channel, 1)
         in_planes = integer("in_planes", in_planes, 1)
         depths = _depths(layers)
@@ -50,11 +53,10 @@ class _EncoderNetNd(nn.Module):
         body.append(convolution(widths[-1], widths[-1], kernel, 1, padding))
         self.is_out_vector = length > 0
         if self.is_out_vector:
-            body.append(POOLS[order](1))
+            body.append(POOLS[order]((1,) * order))
         self.netbody = nn.ModuleList(body)
         if self.is_out_vector:
             self.fc = nn.Linear(widths[-1], length)
-        self._order = order
         self._nlayers = sum(depths) + 2
         self.recompute = recompute
 
@@ -75,9 +77,9 @@ class _EncoderNetNd(nn.Module):
                 unit.recompute = bool(value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, in_planes, *spatial) → (N, out_length), or the map (N, channels, *smaller) where there is no vector."""
+        """x (N, in_planes, *spatial) → (N, out_length), or the map (N, channels, *smaller) in map mode."""
         fused = route.reason(x) is None and x.dim() == self._order + 2
-        was_contiguous = fused and x.is_contiguous()
+        contiguous = fused and not is_channels_last(x)
         layers = list(self.netbody)
         pool = layers.pop() if self.is_out_vector else None
         if route.watched(x) is None and not is_compiling():
@@ -87,16 +89,16 @@ class _EncoderNetNd(nn.Module):
             for layer in layers:
                 x = layer(x)
         if pool is None:
-            return x.contiguous() if was_contiguous else x
+            return x.contiguous() if contiguous else x
         if fused and x.is_cuda and type(pool) is POOLS[self._order] and route.observed(pool) is None:
             # The CUDA backward of adaptive pooling adds atomically and refuses deterministic mode.
             return self.fc(x.flatten(2).mean(2))
         return self.fc(pool(x).flatten(1))
 
     def _walk(self, layers: list[nn.Module], x: Tensor, fused: bool) -> Tensor:
-        """x through `layers`, without the calls that nobody could notice.
+        """x through `layers`, without the calls that no hook can observe.
 
-        No volume is held here that the next step does not need, so that a unit may write over what it is given.
+        No tensor is held here that the next step does not need, so that a unit may overwrite its input.
         """
         fresh = False
         if fused:
@@ -128,33 +130,13 @@ def _depths(layers: Any) -> list[int]:
 class EncoderNet1d(_EncoderNetNd):
     """`EncoderNet3d` over one spatial axis."""
 
-    def __init__(
-        self,
-        channel: int,
-        layers: Sequence[int],
-        kernel_size: int | Sequence[int] = 3,
-        in_planes: int = 1,
-        out_length: int | None = 2,
-        *,
-        recompute: bool = False,
-    ) -> None:
-        super().__init__(1, channel, layers, kernel_size, in_planes, out_length, recompute)
+    _order = 1
 
 
 class EncoderNet2d(_EncoderNetNd):
     """`EncoderNet3d` over two spatial axes."""
 
-    def __init__(
-        self,
-        channel: int,
-        layers: Sequence[int],
-        kernel_size: int | Sequence[int] = 3,
-        in_planes: int = 1,
-        out_length: int | None = 2,
-        *,
-        recompute: bool = False,
-    ) -> None:
-        super().__init__(2, channel, layers, kernel_size, in_planes, out_length, recompute)
+    _order = 2
 
 
 class EncoderNet3d(_EncoderNetNd):
@@ -175,20 +157,10 @@ class EncoderNet3d(_EncoderNetNd):
     Attributes: netbody, fc (vector output only), is_out_vector, nlayers.
 
     Raises:
-        TypeError, ValueError: at once, naming the argument, what came and what is needed.
+        TypeError, ValueError: an argument is invalid.
     """
 
-    def __init__(
-        self,
-        channel: int,
-        layers: Sequence[int],
-        kernel_size: int | Sequence[int] = 3,
-        in_planes: int = 1,
-        out_length: int | None = 2,
-        *,
-        recompute: bool = False,
-    ) -> None:
-        super().__init__(3, channel, layers, kernel_size, in_planes, out_length, recompute)
+    _order = 3
 
 
 ENCODERS = {1: EncoderNet1d, 2: EncoderNet2d, 3: EncoderNet3d}

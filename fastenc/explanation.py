@@ -68,7 +68,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         (seen,) = arguments or keywords.values()
         mine = unit._forward_pre_hooks.pop(hooks[name].id)  # a hook is a reason
         try:
-            with route.backend(chosen):
+            with route.Block(chosen):
                 reason = unit.why_eager(seen)
         finally:
             unit._forward_pre_hooks[hooks[name].id] = mine
@@ -81,7 +81,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     units: list[tuple[str, Any]] = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, kinds)]
     hooks = {name: unit.register_forward_pre_hook(partial(ask, name), with_kwargs=True) for name, unit in units}
     try:
-        with torch.no_grad(), route.backend("eager"):
+        with torch.no_grad(), route.Block("eager"):
             functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (x,))
     finally:
         for hook in hooks.values():

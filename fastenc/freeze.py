@@ -1,9 +1,13 @@
-"""`freeze`: a copy of a model for inference, its weights cast, laid out and cut to their live taps once."""
+"""`freeze`: a copy of a model for inference, whose weights are cast, laid out and cut to their live taps once.
+
+What such a copy keeps is made outside inference mode, wherever it is called: `refresh` has to write over it later.
+"""
 
 from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
 from typing import Any
 
 import torch
@@ -14,13 +18,14 @@ from fastenc.kernels.layout import MEMORY_FORMAT
 from .convolution import Cuts, is_plain
 
 DTYPES = (torch.bfloat16, torch.float16)
+_OPTIONS = (int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.memory_format)
 
 
 class Frozen:
     """A model for inference, called like the model itself. Made by `freeze`.
 
-    Outputs need no gradient. `refresh()` takes the model's weights again; until then changes to them are not seen.
-    Copied or pickled it is frozen anew from a copy of the model: the copies it holds do not travel.
+    Outputs need no gradient. `refresh()` takes the model's weights and options again; until then changes to the model
+    are not seen. A copy or a pickle of it holds a copy of the model, and freezes that again.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -37,23 +42,25 @@ class Frozen:
         with torch.no_grad(), self._precision():
             return self._copy(*arguments, **keywords)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def refresh(self) -> bool:
         """Take the model's weights and buffers again, into the memory that holds them now.
 
-        Returns False where the model has changed more than its numbers (another device, dtype, shape or module), so
-        that the copy was made anew.
+        Returns:
+            False if more than the numbers has changed, and the model was therefore copied again: a device, dtype,
+            shape or module, or an option of a module, such as a stride, a padding, an eps, a slope or a function.
         """
         structure = _structure(self._model)
         if structure != self._structure:
             self._copy, self._structure = _copied(self._model, self._dtype), structure
             return False
         sources = _tensors(self._model)
-        with torch.no_grad():
-            for name, target in _tensors(self._copy).items():
-                target.copy_(sources[name])
-            for module in self._copy.modules():
-                if isinstance(module.__dict__.get("cuts"), Cuts):
-                    module.__dict__["cuts"].refresh(module.weight)
+        for name, target in _tensors(self._copy).items():
+            target.copy_(sources[name])
+        for module in self._copy.modules():
+            if isinstance(module.__dict__.get("cuts"), Cuts):
+                module.__dict__["cuts"].refresh(module.weight)
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,15 +79,20 @@ class Frozen:
 def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen:
     """A copy of `model` for inference: weights cast, laid out and cut to their live taps once, not at every call.
 
-    dtype: torch.bfloat16 or torch.float16 casts the weights of convolutions and linear layers, and runs the copy under
-    autocast to it; None leaves all as it is. Normalisations and slopes stay in their own dtype.
+    Memory: one copy of the weights in `dtype`, and for each convolution that meets a small map its live taps once more
+    for each window of them (a 1³ map needs 1 of 27). The model itself is left as it is, and may be trained further:
+    `refresh()` takes its weights and options again.
 
-    Memory: one copy of the weights in `dtype`, and of each convolution that meets a small map its live taps once more
-    for each window of them (a 1³ map needs 1 of 27). The model itself is left as it is, and may be trained on:
-    `refresh()` takes its weights again.
+    Args:
+        model: any nn.Module; the copy is in eval mode.
+        dtype: torch.bfloat16 or torch.float16 casts the weights of convolutions and linear layers, and runs the copy
+            under autocast to it. None casts nothing. Normalisations and slopes stay in their own dtype.
+
+    Returns:
+        A callable that takes what the model takes.
 
     Raises:
-        TypeError: model is no nn.Module, or a ScriptModule.
+        TypeError: model is not an nn.Module, or is a ScriptModule.
         ValueError: another dtype.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
@@ -96,11 +108,30 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _structure(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """All of a model but its numbers: its modules, and the name, shape, dtype and device of its tensors."""
-    modules = [(name, type(module)) for name, module in model.named_modules()]
+    """All of a model but its numbers: its modules and their options; the name, shape, dtype and device of its tensors.
+
+    Whether a module is in training does not count: the copy is for inference.
+    """
+    modules = [
+        (name, type(module), {key: _option(value) for key, value in vars(module).items() if key != "training"})
+        for name, module in model.named_modules()
+    ]
     return modules, [(name, t.shape, t.dtype, t.device) for name, t in _tensors(model).items()]
 
 
+def _option(value: Any) -> Any:
+    """What to compare of an attribute: numbers, strings and functions themselves, of any other object its type."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value), [_option(entry) for entry in value]
+    if isinstance(value, dict):
+        return type(value), [(key, _option(entry)) for key, entry in value.items()]
+    if isinstance(value, _OPTIONS) or (callable(value) and not isinstance(value, nn.Module)):
+        return value
+    return type(value)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
 def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy of model in eval mode; its parameters are copied once, straight to the dtype and layout they will have."""
     owners: dict[Tensor, list[nn.Module]] = {}

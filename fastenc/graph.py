@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from .freeze import freeze
 
-WARM_UP_CALLS = 3  # what torch's own documentation asks for ahead of a capture
+WARM_UP_CALLS = 3  # what torch's own documentation asks for before a capture
 
 
 class Graphed:
@@ -24,6 +24,8 @@ class Graphed:
     Calls share that memory: one at a time, on one stream. `refresh()` takes the model's weights again.
     """
 
+    @torch.inference_mode(False)  # the input is written to at every call, in inference mode or not
+    @torch.no_grad()
     def __init__(self, model: nn.Module, sample: Tensor, dtype: torch.dtype | None, borrow: bool) -> None:
         self._frozen, self._dtype, self._borrow = freeze(model, dtype), dtype, borrow
         self._input = sample.detach().clone()
@@ -39,8 +41,10 @@ class Graphed:
             self._replay()
             return self._output if self._borrow else tree_map_only(Tensor, Tensor.clone, self._output)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def refresh(self) -> None:
-        """Take the model's weights again; the graph is recorded anew only where the model's structure has changed."""
+        """Take the model's weights again. The graph is recorded again only if more than its numbers has changed."""
         if not self._frozen.refresh():
             self._record()
 
@@ -78,10 +82,10 @@ def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], N
 
 @contextmanager
 def synchronizing_raises() -> Iterator[None]:
-    """What waits for the GPU raises RuntimeError here, as it would inside a capture.
+    """Any synchronizing call in this block raises RuntimeError, as it would inside a capture.
 
-    Found out ahead of the capture, because one that fails can leave torch's allocator and random generators believing
-    that it still goes on (pytorch/pytorch issues 171263, 188439).
+    Checking before the capture matters: a failed capture can leave torch's allocator and random generators in the
+    capturing state (pytorch/pytorch issues 171263, 188439).
     """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

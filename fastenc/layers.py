@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import recompute, route
-from .convolution import CONVOLUTIONS, convolve, is_plain, prepare
+from .convolution import CONVOLUTIONS, convolve, is_channels_last, is_plain, prepare
 from .functional import fused
 
 INSTANCE_NORMS: dict[int, Any] = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -22,7 +22,7 @@ NORMALIZERS = ("batch", "inst", "pinst", "null")
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
-    """value as an int; TypeError or ValueError naming the argument where it is none, or below `least`."""
+    """value as an int; TypeError or ValueError naming the argument if it is not an int, or below `least`."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -47,7 +47,8 @@ def per_axis(name: str, value: Any, order: int) -> tuple[int, ...]:
 class _ConvModernNd(nn.Module):
     """A convolution with its normalisation and activation, over `order` spatial axes. See `ConvModern3d`."""
 
-    recompute = False  # on the Triton route, make the activated volume again in the backward instead of keeping it
+    _order: int
+    recompute = False  # on the Triton route, compute the activated tensor again in the backward instead of keeping it
 
     def __init__(
         self,
@@ -72,30 +73,32 @@ class _ConvModernNd(nn.Module):
             raise ValueError(f"a stride above 1 needs scaler 'down' or 'up', got {stride=} and {scaler=}")
         resampling: list[nn.Module] = []
         if scaler == "up" and (strided or output_size is not None):
-            factor = steps if output_size is None else None
+            per_axis = steps if isinstance(steps, tuple) else (steps,) * order
+            factor = per_axis if output_size is None else None
             resampling.append(nn.Upsample(output_size, factor, UPSAMPLE_MODES[order], align_corners=True))
             stride = 1
 
         plain = normalizer == "null"
-        ahead = layer_order == "new" and not plain
-        planes = in_planes if ahead else out_planes
+        before = layer_order == "new" and not plain
+        planes = in_planes if before else out_planes
         convolution = CONVOLUTIONS[order](in_planes, out_planes, kernel_size, stride, padding, bias=plain)
         pair: list[nn.Module] = []
-        if normalizer == "batch":
-            pair.append(BATCH_NORMS[order](planes))
-        elif not plain:
-            pair.append(INSTANCE_NORMS[order](planes, affine=normalizer == "pinst"))
-        if activator == "prelu":
-            pair.append(nn.PReLU(planes))
-        elif activator == "relu":
-            pair.append(nn.ReLU())
+        if plain or layer_order in ("new", "old"):
+            if normalizer == "batch":
+                pair.append(BATCH_NORMS[order](planes))
+            elif not plain:
+                pair.append(INSTANCE_NORMS[order](planes, affine=normalizer == "pinst"))
+            if activator == "prelu":
+                pair.append(nn.PReLU(planes))
+            elif activator == "relu":
+                pair.append(nn.ReLU())
         convolving = [*resampling, convolution]
-        self.mconv = nn.Sequential(*(pair + convolving if ahead else convolving + pair))
+        self.mconv = nn.Sequential(*(pair + convolving if before else convolving + pair))
 
         fusible = normalizer in ("inst", "pinst") and len(pair) == 2
         self._order = order
         self._norm_type = INSTANCE_NORMS[order]
-        self._norm_at = (0 if ahead else len(convolving)) if fusible else None
+        self._norm_at = (0 if before else len(convolving)) if fusible else None
 
     def why_eager(self, x: object) -> str | None:
         """Why the unit runs its submodules one by one on x; None if its norm and activation run as one kernel."""
@@ -117,15 +120,29 @@ class _ConvModernNd(nn.Module):
         return route.observed(self.mconv, *layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The submodules in turn; where nothing could notice, the pair norm → activation as one operation."""
-        return self.run(x)
+        """Run the submodules in order, fusing norm and activation if no hook, tracer or override can observe it.
+
+        On the Triton route too, the result is channels-last only for a channels-last x.
+        """
+        self._refuse_unbatched(x)
+        if self._norm_at is None or route.eager(self.why_eager(x)):
+            return self._run_eager(x)
+        y = self._run_fused(x, False)
+        return y.contiguous() if isinstance(y, Tensor) and not is_channels_last(x) else y
 
     def run(self, x: Tensor, fresh: bool = False) -> Tensor:
-        """`forward`; fresh: x was just made by a convolution, nobody else sees it, and it may be overwritten."""
+        """`forward` between the layers of a network, where tensors stay channels-last on the Triton route.
+
+        fresh: x was just made by a convolution, no other code sees it, and it may be overwritten.
+        """
         self._refuse_unbatched(x)
-        at = self._norm_at
-        if at is None or route.eager(self.why_eager(x)):
+        if self._norm_at is None or route.eager(self.why_eager(x)):
             return self._run_eager(x)
+        return self._run_fused(x, fresh)
+
+    def _run_fused(self, x: Tensor, fresh: bool) -> Tensor:
+        """Run the submodules, norm and activation as one operation. The result is channels-last in 2-D and 3-D."""
+        at: int = self._norm_at  # type: ignore[assignment]  # `why_eager` names a unit without
         layers: tuple[Any, ...] = tuple(self.mconv._modules.values())
         for layer in layers[:at]:
             x = convolve(layer, x, True)
@@ -143,7 +160,7 @@ class _ConvModernNd(nn.Module):
         return x
 
     def _run_eager(self, x: Tensor) -> Tensor:
-        """The submodules in turn; the convolution on its live taps where nothing could notice."""
+        """Run the submodules in order; the convolution on its live taps if nothing can observe it."""
         layers = tuple(self.mconv._modules.values())
         plain = not is_compiling() and type(self.mconv) is nn.Sequential and route.observed(self.mconv, *layers) is None
         if not plain or route.watched(x) is not None:
@@ -158,7 +175,7 @@ class _ConvModernNd(nn.Module):
         return is_plain(last) and type(self.mconv) is nn.Sequential and route.observed(self.mconv, last) is None
 
     def _refuse_unbatched(self, x: object) -> None:
-        """Without a batch axis PReLU's slopes go to the first spatial axis: an error, or silently wrong."""
+        """Without a batch axis PReLU applies its slopes to the first spatial axis: an error, or wrong numbers."""
         if type(x) is not Tensor or x.dim() != self._order + 1:
             return
         if any(type(module) is nn.PReLU and module.weight.numel() > 1 for module in self.mconv):
@@ -194,51 +211,41 @@ def _parameter_fits(parameter: Tensor, x: Tensor, length: int) -> bool:
     )
 
 
-class ConvModern1d(_ConvModernNd):
+class _ConvModern(_ConvModernNd):
+    """The signature that the three public units share; each sets its number of spatial axes, `_order`."""
+
+    def __init__(
+        self,
+        in_planes: int,
+        out_planes: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 1,
+        output_size: int | tuple[int, ...] | None = None,
+        normalizer: str = "pinst",
+        activator: str = "prelu",
+        layer_order: str = "new",
+        scaler: str = "down",
+    ) -> None:
+        super().__init__(
+            self._order, in_planes, out_planes, kernel_size, stride, padding,
+            output_size, normalizer, activator, layer_order, scaler,
+        )  # fmt: skip
+
+
+class ConvModern1d(_ConvModern):
     """`ConvModern3d` over one spatial axis."""
 
-    def __init__(
-        self,
-        in_planes: int,
-        out_planes: int,
-        kernel_size: int | Sequence[int] = 3,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 1,
-        output_size: int | tuple[int, ...] | None = None,
-        normalizer: str = "pinst",
-        activator: str = "prelu",
-        layer_order: str = "new",
-        scaler: str = "down",
-    ) -> None:
-        super().__init__(
-            1, in_planes, out_planes, kernel_size, stride, padding,
-            output_size, normalizer, activator, layer_order, scaler,
-        )  # fmt: skip
+    _order = 1
 
 
-class ConvModern2d(_ConvModernNd):
+class ConvModern2d(_ConvModern):
     """`ConvModern3d` over two spatial axes."""
 
-    def __init__(
-        self,
-        in_planes: int,
-        out_planes: int,
-        kernel_size: int | Sequence[int] = 3,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 1,
-        output_size: int | tuple[int, ...] | None = None,
-        normalizer: str = "pinst",
-        activator: str = "prelu",
-        layer_order: str = "new",
-        scaler: str = "down",
-    ) -> None:
-        super().__init__(
-            2, in_planes, out_planes, kernel_size, stride, padding,
-            output_size, normalizer, activator, layer_order, scaler,
-        )  # fmt: skip
+    _order = 2
 
 
-class ConvModern3d(_ConvModernNd):
+class ConvModern3d(_ConvModern):
     """A 3-D convolution with its normalisation and activation: the unit of the network.
 
     Args:
@@ -248,7 +255,8 @@ class ConvModern3d(_ConvModernNd):
         normalizer: "pinst" InstanceNorm with parameters, "inst" without, "batch" BatchNorm, "null" none (the
             convolution then has a bias, and the activation follows it whatever layer_order says).
         activator: "prelu" with one slope a channel, "relu", or anything else for none.
-        layer_order: "new" norm → activation → convolution, "old" convolution → norm → activation.
+        layer_order: "new" norm → activation → convolution, "old" convolution → norm → activation; anything else the
+            convolution alone.
         scaler: "down" strides the convolution, "up" resamples (trilinear, corners aligned) by stride, or to
             output_size, and convolves with stride 1.
 
@@ -258,23 +266,7 @@ class ConvModern3d(_ConvModernNd):
         ValueError: an unknown normalizer; a stride above 1 with an unknown scaler.
     """
 
-    def __init__(
-        self,
-        in_planes: int,
-        out_planes: int,
-        kernel_size: int | Sequence[int] = 3,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 1,
-        output_size: int | tuple[int, ...] | None = None,
-        normalizer: str = "pinst",
-        activator: str = "prelu",
-        layer_order: str = "new",
-        scaler: str = "down",
-    ) -> None:
-        super().__init__(
-            3, in_planes, out_planes, kernel_size, stride, padding,
-            output_size, normalizer, activator, layer_order, scaler,
-        )  # fmt: skip
+    _order = 3
 
 
 class _BlockConvStkNd(nn.Module):

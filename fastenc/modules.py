@@ -14,10 +14,19 @@ from .swapped import ACTIVATIONS, slope_of, takes, why_not_plain
 
 
 class _InstanceNormActNd(nn.Module):
-    """Instance normalisation and activation over `order` spatial axes. See `InstanceNormAct3d`."""
+    """Instance normalisation and activation over `_order` spatial axes. See `InstanceNormAct3d`."""
+
+    _order: int
 
     def __init__(
-        self, order: int, num_features: int, activation: nn.Module, eps: float, affine: bool, device: Any, dtype: Any
+        self,
+        num_features: int,
+        activation: nn.Module,
+        *,
+        eps: float = 1e-5,
+        affine: bool = False,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         if type(activation) not in ACTIVATIONS:
@@ -28,7 +37,7 @@ class _InstanceNormActNd(nn.Module):
             raise ValueError(
                 f"activation must have 1 slope or num_features={num_features}, got {activation.num_parameters}"
             )
-        self.norm = INSTANCE_NORMS[order](num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.norm = INSTANCE_NORMS[self._order](num_features, eps=eps, affine=affine, device=device, dtype=dtype)
         self.activation = activation
 
     def why_eager(self, x: object) -> str | None:
@@ -62,33 +71,13 @@ def _why_not_plain(norm: nn.Module, activation: nn.Module) -> str | None:
 class InstanceNormAct1d(_InstanceNormActNd):
     """`InstanceNormAct3d` over one spatial axis."""
 
-    def __init__(
-        self,
-        num_features: int,
-        activation: nn.Module,
-        *,
-        eps: float = 1e-5,
-        affine: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(1, num_features, activation, eps, affine, device, dtype)
+    _order = 1
 
 
 class InstanceNormAct2d(_InstanceNormActNd):
     """`InstanceNormAct3d` over two spatial axes."""
 
-    def __init__(
-        self,
-        num_features: int,
-        activation: nn.Module,
-        *,
-        eps: float = 1e-5,
-        affine: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(2, num_features, activation, eps, affine, device, dtype)
+    _order = 2
 
 
 class InstanceNormAct3d(_InstanceNormActNd):
@@ -109,14 +98,4 @@ class InstanceNormAct3d(_InstanceNormActNd):
         ValueError: a PReLU of another number of slopes.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        activation: nn.Module,
-        *,
-        eps: float = 1e-5,
-        affine: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(3, num_features, activation, eps, affine, device, dtype)
+    _order = 3

@@ -7,26 +7,37 @@ Under "triton" a call that cannot take that route raises RuntimeError with the r
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from subprocess import CalledProcessError
-from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_obj_in_tls,
+    _get_tracing_state,
+    _is_key_in_tls,
+    _len_torch_dispatch_stack,
+    _stash_obj_in_tls,
+)
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import Module, Parameter
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._contextlib import context_decorator  # what decorates for torch.no_grad: generators step by step
 
+Backend = Literal["auto", "triton", "eager"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-BACKENDS = ("auto", "triton", "eager")
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 OLDEST_ARCHITECTURE = (8, 0)  # the oldest that the kernels are compiled for in the tests: bfloat16 starts there
 
@@ -37,7 +48,7 @@ NO_TRITON = "triton is not installed"
 logger = logging.getLogger("fastenc")
 
 
-def _checked(name: str, source: str) -> str:
+def _checked(name: Any, source: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     return name
@@ -52,39 +63,126 @@ def constant_in_graphs(function: Function) -> Function:
     return function
 
 
-_backend = _checked(os.environ.get("FASTENC_BACKEND", "auto"), "environment variable FASTENC_BACKEND")
 _faults: dict[torch.device, str] = {}
 _warned: set[str] = set()
-_warning = Lock()
+_lock = threading.Lock()
+
+# The backend of the process: what was set last. A setting can be taken back while the object that made it lives.
+_default = _checked(os.environ.get("FASTENC_BACKEND") or "auto", "environment variable FASTENC_BACKEND")
+_settings: list[tuple[Backend, Callable[[], object]]] = [(_default, lambda: None)]
+# The blocks of each thread, innermost last. No subclass of threading.local: torch.compile would not guard on one.
+_thread = threading.local()
+_thread.names = ()
+_any_block = False  # whether a block was ever entered: spares the others the question
+_INHERITED = "fastenc.backend"  # where torch keeps, for the threads that run a backward, the block it was called in
 
 
-class backend:
-    """Choose the route of all calls that follow, in all threads: "auto", "triton" or "eager".
+class Block:
+    """The backend `name` inside a `with` block, for the thread that runs it and for the backwards that it calls."""
 
-    Takes effect at once; as a context manager it puts the previous choice back::
+    def __init__(self, name: Backend) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        _put((*_names(), self.name))
+
+    def __exit__(self, *exception: object) -> None:
+        _put(_names()[:-1])
+
+
+class backend(Block):
+    """Choose the route of the calls that follow: "auto", "triton" or "eager".
+
+    Calling it sets the backend of the process at once, for all threads; inside a block, until the block ends. As a
+    context manager or a decorator it takes that back, and chooses for the block, or each call of the function, alone::
 
         fastenc.backend("eager")            # from here on
         with fastenc.backend("triton"): ... # in this block
+        @fastenc.backend("eager")           # in each call of this function
+        def evaluate(net, x): ...
 
-    Raises ValueError for any other name.
+    A block holds for the thread that runs it, and for backwards called in it, whichever thread runs those. Other
+    threads, those of nn.DataParallel among them, follow the process. One object may be entered any number of times,
+    also nested and by several threads.
+
+    Args:
+        name: "auto" takes the Triton route wherever it can, "triton" raises where it cannot, "eager" never takes it.
+
+    Raises:
+        ValueError: any other name.
+        TypeError: a class or an async function is decorated. Decorate its methods, or enter a block inside it.
     """
 
-    def __init__(self, name: str) -> None:
-        global _backend
-        self.previous = _backend
-        _backend = _checked(name, "backend")
+    def __init__(self, name: Backend) -> None:
+        global _default
+        super().__init__(_checked(name, "backend"))
+        self._before: Backend | None = None
+        self._names = _names()
+        if self._names:
+            self._before, self._names = self._names[-1], (*self._names[:-1], self.name)
+            _put(self._names)
+        elif is_compiling():  # torch.compile can trace an assignment, but neither a lock nor a weak reference
+            self._before, _default = _default, self.name
+        else:
+            with _lock:
+                gone = max(i for i, (_, setter) in enumerate(_settings) if setter() is None)
+                _settings[:] = [*_settings[gone:], (self.name, ref(self))]
+                _default = self.name
 
     def __enter__(self) -> None:
-        return None
+        self._take_back()
+        super().__enter__()
 
-    def __exit__(self, *exception: object) -> None:
-        global _backend
-        _backend = self.previous
+    def __call__(self, function: Function) -> Function:
+        """Decorate `function`, a generator function included."""
+        self._take_back()
+        if inspect.isclass(function) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"backend decorates functions and methods that are not async, got {function!r}")
+        return context_decorator(partial(Block, self.name), function)
+
+    def _take_back(self) -> None:
+        """Undo what the call of `backend` set, the first time."""
+        global _default
+        if self._before is not None:
+            if not self._names:
+                _default = self._before
+            elif _names() is self._names:
+                _put((*self._names[:-1], self._before))
+            self._before = None
+        elif not is_compiling():
+            with _lock:
+                _settings[:] = [setting for setting in _settings if setting[1]() is not self]
+                _default = _settings[-1][0]
 
 
-def chosen() -> str:
-    """The backend in force: "auto", "triton" or "eager"."""
-    return _backend
+def _names() -> tuple[Backend, ...]:
+    """The blocks of this thread, innermost last."""
+    return getattr(_thread, "names", ())
+
+
+def _put(names: tuple[Backend, ...]) -> None:
+    """Make `names` the blocks of this thread."""
+    global _any_block
+    _any_block = True
+    _thread.names = names
+    if not is_compiling():
+        _stash_obj_in_tls(_INHERITED, names[-1] if names else None)
+
+
+def chosen() -> Backend:
+    """The backend in force in this thread: "auto", "triton" or "eager"."""
+    names = getattr(_thread, "names", None)
+    if names:
+        return names[-1]
+    if is_dynamo_compiling() or _any_block:  # in this order: no compiled code depends on the second
+        return _inherited() or _default
+    return _default
+
+
+@constant_in_graphs
+def _inherited() -> Backend | None:
+    """The block in which the backward was called that this thread runs."""
+    return _get_obj_in_tls(_INHERITED) if _is_key_in_tls(_INHERITED) else None
 
 
 def eager(reason: str | None) -> bool:
@@ -94,7 +192,7 @@ def eager(reason: str | None) -> bool:
     """
     if reason is None:
         return False
-    if _backend == "triton":
+    if chosen() == "triton":
         raise RuntimeError(f'backend "triton" was asked for, but {reason}')
     if not is_compiling():
         logger.debug("eager route: %s", reason)
@@ -128,7 +226,7 @@ def reason(x: Any) -> str | None:
 
     Looks at x and at what PyTorch is doing at this moment; raises nothing.
     """
-    if _backend == "eager":
+    if chosen() == "eager":
         return 'backend "eager" was asked for'
     found = watched(x)
     if found is not None:
@@ -163,7 +261,7 @@ def device_reason(x: Tensor) -> str | None:
         return _cuda_reason(x.get_device())
     if not x.is_cpu:
         return f"x is on {x.device}; the kernels run on CUDA"
-    if _backend == "auto":
+    if chosen() == "auto":
         return "x is on the CPU; the kernels run on CUDA"
     return _interpreter_reason()
 
@@ -203,7 +301,7 @@ def _lacking(index: int) -> str | None:
         found, needed = ("sm_{}{}".format(*pair) for pair in (architecture, OLDEST_ARCHITECTURE))
         return f"GPU {index} is {found}; the kernels need {needed} or newer"
     if not has_triton():
-        if _backend == "auto":
+        if chosen() == "auto":
             _warn_once(NO_TRITON, "fastenc takes the eager route", "install triton (on Linux: pip install triton)")
         return NO_TRITON
     return None
@@ -232,7 +330,7 @@ def has_triton() -> bool:
 
 def fault(device: torch.device) -> str | None:
     """What made a launch on `device` fail before; None where "triton" was asked for, which tries and raises again."""
-    return None if _backend == "triton" else _faults.get(device)
+    return None if chosen() == "triton" else _faults.get(device)
 
 
 def fall_back(error: Exception, device: torch.device) -> None:
@@ -251,7 +349,7 @@ def fall_back(error: Exception, device: torch.device) -> None:
             "torch.cuda.empty_cache() hands back what torch holds in reserve; a smaller batch needs less."
         ) from error
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if _backend == "triton" or memory or isinstance(error, torch.AcceleratorError) or _unusable(device):
+    if chosen() == "triton" or memory or isinstance(error, torch.AcceleratorError) or _unusable(device):
         raise error
     cause = f"a kernel could not be compiled or launched ({_cause(error)})"
     _faults[device] = cause
@@ -291,7 +389,7 @@ def _remedy(error: Exception) -> str:
 
 def _warn_once(cause: str, what: str, remedy: str) -> None:
     """Warn of `cause`, the first time in this process."""
-    with _warning:
+    with _lock:
         if cause in _warned:
             return
         _warned.add(cause)

@@ -3,6 +3,8 @@
 The elements from which a product pays are set to 0 here.
 """
 
+import copy
+import re
 from math import prod
 from typing import Any
 from unittest import mock
@@ -12,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plain import assert_same, small_twins, volume
+from plain import assert_all_near, assert_same, small_twins, volume
 from routes import taken
 from torch import Tensor, nn
 
+import fastenc
 from fastenc import convolution
 from fastenc.convolution import Convolution, Cuts, Way, convolve, prepare, way_of, window_of
 from fastenc.kernels.layout import MEMORY_FORMAT
@@ -259,6 +262,128 @@ def test_a_network_whose_deep_maps_are_small(
         net, plain = small_twins(dtype, layers=[1, 2])
         assert_same(net, plain, volume(size, dtype=dtype))
     assert any(way.product_forward for way in ways)
+
+
+OPTIONS: dict[str, list[Any]] = {
+    "stride": [1, 2, [2, 1, 2], [2], (2,), torch.Size((1, 2, 1))],
+    "padding": [0, 2, [1, 0, 1], (1,), torch.Size((2, 1, 0)), "same", "valid"],
+    "dilation": [1, 2, [1, 2, 1], [2], (2,)],
+}
+BAD_OPTIONS: dict[str, list[Any]] = {
+    "stride": [(1, 1), [1, 1, 1, 1], (), 0, (0, 1, 1), -1, "2", None, [1, None, 1]],
+    "padding": [(1, 1), [1, 1, 1, 1], -1, (-1, 0, 0), None, "full", ["1", 1, 1]],
+    "dilation": [(1, 1), 0, (1, 0, 1), -2, "1", None],
+}
+
+
+def with_option(name: str, value: Any, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(3)
+    layer = nn.Conv3d(2, 3, 3, padding=1).to(dtype)
+    setattr(layer, name, value)
+    return layer
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (5, 6, 7)])
+@pytest.mark.parametrize("route", ["auto", "fused"])
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n in OPTIONS for v in OPTIONS[n]], ids=str)
+def test_options_set_on_a_built_layer(name: str, value: Any, route: str, size: tuple[int, ...]) -> None:
+    """An int, a list, a torch.Size, or one entry for all axes: torch's numbers and gradients; frozen too."""
+    with taken(route) as dtype:
+        layer = with_option(name, value, dtype)
+        x = torch.randn(2, 2, *size, dtype=dtype)
+        try:
+            layer(x)
+        except RuntimeError as error:  # no output of this size
+            with pytest.raises(RuntimeError, match=re.escape(str(error)[:40])):
+                convolve(layer, x, route == "fused")
+            return
+        results = []
+        for call in (lambda x: convolve(layer, x, route == "fused"), layer):
+            leaf = x.clone().requires_grad_()
+            y = call(leaf)
+            results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])])
+        assert_all_near(*results)
+        with torch.no_grad():
+            assert_all_near([fastenc.freeze(layer)(x)], [layer(x)])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n in BAD_OPTIONS for v in BAD_OPTIONS[n]], ids=str)
+def test_options_that_torch_refuses(name: str, value: Any, fused: bool) -> None:
+    """Its own error, word for word."""
+    layer, x = with_option(name, value, torch.float32), torch.randn(2, 2, 4, 4, 4)
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as expected:
+        layer(x)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        convolve(layer, x, fused)
+
+
+@pytest.mark.parametrize("route", ["auto", "fused"])
+def test_options_inside_a_network(route: str) -> None:
+    """Stem, a unit's convolution and the last one; explain and a frozen copy run them as well."""
+    with taken(route) as dtype:
+        net, plain = small_twins(dtype, layers=[1, 1])
+        for network in (net, plain):
+            network.netbody[0].stride = 1
+            network.netbody[0].padding = [2, 1, 2]
+            network.netbody[1].conv_scale.mconv[2].stride = 2
+            network.netbody[2].conv_scale.mconv[2].stride = [1, 2, 1]
+            network.netbody[3].dilation = 1
+        x = volume(dtype=dtype)
+        assert_same(net, plain, x)
+        with torch.no_grad():
+            assert torch.equal(fastenc.freeze(net)(x), net(x))
+        rows = list(fastenc.explain(net, x))
+    assert [row.route for row in rows] == ["triton" if route == "fused" else "eager"] * 2
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dilation", [2, (1, 2, 1), (3, 3, 3)])
+@pytest.mark.parametrize("size", [(2, 2, 2), (1, 2, 2), (3, 3, 3)])
+def test_a_dilated_convolution_trained_on_a_small_map(size: tuple[int, ...], dilation: Any, fused: bool) -> None:
+    """Its taps meet other positions than those of a dense kernel; weights big enough for a product."""
+    layer = nn.Conv3d(3, 4, 3, padding=dilation, dilation=dilation).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    results = []
+    for call in (lambda x: convolve(layer, x, fused), layer):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])])
+    assert_all_near(*results)
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (2, 4, 4), (6, 5, 7)])
+def test_no_bfloat16_weight_gradient_of_torchs_own_on_a_cpu(size: tuple[int, ...]) -> None:
+    """Where a CPU multiplies bfloat16, torch 2.13 leaves parts of it unwritten. Against float64."""
+    layer, x = nn.Conv3d(8, 16, 3, padding=1), torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last_3d)
+    convolution.way_of.cache_clear()
+    given: list[torch.dtype] = []
+    backward = torch.ops.aten.convolution_backward
+
+    def seen(*arguments: Any) -> Any:
+        given.extend(argument.dtype for argument in arguments[:3])
+        return backward(*arguments)
+
+    for autocast in (True, False):
+        leaf, own = (x, layer) if autocast else (x.bfloat16(), copy.deepcopy(layer).bfloat16())
+        leaf = leaf.clone().requires_grad_()
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            mock.patch.object(torch.ops.aten, "convolution_backward", seen),
+            mock.patch.multiple(convolution, CPU_FORWARD=1 << 40, CPU_BACKWARD=1 << 40),
+        ):
+            y = convolve(own, leaf, True)
+            dy = torch.randn_like(y)
+            found = torch.autograd.grad(y, [leaf, *own.parameters()], dy)
+        exact = copy.deepcopy(own).double()
+        exact_x = leaf.detach().double().requires_grad_()
+        expected = torch.autograd.grad(exact(exact_x), [exact_x, *exact.parameters()], dy.double())
+        for gradient, truth, like in zip(found, expected, (leaf, *own.parameters()), strict=True):
+            assert gradient.dtype == like.dtype
+            # operands and result are rounded to 8 bits: 3 roundings of each term, and sums of terms of either sign
+            assert ((gradient.double() - truth).norm() / truth.norm()).item() < 3 * 2**-8
+    assert set(given) == {torch.float32}
+    convolution.way_of.cache_clear()
 
 
 def test_a_tensor_subclass_is_left_to_torch() -> None:

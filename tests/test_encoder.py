@@ -60,6 +60,12 @@ def test_submodules_are_real(order: int) -> None:
     assert {"_ConvModernNd", "_BlockConvStkNd", f"EncoderNet{order}d"} <= names
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_representation_of_the_pool(order: int) -> None:
+    """As the reference prints it: one size for each axis."""
+    assert repr(ENCODER[order](2, [1, 1]).netbody[4]) == f"AdaptiveAvgPool{order}d(output_size={(1,) * order})"
+
+
 def test_widths_and_depths() -> None:
     net = EncoderNet3d(3, [1, 2, 3])
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv3d)]

@@ -160,3 +160,123 @@ def test_other_dtypes_are_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match="dtype") as error:
         freeze(nn.Linear(2, 2), dtype)
     assert str(dtype) in str(error.value)
+
+
+# Inference mode, and what refresh takes
+
+
+@either_route
+@pytest.mark.parametrize("called", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("frozen_in", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("built_in", [torch.enable_grad, torch.inference_mode])
+def test_refresh_after_inference_mode(built_in: Any, frozen_in: Any, called: Any, route: str) -> None:
+    """Wherever the model was built, frozen and called; refreshed outside inference mode and inside it."""
+    with built_in():
+        net, x = big_enough()
+    with taken(route):
+        with frozen_in():
+            frozen = freeze(net)
+        for refreshed_in in (torch.no_grad, torch.inference_mode):
+            with called():
+                frozen(x)
+            with torch.inference_mode(built_in is torch.inference_mode), torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.mul_(1.1)
+            with refreshed_in():
+                assert frozen.refresh()
+            with torch.no_grad():
+                assert torch.equal(frozen(x), freeze(net)(x))
+                torch.testing.assert_close(frozen(x), net(x), rtol=0, atol=1e-4 * net(x).abs().max().item())
+
+
+def test_buffers_of_a_model_frozen_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.BatchNorm1d(3)).eval()
+        frozen = freeze(model)
+        frozen(torch.randn(2, 3))
+        model[0].running_mean.add_(1)
+    assert frozen.refresh()
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        assert torch.equal(frozen(x), model(x))
+
+
+class Scaled(nn.Module):
+    """A model with options of its own: a number, a list and a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv3d(1, 2, 3, padding=1)
+        self.norm, self.activation = nn.InstanceNorm3d(2), nn.LeakyReLU(0.1)
+        self.factor, self.factors, self.last = 2.0, [1, 2], torch.sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.activation(self.norm(self.convolution(x))) * self.factor * self.factors[1])
+
+
+CHANGES: dict[str, Any] = {
+    "stride": lambda model: setattr(model.convolution, "stride", (2, 2, 2)),
+    "padding": lambda model: setattr(model.convolution, "padding", [0, 1, 0]),
+    "dilation": lambda model: setattr(model.convolution, "dilation", 2),
+    "eps": lambda model: setattr(model.norm, "eps", 0.5),
+    "slope": lambda model: setattr(model.activation, "negative_slope", 0.7),
+    "activation": lambda model: setattr(model, "activation", nn.Tanh()),
+    "number": lambda model: setattr(model, "factor", 3.0),
+    "list": lambda model: model.factors.__setitem__(1, 5),
+    "function": lambda model: setattr(model, "last", torch.cos),
+    "hook": lambda model: model.norm.register_forward_hook(lambda module, args, y: y + 1),
+    "forward": lambda model: setattr(model.norm, "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_refresh_takes_changed_options(name: str) -> None:
+    model, x = Scaled().eval(), torch.randn(2, 1, 5, 6, 7)
+    frozen = freeze(model)
+    before = frozen(x)
+    CHANGES[name](model)
+    assert torch.equal(frozen(x), before)
+    assert not frozen.refresh()
+    assert torch.equal(frozen(x), model(x).detach())
+    assert frozen.refresh()
+
+
+def test_training_is_no_option() -> None:
+    model = Scaled().eval()
+    frozen = freeze(model)
+    model.train()
+    assert frozen.refresh()
+    assert not frozen._copy.training
+
+
+class Shares(nn.Module):
+    """A linear layer whose weight is an embedding's too: a language model's first and last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.linear.weight = self.embedding.weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.linear(self.embedding(index))
+
+
+def test_an_embedding_that_shares_a_weight_keeps_its_dtype() -> None:
+    model, index = Shares().eval(), torch.tensor([[0, 4, 2]])
+    frozen = freeze(model, torch.bfloat16)
+    assert frozen._copy.embedding.weight is frozen._copy.linear.weight
+    assert frozen._copy.embedding(index).dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(index), model(index))
+
+
+@either_route
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_float64_model_stays_float64(dtype: torch.dtype | None, route: str) -> None:
+    """Autocast leaves float64 alone, and so does freezing."""
+    net, plain = small_twins(torch.float64)
+    x = volume()
+    with taken(route), torch.no_grad():
+        frozen = freeze(net, dtype)
+        assert {p.dtype for p in frozen._copy.parameters()} == {torch.float64}
+        assert_near(frozen(x), plain(x))

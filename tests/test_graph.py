@@ -177,3 +177,33 @@ def test_bad_arguments_say_what_to_do() -> None:
         graphed(model, sample.requires_grad_())
     with pytest.raises(TypeError, match=r"sample.*list"):
         graphed(model, [1, 2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("refreshed_in", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("called", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("made_in", [torch.no_grad, torch.inference_mode])
+def test_inference_mode(made_in: Any, called: Any, refreshed_in: Any, recording: Recording) -> None:
+    """Its memory is written to at every call and refresh, in inference mode and outside."""
+    model, _ = model_and_sample()
+    with made_in():
+        run = made(model, volume(dtype=torch.float32))
+    x = torch.randn_like(volume(dtype=torch.float32))
+    for _ in range(2):
+        with called():
+            run(x)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        with refreshed_in():
+            run.refresh()
+        assert torch.equal(run(x), model(x).detach())
+    assert recording.recordings == 1
+
+
+def test_a_changed_option_is_recorded_again(recording: Recording) -> None:
+    model, sample = model_and_sample()
+    run = made(model, sample)
+    model.netbody[1].conv_scale.mconv[0].eps = 0.5
+    run.refresh()
+    assert recording.recordings == 2
+    assert torch.equal(run(sample), model(sample).detach())

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain import assert_all_near, gradients
 from routes import eager_norms, taken
 from torch import Tensor, nn
 
@@ -44,12 +45,15 @@ def sequential(
     strides = any(s > 1 for s in (stride if isinstance(stride, tuple) else (stride,)))
     upsample: list[nn.Module] = []
     if scaler == "up" and (strides or output_size is not None):
-        how = {"scale_factor": stride} if output_size is None else {"size": output_size}
+        per_axis = stride if isinstance(stride, tuple) else (stride,) * order
+        how = {"scale_factor": per_axis} if output_size is None else {"size": output_size}
         upsample = [nn.Upsample(**how, mode=LINEAR[order], align_corners=True)]
         stride = 1
     conv = getattr(nn, f"Conv{order}d")(in_planes, out_planes, kernel_size, stride, padding, bias=normalizer == "null")
     if normalizer == "null":
         return nn.Sequential(*upsample, conv, *activation(activator, out_planes))
+    if layer_order not in ("new", "old"):
+        return nn.Sequential(*upsample, conv)
     if layer_order == "old":
         return nn.Sequential(*upsample, conv, norm(normalizer, out_planes, order), *activation(activator, out_planes))
     return nn.Sequential(norm(normalizer, in_planes, order), *activation(activator, in_planes), *upsample, conv)
@@ -84,7 +88,7 @@ def compare(options: dict[str, Any], order: int = 3, dtype: torch.dtype = torch.
     torch.testing.assert_close(unit.eval()(x), expected.eval()(x), rtol=scale, atol=scale)
 
 
-@pytest.mark.parametrize("layer_order", ["new", "old"])
+@pytest.mark.parametrize("layer_order", ["new", "old", "NEW", "", None])
 @pytest.mark.parametrize("activator", ["prelu", "relu", "none", None])
 @pytest.mark.parametrize("normalizer", ["pinst", "inst", "batch", "null"])
 def test_normalizer_activator_order(normalizer: str, activator: Any, layer_order: str) -> None:
@@ -107,7 +111,7 @@ GEOMETRY: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("layer_order", ["new", "old"])
+@pytest.mark.parametrize("layer_order", ["new", "old", "newest"])
 @pytest.mark.parametrize("normalizer", ["pinst", "null"])
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_geometry(name: str, normalizer: str, layer_order: str) -> None:
@@ -116,7 +120,7 @@ def test_geometry(name: str, normalizer: str, layer_order: str) -> None:
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("scaler", ["down", "up"])
-@pytest.mark.parametrize("layer_order", ["new", "old"])
+@pytest.mark.parametrize("layer_order", ["new", "old", "none"])
 def test_other_orders(order: int, scaler: str, layer_order: str) -> None:
     compare({"stride": 2, "scaler": scaler, "layer_order": layer_order}, order=order)
 
@@ -130,6 +134,46 @@ def test_triton_route(name: str, normalizer: str) -> None:
             ConvModern3d(2, 3, **options)(torch.randn(2, 2, 6, 5, 7))
         assert calls.call_count == 0
         compare(options, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("activator", ["prelu", "relu"])
+@pytest.mark.parametrize("layer_order", ["new", "old"])
+def test_recompute(layer_order: str, activator: str) -> None:
+    """Only a unit that ends in its convolution can. PReLU's slopes are negative, so that applying it twice differs."""
+    with taken("fused"):
+        unit = ConvModern3d(2, 3, layer_order=layer_order, activator=activator)
+        unit.recompute = True
+        if activator == "prelu":
+            with torch.no_grad():
+                next(m for m in unit.mconv if isinstance(m, nn.PReLU)).weight.fill_(-0.7)
+        x = torch.randn(2, 2, *SIZES[3])
+        assert_all_near(gradients(unit, x), gradients(nn.Sequential(*unit.mconv), x))
+
+
+@pytest.mark.parametrize("replacement", [nn.Identity, nn.Dropout, lambda: nn.Flatten(0, 0), nn.AvgPool3d])
+@pytest.mark.parametrize("last", [False, True])
+def test_the_input_stays_where_the_convolution_was_replaced(replacement: Any, last: bool) -> None:
+    """What takes its place may return its input, which is the user's."""
+    unit = ConvModern3d(3, 3, layer_order="old").eval()
+    unit.mconv[0] = replacement(1) if replacement is nn.AvgPool3d else replacement()
+    unit.mconv[0].eval()
+    x = torch.randn(2, 3, *SIZES[3])
+    x = x.contiguous(memory_format=torch.channels_last_3d) if last else x
+    before = x.clone()
+    with taken("fused"), torch.no_grad():
+        y = unit(x)
+        assert torch.equal(x, before)
+        assert_all_near([y], [nn.Sequential(*unit.mconv)(x)])
+
+
+def test_the_representation_of_an_upsampling_layer() -> None:
+    """As the reference prints it: one factor for each axis, or the size as it was given."""
+    unit = ConvModern3d(2, 3, stride=2, scaler="up")
+    assert repr(unit.mconv[2]) == "Upsample(scale_factor=(2.0, 2.0, 2.0), mode='trilinear')"
+    assert repr(ConvModern1d(2, 3, stride=3, scaler="up").mconv[2]) == "Upsample(scale_factor=(3.0,), mode='linear')"
+    assert repr(ConvModern2d(2, 3, output_size=7, scaler="up").mconv[2]) == "Upsample(size=7, mode='bilinear')"
+    unit = ConvModern3d(2, 3, output_size=(7, 6, 5), stride=2, scaler="up")
+    assert repr(unit.mconv[2]) == "Upsample(size=(7, 6, 5), mode='trilinear')"
 
 
 def test_signature() -> None:

@@ -9,12 +9,14 @@ from unittest import mock
 
 import pytest
 import torch
-from plain import small_twins
+from plain import small_twins, twins
 from routes import taken
 from torch import Tensor, nn
 from torch.profiler import profile
 
+import fastenc
 from fastenc import convolution
+from fastenc.kernels.layout import MEMORY_FORMAT
 
 LAST = torch.channels_last_3d
 SIZE = (9, 8, 11)
@@ -162,3 +164,86 @@ def test_a_map_comes_in_the_inputs_format() -> None:
         y = net(x.contiguous(memory_format=LAST))
     assert y.is_contiguous(memory_format=LAST)
     assert not y.is_contiguous()
+
+
+def given(name: str, order: int, planes: int) -> Tensor:
+    """An input of `order` spatial axes in a layout of this name."""
+    x = torch.randn(2, planes, *(8, 6, 10)[:order])
+    if name == "sliced":
+        return torch.randn(2, planes, *(16, 12, 20)[:order])[(..., *(slice(None, None, 2),) * order)]
+    if name == "expanded":
+        return x[:1].expand_as(x)
+    if name == "transposed":
+        return torch.randn(2, (8, 6, 10)[order - 1], *(8, 6, 10)[: order - 1], planes).transpose(1, -1)
+    if name == "channels moved":
+        return torch.randn(2, *(8, 6, 10)[:order], planes).movedim(-1, 1)
+    if name == "cropped":
+        return given("channels moved", order, planes)[:, :, 1:]
+    return x
+
+
+LAYOUTS = ("contiguous", "sliced", "expanded", "transposed", "channels moved", "cropped")
+
+
+def assert_laid_out(y: Tensor, layout: str, expected: Tensor) -> None:
+    """Channels-last for a channels-last input, and else contiguous, as torch's own result is."""
+    last = layout in ("channels moved", "cropped") and y.dim() in MEMORY_FORMAT
+    assert y.is_contiguous() != last
+    assert y.is_contiguous(memory_format=MEMORY_FORMAT.get(y.dim(), torch.contiguous_format)) == (last or y.dim() == 3)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("layer_order", ["new", "old"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_units_map_is_laid_out_as_its_input(order: int, layout: str, layer_order: str, recompute: bool) -> None:
+    unit = getattr(fastenc, f"ConvModern{order}d")(3, 4, layer_order=layer_order)
+    unit.recompute = recompute
+    x = given(layout, order, 3)
+    with taken("fused"):
+        assert_laid_out(unit(x), layout, unit.mconv(x))
+        with torch.no_grad():
+            assert_laid_out(unit(x), layout, unit.mconv(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_networks_map_is_laid_out_as_its_input(order: int, layout: str) -> None:
+    net, plain = twins(4, [1, 1], 3, 3, None, order=order, dtype=torch.float32)
+    x = given(layout, order, 3)
+    with taken("fused"):
+        assert_laid_out(net(x), layout, plain(x))
+
+
+@pytest.mark.usefixtures("every_weight_is_big_enough")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(1, 1, 8), (4, 4, 4), (8, 6, 10)])
+def test_the_eager_route_makes_nothing_channels_last(
+    size: tuple[int, ...], layout: str, convolutions: Convolutions
+) -> None:
+    """Torch has bugs on channels-last tensors on a CPU; plain PyTorch does not meet them, nor does this route.
+
+    All that a convolution and a norm are given and give, forward and backward, follows the user's input.
+    """
+    last = layout in ("channels moved", "cropped")
+    x = given(layout, 3, 3)
+    corner = tuple(slice(0, length) for length in size)
+    x = x[(slice(None), slice(None), *corner)]
+    norms: list[Tensor] = []
+    instance_norm = nn.functional.instance_norm
+
+    def norm(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        y = instance_norm(x, *rest, **options)
+        norms.append(x)
+        if y.requires_grad:
+            y.register_hook(norms.append)
+        return y
+
+    net, _ = twins(4, [2, 1], 3, 3, None, dtype=torch.float32)
+    with taken("auto"), mock.patch.object(nn.functional, "instance_norm", norm):
+        y = net(x.requires_grad_()) if min(size) > 1 else net.netbody[1].conv_list[0](torch.cat([x, x[:, :1]], 1))
+        y.sum().backward()
+    seen = [tensor for call in (*convolutions.forward, *convolutions.backward) for tensor in call.values()]
+    for tensor in [y, *norms, *(tensor for tensor in seen if tensor is not None)]:
+        assert last or not convolution.is_channels_last(tensor)

@@ -5,19 +5,22 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from plain import twins
 from routes import eager_norms, taken
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastenc
 from fastenc import backend, explain
+from fastenc.route import chosen
 
 UNITS = ["netbody.1.conv_list.0", "netbody.1.conv_scale", "netbody.2.conv_scale"]
 
@@ -66,6 +69,238 @@ def test_backend_restores_what_was_before() -> None:
         with pytest.raises(KeyError), backend("eager"):
             raise KeyError
         assert route() == "triton"
+
+
+def test_one_object_applies_on_every_enter() -> None:
+    eager = backend("eager")
+    for _ in range(3):
+        with eager:
+            assert chosen() == "eager"
+            with backend("triton"), eager:
+                assert chosen() == "eager"
+            with eager:
+                assert chosen() == "eager"
+            assert chosen() == "eager"
+        assert chosen() == "auto"
+
+
+def test_a_setting_in_a_block_ends_with_the_block() -> None:
+    with backend("triton"):
+        backend("eager")
+        assert chosen() == "eager"
+        with backend("auto"):
+            assert chosen() == "auto"
+        assert chosen() == "eager"
+        kept = backend("auto")
+        assert chosen() == "auto"
+    assert chosen() == "auto"
+    with backend("triton"), kept:
+        assert chosen() == "auto"
+    assert in_a_thread(chosen) == "auto"
+
+
+class Network(nn.Module):
+    @backend("eager")
+    def forward(self, deep: int) -> list[str]:
+        """The backend in each of `deep` calls."""
+        with backend("triton"):
+            below = self(deep - 1) if deep else []
+        return [chosen(), *below]
+
+
+def test_decorator() -> None:
+    @backend("eager")
+    def function(*names: str, last: str) -> tuple[str, ...]:
+        """What it does."""
+        return (chosen(), *names, last)
+
+    assert chosen() == "auto"
+    assert function("a", last="b") == ("eager", "a", "b")
+    assert (function.__name__, function.__doc__) == ("function", "What it does.")
+    assert Network()(2) == ["eager"] * 3
+    with pytest.raises(ZeroDivisionError):
+        backend("eager")(lambda: 1 / 0)()
+    assert chosen() == "auto"
+
+
+def test_decorated_generator_is_in_its_block_while_it_runs() -> None:
+    @backend("eager")
+    def generator() -> Iterator[str]:
+        yield chosen()
+        yield chosen()
+
+    found = []
+    for inside in generator():
+        found += [inside, chosen()]
+    assert found == ["eager", "auto", "eager", "auto"]
+
+
+@pytest.mark.parametrize("kind", ["class", "async function"])
+def test_what_cannot_be_decorated(kind: str) -> None:
+    async def function() -> None: ...
+
+    with pytest.raises(TypeError, match="backend decorates"):
+        backend("eager")(Network if kind == "class" else function)
+    assert chosen() == "auto"
+
+
+def test_type_checkers_know_the_names() -> None:
+    assert get_type_hints(backend.__init__)["name"] is fastenc.route.Backend
+
+
+# Threads
+
+
+def in_a_thread(call: Callable[[], Any]) -> Any:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_block_is_its_threads_own() -> None:
+    with backend("eager"):
+        assert (chosen(), in_a_thread(chosen)) == ("eager", "auto")
+
+
+def test_a_setting_is_for_all_threads() -> None:
+    """Made in a thread without a block: this one is in the fixture's."""
+    settings: list[backend] = []
+    try:
+        assert in_a_thread(lambda: [settings.append(backend("eager")), chosen()][1]) == "eager"
+        assert (in_a_thread(chosen), chosen()) == ("eager", "auto")
+    finally:
+        in_a_thread(settings[0].__enter__)
+    assert in_a_thread(chosen) == "auto"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_overlapping_blocks_of_threads(shared: bool) -> None:
+    """Entered and left in turn, each thread has its own choice, and the process has what it had."""
+    one = backend("eager")
+    seen: dict[str, list[str]] = {"first": [], "second": []}
+    turns = [threading.Event() for _ in range(4)]
+
+    def first() -> None:
+        with one:
+            seen["first"].append(chosen())
+            turns[0].set()
+            turns[1].wait(5)
+            seen["first"].append(chosen())
+        seen["first"].append(chosen())
+        turns[2].set()
+
+    def second() -> None:
+        turns[0].wait(5)
+        with one if shared else backend("triton"):
+            seen["second"].append(chosen())
+            turns[1].set()
+            turns[2].wait(5)
+            seen["second"].append(chosen())
+        seen["second"].append(chosen())
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen["first"] == ["eager", "eager", "auto"]
+    assert seen["second"] == [*(["eager"] if shared else ["triton"]) * 2, "auto"]
+    assert in_a_thread(chosen) == "auto"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_blocks_that_are_made_before_the_others_are_entered(order: tuple[int, int]) -> None:
+    def made_and_entered() -> list[str]:
+        blocks = [backend("eager"), backend("triton")]
+        found = [chosen()]
+        for i in order:
+            with blocks[i]:
+                found.append(chosen())
+            found.append(chosen())
+        return found
+
+    names = ["eager", "triton"]
+    between = "triton" if order[0] == 0 else "eager"  # the other setting is still in force
+    assert in_a_thread(made_and_entered) == ["triton", names[order[0]], between, names[order[1]], "auto"]
+    assert in_a_thread(chosen) == "auto"
+
+
+def test_explain_in_two_threads_leaves_the_process_alone() -> None:
+    inside, done = threading.Event(), threading.Event()
+    others: list[str] = []
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            inside.set()
+            done.wait(5)
+            return x
+
+    thread = threading.Thread(target=lambda: explain(Waits(), volume()))
+    thread.start()
+    inside.wait(5)
+    others.append(in_a_thread(chosen))
+    explain(nn.Identity(), volume())
+    done.set()
+    thread.join()
+    assert [*others, chosen(), in_a_thread(chosen)] == ["auto"] * 3
+
+
+class Descends(torch.autograd.Function):
+    """Calls a backward inside its backward, `depth` deep: torch then goes on in threads of its own, as on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, depth: int, seen: set[tuple[int, str]]) -> Tensor:
+        ctx.depth, ctx.seen = depth, seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        ctx.seen.add((threading.get_ident(), chosen()))
+        if ctx.depth:
+            with torch.enable_grad():
+                Descends.apply(torch.ones(1, requires_grad=True), ctx.depth - 1, ctx.seen).backward()
+        return grad_outputs[0], None, None
+
+
+@pytest.mark.parametrize("name", ["eager", "triton"])
+def test_backward_threads_have_the_block_that_called_them(name: Any) -> None:
+    seen: set[tuple[int, str]] = set()
+    y = Descends.apply(torch.ones(1, requires_grad=True), 70, seen)
+    with backend(name):
+        y.backward()
+    assert len(seen) > 1
+    assert {found for _, found in seen} == {name}
+
+
+def test_compiled_code_follows_the_backend() -> None:
+    """One graph for each backend, and none for explaining, or for a thread's first block."""
+    compiled = CompileCounter()
+    torch._dynamo.reset()
+
+    def f(x: Tensor) -> Tensor:
+        return x + {"auto": 1, "triton": 2, "eager": 3}[chosen()]
+
+    call = torch.compile(f, backend=compiled, fullgraph=True)
+    x = torch.zeros(())
+    for _ in range(2):
+        assert call(x) == 1
+        with backend("eager"):
+            assert call(x) == 3
+        with backend("triton"):
+            assert call(x) == 2
+        explain(nn.Identity(), volume())
+    assert compiled.frame_count == 3
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def g(x: Tensor) -> Tensor:
+        with backend("eager"):
+            y = f(x)
+        return 10 * y + f(x)
+
+    assert g(x) == 31
+    assert chosen() == "auto"
 
 
 @pytest.mark.parametrize("name", ["cuda", "", "Triton", None, 3])
@@ -224,7 +459,7 @@ assert all(row.route == "eager" and "triton" in row.reason for row in fastenc.ex
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("value", "reason"), [("eager", "eager"), ("auto", "CUDA")])
+@pytest.mark.parametrize(("value", "reason"), [("eager", "eager"), ("auto", "CUDA"), ("", "CUDA")])
 def test_environment_chooses_the_backend(value: str, reason: str) -> None:
     code = (
         f"{NETWORK}\nassert all({reason!r} in row.reason for row in fastenc.explain(net, x)), fastenc.explain(net, x)"
