@@ -20,7 +20,7 @@ def _seeded(request: pytest.FixtureRequest) -> None:
 def no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own loops instead of oneDNN's, for every test that reads a bfloat16 weight gradient.
 
-    On CPUs with avx512_bf16 the oneDNN 3.12 of torch 2.13 leaves that gradient unwritten on small maps, in every layout.
+    On CPUs with avx512_bf16 the oneDNN 3.12 of torch 2.13 leaves it unwritten on small maps, in every layout.
     """
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
 
