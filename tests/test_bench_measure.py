@@ -102,6 +102,23 @@ def test_every_peer_that_need_not_compile_agrees(workload: Workload, monkeypatch
             assert (result.over_fastenc is None) == (name == "fastenc" or "fastenc" not in results)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16 autocast", "float32"])
+def test_a_cpu_compares_bfloat16_without_onednn(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes back to oneDNN, whatever the peer raises."""
+    seen = []
+
+    def make(subject: Any) -> Candidate:
+        def numbers() -> Any:
+            seen.append(bool(torch.backends.mkldnn.enabled))
+            raise RuntimeError("a cause")
+
+        return Candidate(numbers, Work(lambda: None), list)
+
+    run(dataclasses.replace(NETWORK, precision=precision), {"eager": Peer(make)}, monkeypatch)
+    assert seen == [precision == "float32"]
+    assert torch.backends.mkldnn.enabled
+
+
 def raising(error: BaseException) -> Peer:
     def make(subject: Any) -> Candidate:
         raise error

@@ -180,6 +180,7 @@ def test_only_x_and_the_parameters_are_kept(name: str) -> None:
     assert set(kept) == {x.data_ptr(), layer.weight.data_ptr(), layer.bias.data_ptr()}
 
 
+@pytest.mark.usefixtures("no_onednn")
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("enabled", [True, False])
 def test_autocast_has_torchs_dtypes_and_numbers(name: str, enabled: bool) -> None:

@@ -138,6 +138,7 @@ def results(net: EncoderNet3d, x: Tensor, recompute: bool) -> list[Tensor]:
     return gradients(net, x)
 
 
+@pytest.mark.usefixtures("no_onednn")
 @pytest.mark.parametrize("size", [(6, 5, 7), (4, 4, 4), (40, 30, 30)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_recompute_is_the_same_to_the_bit(size: tuple[int, ...], autocast: bool) -> None:
@@ -204,6 +205,7 @@ def test_recompute_of_a_tied_parameter(twice: bool) -> None:
         assert_all_near(*found)
 
 
+@pytest.mark.usefixtures("no_onednn")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_float32_volume_under_autocast(recompute: bool) -> None:
     """The activation is where autocast lowers the precision; 2 ULP of bfloat16 in the largest of each sum."""
