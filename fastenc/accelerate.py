@@ -15,17 +15,17 @@ from .layers import _ConvModernNd
 from .modules import _InstanceNormActNd
 from .swapped import (
     INSTANCE_NORMS,
-    KEEPS_CONTIGUOUS,
     Activation,
+    DeferredNorm,
     Dropout,
-    LoneNorm,
-    PairedNorm,
+    Forward,
+    FusedNorm,
     restore,
-    swap,
     why_not_plain,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
+SUMMARY = "_fastenc_summary"  # holds the summary of a model that has an attribute `accelerated` of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +96,22 @@ def accelerate(model: Model, *, undo: bool = False) -> Model:
         ValueError: model, or a module in it, was compiled already or has parameters on the meta device.
     """
     _check(model)
-    for module in model.modules():
-        restore(module)
-        for attribute in ("accelerated", KEEPS_CONTIGUOUS):
-            vars(module).pop(attribute, None)
-    if not undo:
-        vars(model)["accelerated"] = Summary(tuple(_accelerate(model)))
+    summary, forwards = _planned(model) if not undo else (None, [])
+    before = [(module, vars(module).copy()) for module in model.modules()]
+    try:
+        for module, own in before:
+            restore(module)
+            for name in (SUMMARY, *(["accelerated"] if isinstance(own.get("accelerated"), Summary) else [])):
+                vars(module).pop(name, None)
+        for forward in forwards:
+            forward.install()
+        if summary is not None:
+            vars(model).update({SUMMARY: summary} if hasattr(model, "accelerated") else {"accelerated": summary})
+    except BaseException:  # KeyboardInterrupt, say
+        for module, own in before:
+            vars(module).clear()
+            vars(module).update(own)
+        raise
     return model
 
 
@@ -123,47 +133,49 @@ def _check(model: Any) -> None:
             raise ValueError(f"model.{name} is on the meta device: load the parameters first, then accelerate")
 
 
-def _accelerate(model: nn.Module) -> Iterator[NormOutcome]:
-    """Swap the classes; what became of each norm."""
-    from .pairs import find
+def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
+    """What becomes of each norm, and the forwards to install; changes nothing."""
+    from .pairs import find, own_forward
 
     names = {module: name for name, module in model.named_modules()}
     units = [module for module in names if isinstance(module, (_ConvModernNd, _InstanceNormActNd))]
     own = {inner for unit in units for inner in unit.modules()}
     norms = [module for module in names if isinstance(module, INSTANCE_NORMS)]
-    left = {norm: reason for norm in norms if (reason := _why_left(norm, own))}
+    left = {norm: reason for norm in norms if (reason := _why_left(norm, own, own_forward(norm)))}
     found = find(model, {norm for norm in norms if norm not in left})
+    outcomes: list[NormOutcome] = []
+    forwards: list[Forward] = []
     for norm in norms:
         if norm in left:
-            yield NormOutcome(names[norm], "left", left[norm])
+            outcomes.append(NormOutcome(names[norm], "left", left[norm]))
             continue
         why = "; ".join(dict.fromkeys(found.why.get(norm, ())))
         partners = " or ".join(f"{names[m]} ({type(m).__name__})" for m in found.partners.get(norm, ()))
         if norm in found.boxes:
             why = f"if they meet: the forward of {type(found.boxes[norm]).__name__} cannot be traced"
         if partners:
-            yield NormOutcome(names[norm], "fused", f"with {partners}" + (f"; {why}" if why else ""))
+            outcomes.append(NormOutcome(names[norm], "fused", f"with {partners}" + (f"; {why}" if why else "")))
+            forwards.append(DeferredNorm(norm, name=names[norm]))
         else:
-            yield NormOutcome(names[norm], "alone", why or "no call of it was seen")
-        swap(PairedNorm if partners else LoneNorm, norm)
-    if len(left) == len(norms):
-        return
-    for activation in {partner for partners in found.partners.values() for partner in partners}:
-        swap(Activation, activation)
-    for dropout in found.dropouts:
-        swap(Dropout, dropout)
-    for scope in found.scopes - {model}:
-        swap(scope_of(scope, root=False), scope)
-    if model not in norms:
-        swap(scope_of(model, root=True), model)
+            outcomes.append(NormOutcome(names[norm], "alone", why or "no call of it was seen"))
+            forwards.append(FusedNorm(norm))
+    if forwards:
+        activations = dict.fromkeys(partner for partners in found.partners.values() for partner in partners)
+        forwards += [Activation(activation) for activation in activations]
+        forwards += [Dropout(dropout) for dropout in found.dropouts]
+        scopes = {**found.scopes, **({} if model in norms else {model: found.scopes.get(model, {})})}
+        for scope, inside in scopes.items():
+            between = tuple((caller, tuple(names[norm] for norm in waiting)) for caller, waiting in inside.items())
+            forwards.append(scope_of(scope, root=scope is model)(scope, between=between))
+    return Summary(tuple(outcomes)), forwards
 
 
-def _why_left(norm: nn.Module, own: set[nn.Module]) -> str | None:
+def _why_left(norm: nn.Module, own: set[nn.Module], replaced: bool) -> str | None:
     """Why norm, an InstanceNorm, is not touched."""
     if norm in own:
         return "it is in one of fastenc's own units, which fuse already"
     if type(norm) not in INSTANCE_NORMS:
         return f"it is a {type(norm).__name__} of {type(norm).__module__}, not one of torch's own InstanceNorms"
-    if "forward" in vars(norm):
+    if replaced:
         return "its forward was replaced"
     return why_not_plain(norm)
