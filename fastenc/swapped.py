@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,14 @@ INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 ACTIVATIONS = (nn.PReLU, nn.LeakyReLU, nn.ReLU)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # A class that was given to a module later may have a forward of its own: then that one runs.
-TORCH_FORWARDS = frozenset(kind.forward for kind in (*INSTANCE_NORMS, *ACTIVATIONS, *DROPOUTS))
+TORCH_FORWARDS = frozenset(kind.forward for kind in (*INSTANCE_NORMS, *ACTIVATIONS, *DROPOUTS, nn.Identity))
 
 
 class Forward(route.Accelerated):
     """What runs in place of a module's own forward. `before`: the attributes of the module that it displaced."""
 
     # The attributes of a module that Python or torch look up on the instance; "forward" is set apart.
-    ATTRIBUTES = {
+    ATTRIBUTES: ClassVar = {
         "__reduce_ex__": "_reduced", "_replicate_for_data_parallel": "_replica", "__prepare_scriptable__": "_scripted",
     }  # fmt: skip
 
@@ -62,6 +62,10 @@ class Forward(route.Accelerated):
     @property
     def __wrapped__(self) -> Any:  # for inspect.signature
         return self.before.get("forward") or type(self.module).forward.__get__(self.module)
+
+    @property
+    def __code__(self) -> Any:  # torch.export names its symbols by it
+        return self.__wrapped__.__code__
 
     def _attach(self, module: nn.Module) -> None:
         vars(module).update({name: getattr(self, method) for name, method in self.ATTRIBUTES.items()})
@@ -254,8 +258,8 @@ class FusionScope(Forward):
         """Raise where a second forward would change other results than the first."""
         if any(map(_counting, self.module.modules())):
             raise RuntimeError(
-                f"{type(self.module).__name__} {what}, which an accelerated model does not allow at its first call, and "
-                "running statistics would count a second try twice. Call the model once in eval mode."
+                f"{type(self.module).__name__} {what}, which an accelerated model does not allow at its first call, "
+                "and running statistics would count a second try twice. Call the model once in eval mode."
             ) from error
 
 
