@@ -210,18 +210,22 @@ class FusionScope(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or forward_of(self.module) is not self:  # undone, but something holds on to it
             return self._traced(*args, **kwargs)
-        if not torch.is_inference_mode_enabled() or self.keeps_inference_mode:
+        if not torch.is_inference_mode_enabled() or running.scopes or self.keeps_inference_mode:
             return self._called(args, kwargs)
         # Tensors made in inference mode do not count changes in place, without which a norm cannot wait.
         try:
             with torch.inference_mode(False), torch.no_grad():
-                return self._called(args, kwargs)
+                return self._called(*_converted(_counting_alias, args, kwargs))
         except RuntimeError as error:
             if "nplace update to inference tensor" not in str(error):
                 raise
-            self._check_repeatable(error, "changes an inference tensor in place")
-        self.keeps_inference_mode = True
-        return self._called(args, kwargs)
+            self.keeps_inference_mode = True
+            raise RuntimeError(
+                f"{type(self.module).__name__} changed a tensor in place that was made in inference mode before this "
+                "call, which torch forbids wherever changes are counted, as they are in an accelerated model. Its next "
+                "calls stay in inference mode, where only a norm's own kernel runs; torch.no_grad() has no such limit "
+                "for tensors made in it."
+            ) from error
 
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.compile and torch.export trace."""
@@ -253,14 +257,6 @@ class FusionScope(Forward):
                 y = tree_map_only(Deferred, Deferred.plain, y)
         _settle(made, leaving)
         return y
-
-    def _check_repeatable(self, error: RuntimeError, what: str) -> None:
-        """Raise where a second forward would change other results than the first."""
-        if any(map(_counting, self.module.modules())):
-            raise RuntimeError(
-                f"{type(self.module).__name__} {what}, which an accelerated model does not allow at its first call, "
-                "and running statistics would count a second try twice. Call the model once in eval mode."
-            ) from error
 
 
 def _settle(made: Iterable[Callable[[], Deferred | None]], leaving: list[Any]) -> None:
@@ -330,6 +326,15 @@ def _converted(layout: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> tu
     return (
         [layout(value) if isinstance(value, Tensor) else value for value in args],
         {name: layout(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()},
+    )
+
+
+def _counting_alias(x: Tensor) -> Tensor:
+    """x itself, or its memory in a tensor that counts changes in place."""
+    if type(x) is not Tensor or not x.is_inference() or not x.is_floating_point() or x.layout is not torch.strided:
+        return x
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        x.untyped_storage(), x.storage_offset(), x.size(), x.stride()
     )
 
 

@@ -1,4 +1,4 @@
-"""accelerate replaces forwards on the instances: what looks at classes, attributes, copies or memory sees torch's own."""
+"""accelerate replaces forwards on instances: classes, attributes, copies and memory are as torch has them."""
 
 import copy
 import ctypes
@@ -10,6 +10,7 @@ from abc import ABC
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ class Net(nn.Module):
 
     def __init__(self, activation: nn.Module | None = None) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv3d(2, 4, 1), nn.InstanceNorm3d(4, affine=True)
+        self.conv, self.norm = nn.Conv3d(2, 4, 1, bias=False), nn.InstanceNorm3d(4, affine=True)
         self.drop, self.act = nn.Dropout(0.0), activation or nn.LeakyReLU(0.1)
         self.look: Callable[[Tensor], Any] = id
 
@@ -206,7 +207,7 @@ def test_a_class_that_the_user_gives_later() -> None:
         assert_near(net(x), untouched(x).double())
 
 
-def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_or_nothing() -> None:
     """An error at any point leaves the model as it was, untouched or accelerated."""
     from fastenc import pairs, swapped
 
@@ -214,8 +215,7 @@ def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for net in (Net(), fastenc.accelerate(Net())):
         before = [dict(vars(module)) for module in net.modules()]
         for where, name in ((pairs, "find"), (swapped.Activation, "install"), (swapped.FusionScope, "install")):
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(where, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with mock.patch.object(where, name, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
                 fastenc.accelerate(net)
         assert [dict(vars(module)) for module in net.modules()] == before
         net(x)
@@ -261,15 +261,14 @@ def test_copies_run_on_their_own(copied: Callable[[nn.Module], nn.Module]) -> No
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
+        x = volume()
+        expected = untouched(x).double()
         with taken("fused"):
-            with fused_calls() as pairs:
-                other(x := volume())
-            assert pairs.call_count == 1
-            assert_near(other(x), untouched(x).double())
-            fastenc.accelerate(net, undo=True)
-            with fused_calls() as pairs:
-                assert_near(other(x), untouched(x).double())
-            assert pairs.call_count == 1
+            for _ in range(2):
+                with fused_calls() as pairs:
+                    assert_near(other(x), expected)
+                assert pairs.call_count == 1
+                fastenc.accelerate(net, undo=True)
     assert "forward" not in vars(fastenc.accelerate(other, undo=True)[1])
 
 
@@ -315,7 +314,9 @@ def test_hooks_by_type() -> None:
         for module in model.modules():
             if type(module) in kinds:
                 module.register_forward_hook(
-                    lambda module, args, y: seen.append((type(module), kinds[type(module)] * args[0].numel()))
+                    lambda module, args, y, seen=seen: seen.append(
+                        (type(module), kinds[type(module)] * args[0].numel())
+                    )
                 )
             if type(module) is nn.ReLU:
                 module.register_full_backward_hook(lambda module, dx, dy: (0.5 * dy[0],))
@@ -425,7 +426,7 @@ def test_a_norms_output_that_outlives_the_forward(wrapped: bool, how: str, activ
     net, untouched = twins(nn.Sequential(Keeps(activation)) if wrapped else Keeps(activation))
     x = volume()
     features, grads = [], []
-    for model in net, untouched:
+    for model, x in ((net, x), (untouched.double(), x.double())):
         keeps: Any = model[0] if wrapped else model
         keeps.how = how
         with taken("fused"):
@@ -518,8 +519,9 @@ def test_changes_in_place_in_inference_mode(what: str, part: bool, made: str) ->
             try:
                 assert_near(run(x.clone()), truth.double())
             except RuntimeError as error:
-                assert "changed in place" in str(error)  # noqa: PT017
-                assert what not in ("", "buffer")
+                assert "in place" in str(error)  # noqa: PT017
+                assert what not in ("", "buffer") or made == "inside"
+                assert_near(run(x.clone()), expected(x.clone()).double()) if "next calls" in str(error) else None
 
 
 def test_pairs_fuse_in_inference_mode() -> None:
