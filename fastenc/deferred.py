@@ -289,19 +289,21 @@ def _versions(*tensors: Tensor | None) -> list[int]:
 
 def _value(z: Deferred) -> Tensor:
     """z without history, computed at the first call."""
-    if z.replaced is None and z.value is None:
+    if z.replaced is not None:
+        if z.requires_grad or type(z.replaced) is Deferred:
+            raise RuntimeError(
+                "the output of an accelerated norm was used after its in-place activation or addition had replaced it; "
+                "use what that returned, or fastenc.accelerate(model, undo=True)"
+            )
+        return z.replaced
+    if z.value is None:
         z._check_unchanged()
         with torch.no_grad():
             z.value = z._computed(1.0)
             if z.dropout is not None:
                 z.noise.append(z.dropout(torch.ones_like(z.value)))
                 z.value = z.value * z.noise[0]
-    elif z.replaced is not None and z.requires_grad:
-        raise RuntimeError(
-            "the output of an accelerated norm was used after its in-place activation or addition had replaced it; use "
-            "what that returned, or fastenc.accelerate(model, undo=True)"
-        )
-    return z.value if z.replaced is None else z.replaced
+    return z.value
 
 
 def _dropped(z: Deferred, dropout: Callable[[Tensor], Tensor], noise: list[Tensor]) -> Deferred:

@@ -11,7 +11,7 @@ import copy
 import copyreg
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -88,7 +88,8 @@ class Forward(route.Accelerated):
 
     def _reduced(self, protocol: Any) -> Any:
         """How the module is pickled and copied: as by itself, and the copy runs a forward of its own."""
-        made: Any = type(self.module).__reduce_ex__(self.module, max(2, protocol))
+        kind: Any = type(self.module)
+        made: Any = kind.__reduce_ex__(self.module, max(2, protocol))
         if made[0] is not copyreg.__newobj__ or not isinstance(made[2], dict):  # type: ignore[attr-defined]
             return made
         state = {name: value for name, value in made[2].items() if name not in self.ATTRIBUTES}
@@ -166,7 +167,9 @@ class DeferredNorm(FusedNorm):
             (running.scopes or _top_saved_tensors_default_hooks(True))
             and self.name not in running.observed
             and dense(x)
-            and counted(x, weight, bias)
+            # What was made in inference mode does not count changes in place.
+            and not (x.is_inference() or (weight is not None and weight.is_inference()))
+            and not (bias is not None and bias.is_inference())
         ):
             return deferred(x, weight, bias, eps)
         return fused(x, weight, bias, 1.0, eps)
@@ -208,7 +211,10 @@ class FusionScope(Forward):
     keeps_inference_mode = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or forward_of(self.module) is not self:  # undone, but something holds on to it
+        # Undone, it may still be called by something that holds on to it.
+        if torch.compiler.is_compiling() or (
+            vars(self.module).get("forward") is not self and forward_of(self.module) is not self
+        ):
             return self._traced(*args, **kwargs)
         if not torch.is_inference_mode_enabled() or running.scopes or self.keeps_inference_mode:
             return self._called(args, kwargs)
@@ -233,38 +239,29 @@ class FusionScope(Forward):
 
     def _called(self, args: Any, kwargs: Any) -> Any:
         """The forward, with norms that defer."""
-        outside, first = running.observed, len(running.waiting)
+        around, made = running.waiting, []
+        outside, running.waiting = running.observed, made
         for module, names in self.between:
             if route.observed(module):
                 running.observed = running.observed.union(names)
         running.scopes += 1
         try:
             y = self.plainly(*args, **kwargs)
-        except BaseException:
-            del running.waiting[first:]
-            raise
         finally:
             running.scopes -= 1
-            running.observed = outside
-        made = running.waiting[first:]
-        del running.waiting[first:]
+            running.observed, running.waiting = outside, around
         leaving: list[Any] = []
         if type(y) is not Tensor:
             if running.scopes and not route.observed(self.module):
                 leaving = [leaf for leaf in tree_leaves(y) if type(leaf) is Deferred]
-                running.waiting += map(weakref.ref, leaving)
+                around += map(weakref.ref, leaving)
             else:
                 y = tree_map_only(Deferred, Deferred.plain, y)
-        _settle(made, leaving)
+        for each in made:  # what something still refers to, and does not leave to a scope around this one
+            z = each()
+            if z is not None and not any(z is other for other in leaving):
+                z.settle()
         return y
-
-
-def _settle(made: Iterable[Callable[[], Deferred | None]], leaving: list[Any]) -> None:
-    """Compute those of `made` that something still refers to, except the ones that leave the scope."""
-    for each in made:
-        z = each()
-        if z is not None and not any(z is other for other in leaving):
-            z.settle()
 
 
 class ModelRoot(FusionScope):
@@ -312,8 +309,8 @@ class ModelRoot(FusionScope):
         volumes = [value for value in given if value.dim() > 3 and value.is_contiguous() and not route.reason(value)]
         if not torch.compiler.is_compiling() or not volumes or self.keeps_contiguous:
             return super()._traced(*args, **kwargs)
-        args, kwargs = _converted(_laid_out, args, kwargs)
-        return tree_map_only(Tensor, _contiguous, super()._traced(*args, **kwargs))
+        arguments, keywords = _converted(_laid_out, args, kwargs)
+        return tree_map_only(Tensor, _contiguous, super()._traced(*arguments, **keywords))
 
     def _unannotated(self, *args: Any, **kwargs: Any) -> Any:
         return self(
@@ -345,11 +342,6 @@ def _plain_class(value: Tensor) -> Tensor:
 def observed(module: nn.Module) -> bool:
     """Whether module is not the plain torch.nn module that it was."""
     return route.observed(module) is not None or type(module).forward not in TORCH_FORWARDS
-
-
-def counted(*tensors: Tensor | None) -> bool:
-    """Whether a change in place of any of them is noticed: tensors made in inference mode do not count changes."""
-    return not any(tensor is not None and tensor.is_inference() for tensor in tensors)
 
 
 def _unfused(forward: Callable[[Tensor], Tensor], x: Deferred, inplace: bool) -> Tensor:

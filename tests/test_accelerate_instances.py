@@ -424,15 +424,15 @@ class Keeps(Net):
 def test_a_norms_output_that_outlives_the_forward(wrapped: bool, how: str, activation: nn.Module) -> None:
     """Read after a step of the optimizer; and a loss of it, whose gradient takes the way that torch's takes."""
     net, untouched = twins(nn.Sequential(Keeps(activation)) if wrapped else Keeps(activation))
-    x = volume()
+    given = volume()
     features, grads = [], []
-    for model, x in ((net, x), (untouched.double(), x.double())):
+    for model, x in ((net, given), (untouched.double(), given.double())):
         keeps: Any = model[0] if wrapped else model
         keeps.how = how
         with taken("fused"):
             result = model(x)
             feature = keeps.feature(result)
-            feature.square().sum().backward()
+            feature.sin().sum().backward()
             grads.append([p.grad for p in (keeps.conv.weight, keeps.norm.weight, keeps.norm.bias)])
             with torch.no_grad():
                 for parameter in model.parameters():
