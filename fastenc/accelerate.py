@@ -1,4 +1,4 @@
-"""`accelerate`: the fused kernels in anybody's network, in place."""
+"""`accelerate`: the fused kernels in any network, in place."""
 
 from __future__ import annotations
 
@@ -69,27 +69,39 @@ def accelerate(model: Model, *, undo: bool = False) -> Model:
         print(model.accelerated)             # a line for each norm: fused with what, or why not
         fastenc.accelerate(model, undo=True)
 
-    The modules get other classes, of the same names, and nothing else: parameters, keys of the state dict, hooks,
-    copies and pickles stay as they were, and so do the numbers. What leads from norm to activation is read off a trace
-    of the forward; dropout and Identity in between are no obstacle, nor is the addition, by + or +=, of a residual. A
-    norm with no activation behind it runs as the kernel alone. On CUDA, volumes are laid out channels-last as they
-    enter the model. Whatever the kernels do not cover (`fastenc.explain(model, x)` says what, and why) runs as it did
-    before, and so does everything under tracers. Under torch.compile and torch.export a pair is one operator where the
-    two are in an nn.Sequential, as in nnU-Net's ConvDropoutNormReLU and MONAI's ADN, and runs as before elsewhere.
-    Repeating the call looks anew.
+    Each of these modules gets a `forward` of its own, as an attribute. Its class, parameters, hooks and state-dict keys
+    stay as they were, and so do the numbers. Copies, pickles and nn.DataParallel's replicas are accelerated too.
 
-    Where the forward calls view on a volume, which a channels-last one refuses, a warning says so, and that call starts
-    over on contiguous volumes, as do all that follow (RuntimeError where running statistics would count it twice, and
-    under torch.compile before any other call). What lies between norm and activation has a gradient of its own
-    only for who asks right behind the norm (register_hook, retain_grad); torch.autograd.grad finds none there. A model
-    that writes over its input writes over the channels-last copy, not over what the caller gave.
+    Pairs are found by tracing the forward. Dropout, Identity and a residual addition (`+` or `+=`) between the norm and
+    its activation are supported. A norm without an activation runs as the kernel alone. On CUDA, tensors with two or
+    more spatial axes are converted to channels-last when they enter the model. Whatever the kernels do not support runs
+    as before; `fastenc.explain(model, x)` gives the reason. So does everything under tracers. Under torch.compile and
+    torch.export, a pair inside an nn.Sequential is one operator, and other pairs run as before. Calling accelerate
+    again re-analyses the model. After an error the model is as it was.
+
+    What differs from the original model:
+
+    - A forward that calls view on a channels-last tensor fails. A warning says so, and this call and all later ones run
+      on contiguous tensors. RuntimeError is raised where running statistics would count the repeated call twice, and
+      under torch.compile before any other call.
+    - To see the gradient of a norm's output, call register_hook or retain_grad on it immediately after the norm.
+      Otherwise the tensor is fused away and torch.autograd.grad cannot reach it.
+    - RuntimeError is raised if a norm's input, weight, bias or residual is changed in place before its output is used.
+      Under torch.inference_mode the model therefore runs in torch.no_grad, so its outputs are ordinary tensors, and a
+      tensor that was made in inference mode before the call cannot be changed in place during the first call.
+    - A model that writes over its input writes over the channels-last copy, not over the caller's tensor.
+    - A hook on a module that a norm's output leaves before its activation keeps the two from being fused.
+    - Each of these modules is part of a reference cycle, so a deleted model is freed by Python's garbage collector.
+    - A module whose class defines `__reduce_ex__` itself is pickled by that; copy.copy of it shares the forward.
+    - torch.jit.script raises RuntimeError. torch.compile of an nn.Sequential does not survive undo with fullgraph=True.
 
     Args:
         model: any nn.Module.
-        undo: give the modules their own classes back instead.
+        undo: give the modules their own forwards back instead.
 
     Returns:
-        model itself. Its attribute `accelerated` is a `Summary`.
+        model itself. Its attribute `accelerated` is a `Summary`; where model has an attribute of this name, it is
+        `_fastenc_summary` instead.
 
     Raises:
         TypeError: model is no nn.Module, or a ScriptModule.

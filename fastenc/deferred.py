@@ -238,10 +238,10 @@ class Deferred(Tensor):
         )  # fmt: skip
 
     def _unchanged(self) -> bool:
-        return self.versions == _versions(self.x, self.weight, self.bias, self.residual)
+        return _versions(self.x, self.weight, self.bias, self.residual) == self.versions
 
     def _check_unchanged(self) -> None:
-        if not self._unchanged():
+        if self.versions != _versions(self.x, self.weight, self.bias, self.residual):
             raise RuntimeError(
                 "the input, weight, bias or residual of an accelerated norm was changed in place before its output was "
                 "used; fastenc.accelerate(model, undo=True) gives the original model back"

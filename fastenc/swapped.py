@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -142,7 +143,7 @@ class FusedNorm(Forward):
 
     def __call__(self, input: Tensor) -> Tensor:  # named as torch.nn names it
         x = input.plain() if type(input) is Deferred else input
-        if not (torch.compiler.is_compiling() or route.eager(self.why_eager(x))):
+        if not (is_compiling() or route.eager(self.why_eager(x))):
             norm = self.module
             weight, bias = norm.weight, norm.bias  # once: nn.Module is slow to find them
             if takes(norm, x, weight, bias):
@@ -212,9 +213,7 @@ class FusionScope(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Undone, it may still be called by something that holds on to it.
-        if torch.compiler.is_compiling() or (
-            vars(self.module).get("forward") is not self and forward_of(self.module) is not self
-        ):
+        if is_compiling() or (vars(self.module).get("forward") is not self and forward_of(self.module) is not self):
             return self._traced(*args, **kwargs)
         if not torch.is_inference_mode_enabled() or running.scopes or self.keeps_inference_mode:
             return self._called(args, kwargs)
@@ -239,8 +238,8 @@ class FusionScope(Forward):
 
     def _called(self, args: Any, kwargs: Any) -> Any:
         """The forward, with norms that defer."""
-        around, made = running.waiting, []
-        outside, running.waiting = running.observed, made
+        made: list[Callable[[], Deferred | None]] = []
+        around, outside, running.waiting = running.waiting, running.observed, made
         for module, names in self.between:
             if route.observed(module):
                 running.observed = running.observed.union(names)

@@ -188,6 +188,18 @@ def test_autocast(activation: nn.Module) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_half_a_pair_of_parameters(missing: str) -> None:
+    """A bias without a weight, and a weight without a bias."""
+    net = stack(nn.PReLU(4))
+    setattr(net[1], missing, None)
+    net, untouched = twins(net)
+    with taken("fused"):
+        compiled = Compiled(net)
+        assert_like_untouched(compiled, untouched, volume())  # type: ignore[arg-type]
+    assert compiled.graphs == [1, 1]
+
+
 def test_volumes_go_channels_last() -> None:
     net, _ = twins(stack(nn.PReLU(4)))
     seen: list[Tensor] = []

@@ -193,6 +193,26 @@ def test_the_search_leaves_no_trace() -> None:
     assert net.accelerated.count("fused") == 1
 
 
+def test_an_activation_that_is_not_registered() -> None:
+    """One that the forward makes or finds elsewhere does not complete the norm."""
+    elsewhere = nn.ReLU()
+
+    class Finds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.InstanceNorm3d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return elsewhere(self.norm(x))
+
+    net, untouched = twins(Finds())
+    (norm,) = net.accelerated
+    assert (norm.outcome, norm.detail) == ("alone", "its output goes to a ReLU that is not registered in the model")
+    assert "forward" not in vars(elsewhere)
+    with taken("fused"):
+        assert_like_untouched(net, untouched, volume())
+
+
 class OwnNorm(nn.InstanceNorm3d):
     """Somebody's own."""
 
