@@ -1,4 +1,4 @@
-"""`accelerate`: the fused kernels in anybody's network, in place."""
+"""`accelerate`: the fused kernels in any network, in place."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .layers import _ConvModernNd
 from .modules import _InstanceNormActNd
 from .swapped import (
     INSTANCE_NORMS,
-    KEEPS_CONTIGUOUS,
     Activation,
+    DeferredNorm,
     Dropout,
-    LoneNorm,
-    PairedNorm,
+    Forward,
+    FusedNorm,
     restore,
-    swap,
     why_not_plain,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
+SUMMARY = "_fastenc_summary"  # holds the summary of a model that has an attribute `accelerated` of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,39 +69,61 @@ def accelerate(model: Model, *, undo: bool = False) -> Model:
         print(model.accelerated)             # a line for each norm: fused with what, or why not
         fastenc.accelerate(model, undo=True)
 
-    The modules get other classes, of the same names, and nothing else: parameters, keys of the state dict, hooks,
-    copies and pickles stay as they were, and so do the numbers. What leads from norm to activation is read off a trace
-    of the forward; dropout and Identity in between are no obstacle, nor is the addition, by + or +=, of a residual. A
-    norm with no activation behind it runs as the kernel alone. On CUDA, volumes are laid out channels-last as they
-    enter the model. Whatever the kernels do not cover (`fastenc.explain(model, x)` says what, and why) runs as it did
-    before, and so does everything under tracers. Under torch.compile and torch.export a pair is one operator where the
-    two are in an nn.Sequential, as in nnU-Net's ConvDropoutNormReLU and MONAI's ADN, and runs as before elsewhere.
-    Repeating the call looks anew.
+    Each of these modules gets a `forward` of its own, as an attribute. Its class, parameters, hooks and state-dict keys
+    stay as they were, and so do the numbers. Copies, pickles and nn.DataParallel's replicas are accelerated too.
 
-    Where the forward calls view on a volume, which a channels-last one refuses, a warning says so, and that call starts
-    over on contiguous volumes, as do all that follow (RuntimeError where running statistics would count it twice, and
-    under torch.compile before any other call). What lies between norm and activation has a gradient of its own
-    only for who asks right behind the norm (register_hook, retain_grad); torch.autograd.grad finds none there. A model
-    that writes over its input writes over the channels-last copy, not over what the caller gave.
+    Pairs are found by tracing the forward. Dropout, Identity and a residual addition (`+` or `+=`) between the norm and
+    its activation are supported. A norm without an activation runs as the kernel alone. On CUDA, tensors with two or
+    more spatial axes are converted to channels-last when they enter the model. Whatever the kernels do not support runs
+    as before; `fastenc.explain(model, x)` gives the reason. So does everything under tracers. Under torch.compile and
+    torch.export, a pair inside an nn.Sequential is one operator, and other pairs run as before. Calling accelerate
+    again re-analyses the model. After an error the model is as it was.
+
+    What differs from the original model:
+
+    - A forward that calls view on a channels-last tensor fails. A warning says so, and this call and all later ones run
+      on contiguous tensors. RuntimeError is raised where running statistics would count the repeated call twice, and
+      under torch.compile before any other call.
+    - To see the gradient of a norm's output, call register_hook or retain_grad on it immediately after the norm.
+      Otherwise the tensor is fused away and torch.autograd.grad cannot reach it.
+    - RuntimeError is raised if a norm's input, weight, bias or residual is changed in place before its output is used.
+      Under torch.inference_mode the model therefore runs in torch.no_grad, so its outputs are ordinary tensors, and a
+      tensor that was made in inference mode before the call cannot be changed in place during the first call.
+    - A model that writes over its input writes over the channels-last copy, not over the caller's tensor.
+    - A hook on a module that a norm's output leaves before its activation keeps the two from being fused.
+    - Each of these modules is part of a reference cycle, so a deleted model is freed by Python's garbage collector.
+    - A module whose class defines `__reduce_ex__` itself is pickled by that; copy.copy of it shares the forward.
+    - torch.jit.script raises RuntimeError. torch.compile of an nn.Sequential does not survive undo with fullgraph=True.
 
     Args:
         model: any nn.Module.
-        undo: give the modules their own classes back instead.
+        undo: give the modules their own forwards back instead.
 
     Returns:
-        model itself. Its attribute `accelerated` is a `Summary`.
+        model itself. Its attribute `accelerated` is a `Summary`; where model has an attribute of this name, it is
+        `_fastenc_summary` instead.
 
     Raises:
         TypeError: model is no nn.Module, or a ScriptModule.
         ValueError: model, or a module in it, was compiled already or has parameters on the meta device.
     """
     _check(model)
-    for module in model.modules():
-        restore(module)
-        for attribute in ("accelerated", KEEPS_CONTIGUOUS):
-            vars(module).pop(attribute, None)
-    if not undo:
-        vars(model)["accelerated"] = Summary(tuple(_accelerate(model)))
+    summary, forwards = _planned(model) if not undo else (None, [])
+    before = [(module, vars(module).copy()) for module in model.modules()]
+    try:
+        for module, own in before:
+            restore(module)
+            for name in (SUMMARY, *(["accelerated"] if isinstance(own.get("accelerated"), Summary) else [])):
+                vars(module).pop(name, None)
+        for forward in forwards:
+            forward.install()
+        if summary is not None:
+            vars(model).update({SUMMARY: summary} if hasattr(model, "accelerated") else {"accelerated": summary})
+    except BaseException:  # KeyboardInterrupt, say
+        for module, own in before:
+            vars(module).clear()
+            vars(module).update(own)
+        raise
     return model
 
 
@@ -123,47 +145,49 @@ def _check(model: Any) -> None:
             raise ValueError(f"model.{name} is on the meta device: load the parameters first, then accelerate")
 
 
-def _accelerate(model: nn.Module) -> Iterator[NormOutcome]:
-    """Swap the classes; what became of each norm."""
-    from .pairs import find
+def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
+    """What becomes of each norm, and the forwards to install; changes nothing."""
+    from .pairs import find, own_forward
 
     names = {module: name for name, module in model.named_modules()}
     units = [module for module in names if isinstance(module, (_ConvModernNd, _InstanceNormActNd))]
     own = {inner for unit in units for inner in unit.modules()}
     norms = [module for module in names if isinstance(module, INSTANCE_NORMS)]
-    left = {norm: reason for norm in norms if (reason := _why_left(norm, own))}
+    left = {norm: reason for norm in norms if (reason := _why_left(norm, own, own_forward(norm)))}
     found = find(model, {norm for norm in norms if norm not in left})
+    outcomes: list[NormOutcome] = []
+    forwards: list[Forward] = []
     for norm in norms:
         if norm in left:
-            yield NormOutcome(names[norm], "left", left[norm])
+            outcomes.append(NormOutcome(names[norm], "left", left[norm]))
             continue
         why = "; ".join(dict.fromkeys(found.why.get(norm, ())))
         partners = " or ".join(f"{names[m]} ({type(m).__name__})" for m in found.partners.get(norm, ()))
         if norm in found.boxes:
             why = f"if they meet: the forward of {type(found.boxes[norm]).__name__} cannot be traced"
         if partners:
-            yield NormOutcome(names[norm], "fused", f"with {partners}" + (f"; {why}" if why else ""))
+            outcomes.append(NormOutcome(names[norm], "fused", f"with {partners}" + (f"; {why}" if why else "")))
+            forwards.append(DeferredNorm(norm, name=names[norm]))
         else:
-            yield NormOutcome(names[norm], "alone", why or "no call of it was seen")
-        swap(PairedNorm if partners else LoneNorm, norm)
-    if len(left) == len(norms):
-        return
-    for activation in {partner for partners in found.partners.values() for partner in partners}:
-        swap(Activation, activation)
-    for dropout in found.dropouts:
-        swap(Dropout, dropout)
-    for scope in found.scopes - {model}:
-        swap(scope_of(scope, root=False), scope)
-    if model not in norms:
-        swap(scope_of(model, root=True), model)
+            outcomes.append(NormOutcome(names[norm], "alone", why or "no call of it was seen"))
+            forwards.append(FusedNorm(norm))
+    if forwards:
+        activations = dict.fromkeys(partner for partners in found.partners.values() for partner in partners)
+        forwards += [Activation(activation) for activation in activations]
+        forwards += [Dropout(dropout) for dropout in found.dropouts]
+        scopes = {**found.scopes, **({} if model in norms else {model: found.scopes.get(model, {})})}
+        for scope, inside in scopes.items():
+            between = tuple((caller, tuple(names[norm] for norm in waiting)) for caller, waiting in inside.items())
+            forwards.append(scope_of(scope, root=scope is model)(scope, between=between))
+    return Summary(tuple(outcomes)), forwards
 
 
-def _why_left(norm: nn.Module, own: set[nn.Module]) -> str | None:
+def _why_left(norm: nn.Module, own: set[nn.Module], replaced: bool) -> str | None:
     """Why norm, an InstanceNorm, is not touched."""
     if norm in own:
         return "it is in one of fastenc's own units, which fuse already"
     if type(norm) not in INSTANCE_NORMS:
         return f"it is a {type(norm).__name__} of {type(norm).__module__}, not one of torch's own InstanceNorms"
-    if "forward" in vars(norm):
+    if replaced:
         return "its forward was replaced"
     return why_not_plain(norm)

@@ -1,20 +1,21 @@
-"""A normalised volume that is not computed before it is known what becomes of it.
+"""A tensor subclass for a norm's output whose computation is deferred until its consumer is known.
 
-An accelerated norm hands out a `Deferred` in place of z = norm(x). The activation it was meant for turns it into
-PReLU(z) by one kernel, or, where a residual r was added on the way, into PReLU(z + r). For anything else it is z,
-computed at the first look: to PyTorch it is an ordinary tensor of the autograd graph, with shape, strides, dtype and
-gradient. So nothing depends on what the activation turns out to be.
+An accelerated norm returns a `Deferred` in place of z = norm(x). Its activation turns it into PReLU(z) by one kernel,
+or into PReLU(z + r) if a residual r was added in between. For any other consumer it is z, computed at the first look:
+to PyTorch it is an ordinary tensor of the autograd graph, with shape, strides, dtype and gradient.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_map_only
 
@@ -22,6 +23,18 @@ from fastenc.kernels.layout import layout
 
 from . import reference, route
 from .functional import fused
+
+
+class _Running(threading.local):
+    """Of this thread: how many scopes run, the norms that must not defer in them, and every Deferred made in them."""
+
+    def __init__(self) -> None:
+        self.scopes = 0
+        self.observed: frozenset[str] = frozenset()
+        self.waiting: list[Callable[[], Any]] = []
+
+
+running = _Running()
 
 
 class Deferred(Tensor):
@@ -37,7 +50,7 @@ class Deferred(Tensor):
     noise: list[Tensor]
     residual: Tensor | None = None
     value: Tensor | None = None
-    overwritten: bool = False
+    replaced: Tensor | None = None  # what an activation or addition in place has made of z
     passed_by: bool = False
 
     # Everything goes through the dispatcher, below autograd: what is computed there needs no history of its own.
@@ -49,6 +62,10 @@ class Deferred(Tensor):
         z.x, z.weight, z.bias, z.eps = x, weight, bias, eps
         z.versions = _versions(x, weight, bias, None)
         z.grad_mode = torch.is_grad_enabled()
+        # z has no memory: what asks for its address past the methods here gets an error, and no null pointer.
+        torch._C._set_throw_on_mutable_data_ptr(z)
+        if running.scopes:
+            running.waiting.append(weakref.ref(z))
         return z
 
     @classmethod
@@ -67,11 +84,31 @@ class Deferred(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.plain().__reduce_ex__(protocol)
 
-    def tolist(self) -> Any:
-        return self.plain().tolist()
+    def untyped_storage(self) -> torch.UntypedStorage:  # and so storage, share_memory_ and is_shared
+        return _value(self).untyped_storage()
 
     def data_ptr(self) -> int:
         return _value(self).data_ptr()
+
+    def tolist(self) -> Any:
+        return self._in_memory().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self._in_memory().numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self._in_memory().__array__(dtype)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._in_memory().__dlpack__(**options)
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        return self._in_memory().__cuda_array_interface__
+
+    def _in_memory(self) -> Tensor:
+        """z as a plain tensor: its own memory, or one that refuses to be exported because it requires a gradient."""
+        return self.plain() if self.requires_grad else _value(self)
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
         self._keep_gradient()
@@ -90,13 +127,13 @@ class Deferred(Tensor):
         self._check_unchanged()
         y = self._computed(slope)
         if self.dropout is not None:
-            y = self.dropout.drop(y)  # positive factors, and a slope on either side of them: the same
+            y = self.dropout(y)  # positive factors, and a slope on either side of them: the same
         self.passed_by = True
         if inplace:
-            self.value, self.overwritten = y, True
+            self.replaced = y
         return y
 
-    def dropped(self, dropout: nn.Module) -> Deferred | None:
+    def dropped(self, dropout: Callable[[Tensor], Tensor]) -> Deferred | None:
         """dropout(z), to be computed; None where z is `_settled`."""
         if self._settled():
             return None
@@ -107,11 +144,26 @@ class Deferred(Tensor):
 
     def plain(self) -> Tensor:
         """z as a plain tensor, with its history."""
+        if self.replaced is not None:
+            return self.replaced.plain() if type(self.replaced) is Deferred else self.replaced
         if self._looked_at() or self.dropout is not None:
             return self.clone()
         self._check_unchanged()
         with torch.set_grad_enabled(self.grad_mode):
             return self._computed(1.0)
+
+    def settle(self) -> None:
+        """Compute z: it outlives the forward that made it, and what it is computed from may change from now on."""
+        if self.replaced is not None:
+            y = self.plain()
+            if self.requires_grad:
+                with torch.enable_grad():
+                    _Replace.apply(self, y)  # type: ignore[attr-defined]
+            self.value, self.replaced = y.detach(), None
+        elif self.value is None and self._unchanged():  # else whoever reads it is told
+            _value(self)
+        if self.value is not None:
+            self.x = self.value  # x is not needed any more
 
     def __add__(self, other: Any) -> Tensor:
         r = self._residual(other)
@@ -128,8 +180,8 @@ class Deferred(Tensor):
         if r is None:
             return super().__iadd__(other)
         if self.grad_mode and (self.requires_grad or r.requires_grad):
-            self.overwritten = True
-            return self._plus(r)
+            self.replaced = self._plus(r)
+            return self.replaced
         self.residual, self.versions = r, _versions(self.x, self.weight, self.bias, r)
         return self
 
@@ -139,7 +191,7 @@ class Deferred(Tensor):
         if (
             self._settled() or type(other) not in (Tensor, Deferred)
             or other.shape != x.shape or other.stride() != x.stride()
-            or other.dtype != x.dtype or other.device != x.device
+            or other.dtype != x.dtype or other.device != x.device or other.is_inference()
         ):  # fmt: skip
             return None
         r = other.plain() if type(other) is Deferred else other
@@ -161,7 +213,11 @@ class Deferred(Tensor):
 
         Such a history is a leaf's, or that of an autograd Function which returns z, say a reentrant checkpoint's.
         """
-        return self.value is not None or self.overwritten or (self.requires_grad and type(self.grad_fn) not in _HISTORY)
+        return (
+            self.value is not None
+            or self.replaced is not None
+            or (self.requires_grad and type(self.grad_fn) not in _HISTORY)
+        )
 
     def _keep_gradient(self) -> None:
         """Whoever asks for z's own gradient gets it: z is looked at, so that no kernel passes it by."""
@@ -179,12 +235,21 @@ class Deferred(Tensor):
             or self.grad_mode != torch.is_grad_enabled() or route.watched(self.x) is not None
         )  # fmt: skip
 
+    def _unchanged(self) -> bool:
+        return _versions(self.x, self.weight, self.bias, self.residual) == self.versions
+
     def _check_unchanged(self) -> None:
         if self.versions != _versions(self.x, self.weight, self.bias, self.residual):
             raise RuntimeError(
                 "the input, weight, bias or residual of an accelerated norm was changed in place before its output was "
                 "used; fastenc.accelerate(model, undo=True) gives the original model back"
             )
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and not parameter.untyped_storage().nbytes():
+                raise RuntimeError(
+                    "the weight of an accelerated norm was freed before its output was used, as sharding does behind "
+                    "a forward; fastenc.accelerate(model, undo=True) gives the original model back"
+                )
 
 
 def deferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Deferred:
@@ -216,28 +281,30 @@ def fits(parameter: Tensor, x: Tensor, length: int) -> bool:
 
 
 def _versions(*tensors: Tensor | None) -> list[int]:
-    """How often each was changed in place; inference mode does not count."""
-    return [tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference()]
+    """How often each was changed in place."""
+    return [tensor._version for tensor in tensors if tensor is not None]
 
 
 def _value(z: Deferred) -> Tensor:
     """z without history, computed at the first call."""
-    if z.value is None and not z.overwritten:
+    if z.replaced is not None:
+        if z.requires_grad or type(z.replaced) is Deferred:
+            raise RuntimeError(
+                "the output of an accelerated norm was used after its in-place activation or addition had replaced it; "
+                "use what that returned, or fastenc.accelerate(model, undo=True)"
+            )
+        return z.replaced
+    if z.value is None:
         z._check_unchanged()
         with torch.no_grad():
             z.value = z._computed(1.0)
             if z.dropout is not None:
-                z.noise.append(z.dropout.drop(torch.ones_like(z.value)))
+                z.noise.append(z.dropout(torch.ones_like(z.value)))
                 z.value = z.value * z.noise[0]
-    elif z.value is None or (z.overwritten and z.requires_grad):
-        raise RuntimeError(
-            "the output of an accelerated norm was used after its in-place activation or addition had replaced it; use "
-            "what that returned, or fastenc.accelerate(model, undo=True)"
-        )
     return z.value
 
 
-def _dropped(z: Deferred, dropout: nn.Module, noise: list[Tensor]) -> Deferred:
+def _dropped(z: Deferred, dropout: Callable[[Tensor], Tensor], noise: list[Tensor]) -> Deferred:
     copy = Deferred(z.x, z.weight, z.bias, z.eps)
     copy.versions, copy.dropout, copy.noise = z.versions, dropout, noise
     return copy
@@ -275,7 +342,7 @@ class _Drop(_SingleLevelFunction):
     """Gives a Deferred with dropout its place in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, z: Deferred, dropout: nn.Module) -> Deferred:
+    def forward(ctx: Any, z: Deferred, dropout: Callable[[Tensor], Tensor]) -> Deferred:
         ctx.noise = []
         copy = _dropped(z, dropout, ctx.noise)
         copy.grad_mode = True
@@ -298,6 +365,19 @@ class _Add(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         return gradients[0], gradients[0]
+
+
+class _Replace(_SingleLevelFunction):
+    """Makes the history of y that of z, as an operation in place does."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Deferred, y: Tensor) -> Deferred:
+        ctx.mark_dirty(z)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
 
 
 # The nodes that give a Deferred a history of its own.

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from . import route
 from .layers import _ConvModernNd
 from .modules import _InstanceNormActNd
-from .swapped import LoneNorm
+from .swapped import FusedNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         mine = unit._forward_pre_hooks.pop(hooks[name].id)  # a hook is a reason
         try:
             with route.Block(chosen):
-                reason = unit.why_eager(seen)
+                forward = vars(unit).get("forward")
+                reason = (forward if isinstance(forward, FusedNorm) else unit).why_eager(seen)
         finally:
             unit._forward_pre_hooks[hooks[name].id] = mine
         shape = tuple(getattr(seen, "shape", ()))
@@ -77,8 +78,11 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             UnitRoute(name, shape, "triton" if reason is None else "eager", reason, getattr(unit, "recompute", False))
         )
 
-    kinds = _ConvModernNd, _InstanceNormActNd, LoneNorm
-    units: list[tuple[str, Any]] = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, kinds)]
+    units: list[tuple[str, Any]] = [
+        (name, unit)
+        for name, unit in model.named_modules()
+        if isinstance(unit, (_ConvModernNd, _InstanceNormActNd)) or isinstance(vars(unit).get("forward"), FusedNorm)
+    ]
     hooks = {name: unit.register_forward_pre_hook(partial(ask, name), with_kwargs=True) for name, unit in units}
     try:
         with torch.no_grad(), route.Block("eager"):

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from .swapped import ACTIVATIONS, DROPOUTS, INSTANCE_NORMS
+from . import route
+from .swapped import ACTIVATIONS, DROPOUTS, INSTANCE_NORMS, Forward, forward_of
 
 WORDS = {operator.add: "an addition", operator.iadd: "an addition in place"}
 HOOKS = (
@@ -35,22 +36,31 @@ class Found:
 
     partners: the activations that a norm leads to. why: for a norm, what speaks against pairing it at some call. boxes:
     the module that calls a norm and could not be traced. dropouts: those in between. scopes: the innermost modules in
-    whose forward norm and activation are called.
+    whose forward norm and activation are called. Of each scope, the modules inside it that call either, with the norms.
     """
 
     partners: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
     why: dict[nn.Module, list[str]] = field(default_factory=dict)
     boxes: dict[nn.Module, nn.Module] = field(default_factory=dict)
     dropouts: set[nn.Module] = field(default_factory=set)
-    scopes: set[nn.Module] = field(default_factory=set)
+    scopes: dict[nn.Module, dict[nn.Module, list[nn.Module]]] = field(default_factory=dict)
 
-    def pair(self, norm: nn.Module, activation: nn.Module, scope: nn.Module, between: Iterable[nn.Module]) -> None:
-        """norm leads to activation, in scope."""
+    def pair(
+        self,
+        norm: nn.Module,
+        activation: nn.Module,
+        scope: nn.Module,
+        between: Iterable[nn.Module],
+        callers: Iterable[nn.Module] = (),
+    ) -> None:
+        """norm leads to activation, in scope. callers: the modules inside scope that call either."""
         partners = self.partners.setdefault(norm, [])
         if activation not in partners:
             partners.append(activation)
-        self.scopes.add(scope)
-        self.dropouts.update(module for module in between if type(module) in DROPOUTS)
+        inside = self.scopes.setdefault(scope, {})
+        for caller in callers:
+            inside.setdefault(caller, []).append(norm)
+        self.dropouts.update(module for module in between if type(module) in DROPOUTS and not own_forward(module))
 
 
 def find(model: nn.Module, norms: set[nn.Module]) -> Found:
@@ -94,7 +104,8 @@ def _read(graph: fx.Graph, norms: set[nn.Module], registered: set[nn.Module], en
             found.why.setdefault(norm, []).append(way)
         else:
             *between, activation = (step.meta["module"] for step in way if "module" in step.meta)
-            found.pair(norm, activation, _innermost(node, way[-1]), between)
+            scope, callers = _innermost(node, way[-1])
+            found.pair(norm, activation, scope, between, callers)
 
 
 def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:
@@ -102,7 +113,7 @@ def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:
     children = list(box.children())
     for norm in norms.intersection(children):
         for activation in children:
-            if type(activation) in ACTIVATIONS:
+            if type(activation) in ACTIVATIONS and not own_forward(activation):
                 found.pair(norm, activation, box, children)
                 found.boxes[norm] = box
 
@@ -113,8 +124,8 @@ def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module]
     if isinstance(way, str):
         return way
     for step in (node, *(step for step in way if step.target in WORDS)):
-        for operand in step.args:
-            if isinstance(operand, fx.Node) and any(order[step] < order[u] < order[way[-1]] for u in operand.users):
+        for operand in step.all_input_nodes:
+            if any(order[step] < order[u] < order[way[-1]] for u in operand.users):
                 what = "its input" if step is node else "what it is added to"
                 return f"{what} is used again before the activation"
     return way
@@ -142,8 +153,15 @@ def _way(node: fx.Node, registered: set[nn.Module], end: str) -> list[fx.Node] |
             return f"its output goes to {_called(here)}, not to a PReLU, LeakyReLU or ReLU module"
         if module not in registered:
             return f"its output goes to a {_called(here)} that is not registered in the model"
+        if own_forward(module):
+            return f"its output goes to a {_called(here)} whose forward was replaced"
         way.append(here)
     return way
+
+
+def own_forward(module: Any) -> bool:
+    """Whether the forward of module was replaced, by something else than accelerate."""
+    return "forward" in vars(module) and not isinstance(vars(module)["forward"], route.Accelerated)
 
 
 def _adds(node: fx.Node, z: fx.Node) -> bool:
@@ -177,10 +195,11 @@ def _called(node: fx.Node) -> str:
     return WORDS.get(target) or str(getattr(target, "__name__", target))
 
 
-def _innermost(first: fx.Node, last: fx.Node) -> nn.Module:
-    """The innermost module in whose forward both calls are made."""
-    shared = [a for a, b in zip(first.meta["callers"], last.meta["callers"], strict=False) if a is b]
-    return shared[-1].module
+def _innermost(first: fx.Node, last: fx.Node) -> tuple[nn.Module, list[nn.Module]]:
+    """The innermost module in whose forward both calls are made, and the modules inside it that make them."""
+    calls = first.meta["callers"], last.meta["callers"]
+    depth = sum(a is b for a, b in zip(*calls, strict=False))
+    return calls[0][depth - 1].module, [call.module for chain in calls for call in chain[depth:]]
 
 
 class _Call:
@@ -251,7 +270,11 @@ class _Tracer(fx.Tracer):
             return twins.get(module, module)
         twin = twins[module] = object.__new__(type(module))
         self.originals[twin] = module
-        copied = tree_map(_copied, vars(module))
+        forward = forward_of(module)
+        own = {name: value for name, value in vars(module).items() if forward is None or name not in forward.ATTRIBUTES}
+        if isinstance(own.get("forward"), Forward):
+            own = {**own, **own.pop("forward").before}
+        copied = tree_map(_copied, own)
         vars(twin).update(copied, training=training, **{hooks: OrderedDict() for hooks in HOOKS})
         twin._modules = {
             name: None if child is None else self._twin(child, training, twins)

@@ -266,6 +266,10 @@ def device_reason(x: Tensor) -> str | None:
     return _interpreter_reason()
 
 
+class Accelerated:
+    """The base class of the forwards that `accelerate` puts on modules: they do what the modules' own do."""
+
+
 def observed(*modules: Module) -> str | None:
     """What could notice that `modules` are not called one by one: hooks, an own forward, Module.compile()."""
     if _has_any_global_hook():
@@ -274,7 +278,7 @@ def observed(*modules: Module) -> str | None:
         own = module.__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return f"a hook is registered on {type(module).__name__}"
-        if "forward" in own:
+        if "forward" in own and not isinstance(own["forward"], Accelerated):
             return f"the forward of {type(module).__name__} was replaced"
         if own.get("_compiled_call_impl") is not None:
             return f"{type(module).__name__} was compiled by itself"

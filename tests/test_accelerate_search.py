@@ -66,11 +66,12 @@ def test_undo_and_repeat() -> None:
     classes = [type(module) for module in net.modules()]
     attributes = [set(vars(module)) for module in net.modules()]
     fastenc.accelerate(net)
-    once = [type(module) for module in net.modules()]
+    once = [type(vars(module).get("forward")) for module in net.modules()]
     summary = net.accelerated
-    assert [type(module) for module in fastenc.accelerate(net).modules()] == once
+    assert [type(vars(module).get("forward")) for module in fastenc.accelerate(net).modules()] == once
     assert net.accelerated == summary
-    assert once != classes
+    assert once.count(type(None)) == 2, "the convolutions"
+    assert [type(module) for module in net.modules()] == classes
     for _ in range(2):
         fastenc.accelerate(net, undo=True)
         assert [type(module) for module in net.modules()] == classes
@@ -190,6 +191,26 @@ def test_the_search_leaves_no_trace() -> None:
     assert (random.getstate(), torch.get_rng_state().tolist()) == drawn
     assert net.training
     assert net.accelerated.count("fused") == 1
+
+
+def test_an_activation_that_is_not_registered() -> None:
+    """One that the forward makes or finds elsewhere does not complete the norm."""
+    elsewhere = nn.ReLU()
+
+    class Finds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.InstanceNorm3d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return elsewhere(self.norm(x))
+
+    net, untouched = twins(Finds())
+    (norm,) = net.accelerated
+    assert (norm.outcome, norm.detail) == ("alone", "its output goes to a ReLU that is not registered in the model")
+    assert "forward" not in vars(elsewhere)
+    with taken("fused"):
+        assert_like_untouched(net, untouched, volume())
 
 
 class OwnNorm(nn.InstanceNorm3d):

@@ -135,7 +135,7 @@ def test_hook_on_an_activation_in_place() -> None:
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_hook_that_keeps_the_norms_output(inplace: bool) -> None:
-    """A hook on a parent unfuses nothing; what it keeps outlives the forward, and even a step of the optimizer."""
+    """A hook on a module that the norm's output leaves keeps what torch would: z, or what became of it in place."""
     net = nn.Sequential(nn.Sequential(nn.Conv3d(2, 4, 1), nn.InstanceNorm3d(4, affine=True)), nn.ReLU(inplace=inplace))
     net, untouched = twins(net)
     kept: list[Tensor] = []
@@ -143,20 +143,12 @@ def test_hook_that_keeps_the_norms_output(inplace: bool) -> None:
         model[0].register_forward_hook(lambda module, args, output: kept.append(output))
     x = volume()
     with taken("fused"):
-        net(x), untouched(x)
-        if inplace:
-            with pytest.raises(RuntimeError, match="after its in-place activation"):
-                kept[0].sum()
-            kept.clear()
-            with torch.no_grad():
-                net(x), untouched(x)
-        assert_near(kept[0] * 1, kept[1].double())
-        net(x)
+        assert_near(net(x), untouched(x).double())
         with torch.no_grad():
             net[0][1].weight.add_(1.0)
-        if not inplace:
-            with pytest.raises(RuntimeError, match="changed in place"):
-                kept[-1].sum()
+            untouched[0][1].weight.add_(1.0)
+        assert type(kept[0]) is Tensor
+        assert_near(kept[0], kept[1].double())
 
 
 @pytest.mark.parametrize("then", ["look", "change", "change a part"])

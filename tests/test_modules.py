@@ -85,3 +85,16 @@ def test_other_activations(activation: Any) -> None:
 def test_other_slopes() -> None:
     with pytest.raises(ValueError, match="activation must have 1 slope or num_features=4, got 3"):
         fastenc.InstanceNormAct3d(4, nn.PReLU(3))
+
+
+def test_slopes_of_a_wrong_length_given_later() -> None:
+    """torch's own error, whatever the kernel would make of them."""
+    for wrong in (2, 3, 8):
+        ours, pair, x = twins(nn.PReLU(4), 3, True)
+        for prelu in (ours.activation, pair[1]):
+            prelu.weight = nn.Parameter(torch.ones(wrong))
+        with pytest.raises(RuntimeError) as expected:
+            pair(x)
+        with taken("fused"), pytest.raises(RuntimeError) as found:
+            ours(x)
+        assert str(found.value) == str(expected.value)
