@@ -20,14 +20,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _are_functorch_transforms_active,
-    _get_obj_in_tls,
-    _get_tracing_state,
-    _is_key_in_tls,
-    _len_torch_dispatch_stack,
-    _stash_obj_in_tls,
-)
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import Module, Parameter
@@ -73,8 +66,9 @@ _settings: list[tuple[Backend, Callable[[], object]]] = [(_default, lambda: None
 # The blocks of each thread, innermost last. No subclass of threading.local: torch.compile would not guard on one.
 _thread = threading.local()
 _thread.names = ()
-_any_block = False  # whether a block was ever entered: spares the others the question
-_INHERITED = "fastenc.backend"  # where torch keeps, for the threads that run a backward, the block it was called in
+# By thread, the backend of its innermost block, the block entered last at the end: for the threads in which torch runs
+# a backward. Python did not start those, and torch's own thread-local objects can abort the process when it ends.
+_entered: dict[int, Backend] = {}
 
 
 class Block:
@@ -101,9 +95,9 @@ class backend(Block):
         @fastenc.backend("eager")           # in each call of this function
         def evaluate(net, x): ...
 
-    A block holds for the thread that runs it, and for backwards called in it, whichever thread runs those. Other
-    threads, those of nn.DataParallel among them, follow the process. One object may be entered any number of times,
-    also nested and by several threads.
+    A block holds for the thread that runs it. Other threads, those of nn.DataParallel among them, follow the process.
+    The threads in which torch runs a backward follow the block that was entered last and is not left. One object may
+    be entered any number of times, also nested and by several threads.
 
     Args:
         name: "auto" takes the Triton route wherever it can, "triton" raises where it cannot, "eager" never takes it.
@@ -162,11 +156,12 @@ def _names() -> tuple[Backend, ...]:
 
 def _put(names: tuple[Backend, ...]) -> None:
     """Make `names` the blocks of this thread."""
-    global _any_block
-    _any_block = True
     _thread.names = names
     if not is_compiling():
-        _stash_obj_in_tls(_INHERITED, names[-1] if names else None)
+        with _lock:
+            _entered.pop(threading.get_ident(), None)
+            if names:
+                _entered[threading.get_ident()] = names[-1]
 
 
 def chosen() -> Backend:
@@ -174,15 +169,18 @@ def chosen() -> Backend:
     names = getattr(_thread, "names", None)
     if names:
         return names[-1]
-    if is_dynamo_compiling() or _any_block:  # in this order: no compiled code depends on the second
+    if is_dynamo_compiling() or _entered:  # in this order: no compiled code depends on the second
         return _inherited() or _default
     return _default
 
 
 @constant_in_graphs
 def _inherited() -> Backend | None:
-    """The block in which the backward was called that this thread runs."""
-    return _get_obj_in_tls(_INHERITED) if _is_key_in_tls(_INHERITED) else None
+    """The block entered last, if torch made this thread: it runs a backward."""
+    if isinstance(threading.current_thread(), threading._DummyThread):
+        with _lock:
+            return next(reversed(_entered.values()), None)
+    return None
 
 
 def eager(reason: str | None) -> bool:
