@@ -26,3 +26,9 @@ def parts(wide: Sequence[int], keys: int, width: int) -> list[list[int]]:
             found.append([*range(keys)])
         found[-1].append(i)
     return found
+
+
+def aligned(row: Sequence[str], wide: Sequence[int], part: Sequence[int], right: bool = False) -> str:
+    """The cells of a part in a line; right: all but the first against their right edges."""
+    shown = [row[i].rjust(wide[i]) if right and i else row[i].ljust(wide[i]) for i in part]
+    return (" " * GAP).join(shown).rstrip()

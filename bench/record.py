@@ -316,4 +316,6 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         )
     if kind not in (int, float) and origin is None and type(value) is kind:
         return value
-    raise ValueError(f"{where}: expected {getattr(kind, '__name__', None) if origin is None else kind}, got {value!r}")
+    raise ValueError(
+        f"{where}: expected {getattr(kind, '__name__', None) if origin is None else kind}, got {_short(value)}"
+    )

@@ -1,17 +1,6 @@
 """fastenc: a drop-in EncoderNet3d whose InstanceNorm3d and PReLU run as fused Triton kernels on NVIDIA GPUs."""
 
-from pathlib import Path as _Path
-
-# fastenc/kernels and fastenc/bench are links to the folders beside fastenc/; a checkout without links has plain files.
-_beside = _Path(__file__).resolve().parent.parent
-if not _Path(__file__).with_name("kernels").is_dir():
-    if not (_beside / "kernels" / "launch.py").is_file():
-        raise ImportError(
-            f"fastenc: no kernels in {_Path(__file__).parent}: this installation is not whole; reinstall it"
-        )
-    __path__.append(str(_beside))
-
-from . import reference
+from . import folders, reference  # isort: skip  # folders first: it finds fastenc.kernels
 from .accelerate import accelerate
 from .encoder import EncoderNet1d, EncoderNet2d, EncoderNet3d, encnet12, encnet15, encnet17, encnet22
 from .explanation import explain
