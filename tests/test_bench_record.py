@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 from collections.abc import Callable
 from itertools import pairwise
