@@ -300,7 +300,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["audit", "--json", str(tmp_path / "audit.json")]) == 0
     found = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
     assert found["schema"] == audit.SCHEMA
@@ -379,7 +380,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_work")
 def test_unwritable_file_is_an_error_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (tmp_path / "missing" / "audit.json", tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "audit.json", tmp_path):
         assert main(["audit", "--json", str(path)]) == 2
         assert f"--json: cannot write to {path}: " in capsys.readouterr().err
 

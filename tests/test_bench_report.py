@@ -95,7 +95,7 @@ def test_figures_pictures_and_sources_of_every_machine(tmp_path: Path) -> None:
     names = product(("a-gpu", "a-cpu"), plots.PICTURES, plots.THEMES)
     assert (tmp_path / "plots" / "holiday.png").read_bytes() == b"mine", "somebody else's"
     assert pictures - {"holiday.png"} == {f"{machine}-{picture}-{theme}.png" for machine, picture, theme in names}
-    assert all(f'"plots/{name}"' in text for name in pictures)
+    assert all(f'"plots/{name}"' in text for name in pictures - {"holiday.png"})
 
 
 def test_a_line_of_each_workload(tmp_path: Path) -> None:
