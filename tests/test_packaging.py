@@ -56,7 +56,8 @@ def test_a_checkout_without_links_imports_and_builds_a_whole_archive_and_wheel(t
     build = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", build], check=True, cwd=source, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
-    assert not [name for name in tarfile.open(archive).getnames() if "/tests" in name]
+    with tarfile.open(archive) as opened:
+        assert not [name for name in opened.getnames() if "/tests" in name]
     for place, what in (("direct", source), ("from archive", archive)):
         pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / place]
         subprocess.run([*pip, what], check=True)
