@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fastenc import __version__
+from fastenc.command import command
+
 from . import audit, clients, compare, gpu, ops, report, sanitize, tune
 from .arguments import without_folder
 
@@ -33,10 +36,12 @@ SUBCOMMANDS = {
 }
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (by default the process's own) and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m fastenc bench", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fastenc {__version__}")
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for name, subcommand in SUBCOMMANDS.items():
         child = subparsers.add_parser(name, help=subcommand.purpose, description=subcommand.purpose)

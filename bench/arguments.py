@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,16 +49,17 @@ def add_run(parser: argparse.ArgumentParser, default_minutes: float) -> None:
     )
 
 
-def chosen_device(asked: str, command: str) -> torch.device:
-    """The device to run on; where CUDA was asked for and there is none, a line on stderr and the CPU."""
+def device_problem(asked: str) -> str | None:
+    """Why the device that was asked for is not here; None if it is."""
+    if asked != "cuda" or torch.cuda.is_available():
+        return None
+    return f"--device cuda: torch {torch.__version__} sees no CUDA GPU here; --device cpu runs without one"
+
+
+def chosen_device(asked: str) -> torch.device:
+    """The device to run on."""
     if asked != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    if asked == "cuda":
-        print(
-            f"fastenc bench {command}: --device cuda: torch {torch.__version__} sees no CUDA GPU here; "
-            "this runs on the CPU instead",
-            file=sys.stderr,
-        )
     return torch.device("cpu")
 
 

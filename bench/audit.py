@@ -7,10 +7,10 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from itertools import product
@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastenc.command import file_problem, write_whole
+
 from .audit_cases import ITEMSIZE, Case, cases, residual_shapes, shapes
 from .audit_rows import Row, variant_violations, violations
 from .audit_table import print_table, summary
 from .machine import commit
+from .progress import Progress
 
 if TYPE_CHECKING:
     from .audit_findings import Compiled, Variants
@@ -54,22 +57,17 @@ def run(arguments: argparse.Namespace) -> int:
     if knobs.runtime.interpret:
         return _refuse("TRITON_INTERPRET is set, and then nothing compiles: unset it")
     if arguments.json is not None:
-        try:
-            with arguments.json.open("a"):
-                pass
-        except OSError as error:
-            return _refuse(f"--json: cannot write to {arguments.json}: {error.strerror}")
+        problem = file_problem(arguments.json, "--json")
+        if problem is not None:
+            return _refuse(problem)
     if fault := interpret.fault():
         print(f"bytes are predicted, not counted: {fault}", file=sys.stderr)
     audited = [*cases(shapes()), *cases(residual_shapes(), residual=True)]
-    try:
-        rows, variants = audit(audited, min(MOST_PROCESSES, os.cpu_count() or 1))
-    except KeyboardInterrupt:
-        return 130
+    rows, variants = audit(audited, min(MOST_PROCESSES, os.cpu_count() or 1))
     broken = [text for row in rows for text in violations(row)]
     broken += [text for each in variants for text in variant_violations(each)]
     if arguments.json is not None:
-        arguments.json.write_text(as_json(rows, variants, broken), encoding="utf-8")
+        write_whole(arguments.json, as_json(rows, variants, broken))
     print_table(rows)
     print("\n".join(summary(rows, variants, broken)))
     return 1 if broken else 0
@@ -121,49 +119,32 @@ def _grouped(audited: Sequence[Case], key: Callable[[Case], Any]) -> list[list[C
 
 def _results(tasks: Sequence[Callable[[], Any]], processes: int) -> list[Any]:
     """What the tasks return, in their order."""
-    with _progress(len(tasks)) as advance:
+    with Progress(len(tasks)) as progress:
+
+        def advance(result: Any) -> Any:
+            progress.advance(1)
+            progress.say("audit", progress.share())
+            return result
+
+        progress.say("audit", progress.share())
         if processes == 1:
             return [advance(task()) for task in tasks]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
-            futures = [pool.submit(task) for task in tasks]
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
+            try:
+                futures = [pool.submit(task) for task in tasks]
+            finally:
+                signal.signal(signal.SIGINT, handler)
             try:
                 for future in as_completed(futures):
                     advance(future.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
                 raise
             return [future.result() for future in futures]
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[Any], Any]]:
-    """Gives a function that counts one more task as done and returns its argument; shown on stderr if a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda result: result
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        done = 0
-
-        def advance(result: Any) -> Any:
-            nonlocal done
-            done += 1
-            print(f"\r{done} of {total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
-            return result
-
-        yield advance
-        return
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("audit", total=total)
-
-        def advance(result: Any) -> Any:
-            bar.advance(task)
-            return result
-
-        yield advance
 
 
 def as_json(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[str]) -> str:

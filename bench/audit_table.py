@@ -1,13 +1,13 @@
-"""The audit's rows as a table, with rich where it is installed and as aligned text where it is not."""
+"""The audit's rows as a table."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from . import columns
 from .audit_cases import direction, layout
 from .audit_rows import Row, violations
 from .ceilings import SHARED_BYTES
@@ -19,6 +19,8 @@ HEADINGS = (
     "N×C×S", "layout", "dtype", "direction", "x read", "launches", "bytes/x", "ceiling", "counted on",
     "registers", "spills", "16-byte", "shared",
 )  # fmt: skip
+KEYS = 4  # columns that say which row it is
+BROKEN = " !"  # behind a row that breaks a ceiling
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -45,27 +47,17 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print the rows, those that break a ceiling in red, under where their shape is met."""
-    groups = [(origin, list(group)) for origin, group in groupby(rows, lambda row: row.case.origin)]
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        lines = [HEADINGS, *(cells(row) for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for origin, group in groups:
-            print(f"{origin}:")
-            for line in [HEADINGS, *(cells(row) for row in group)]:
-                print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        return
-    table = Table(*HEADINGS, box=SIMPLE_HEAD)
-    for origin, group in groups:
-        table.add_section()
-        table.add_row(f"[bold]{origin}[/bold]")
-        for row in group:
-            table.add_row(*cells(row), style="red" if violations(row) else None)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    """Print the rows under where their shape is met, in as many tables as the terminal's width takes."""
+    lines = [HEADINGS, *map(cells, rows)]
+    wide = columns.widths(lines)
+    for origin, group in groupby(rows, lambda row: row.case.origin):
+        chosen = list(group)
+        print(f"{origin}:")
+        for part in columns.parts(wide, KEYS, columns.terminal() - len(BROKEN)):
+            print(columns.aligned(HEADINGS, wide, part))
+            for row in chosen:
+                print(columns.aligned(cells(row), wide, part) + (BROKEN if violations(row) else ""))
+            print()
 
 
 def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[str]) -> list[str]:
@@ -75,6 +67,8 @@ def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[
         "the most of these; 16-byte: share of the bytes of accesses to x, y, r and their gradients, the least of these",
         "counted on: programs interpreted, one for all that move the same, of those launched at full size",
     ]
+    if any(map(violations, rows)):
+        lines.append("!: the row breaks a ceiling")
     if any(row.split_excused for row in rows):
         lines.append("twice*: the row is short, but slices of its channels would move partial sectors")
     for target in (target for target in rows[0].compiled if target not in SHARED_BYTES):

@@ -86,11 +86,12 @@ def measure(
 ) -> int:
     """Time what was asked for, unless one of it cannot be run; a line says why. Returns the exit status."""
     deadline = Deadline(arguments.minutes * 60)
-    problem = next(filter(None, map(problem_of, asked)), None) or options.folder_problem(arguments.out)
+    problem = options.device_problem(arguments.device)
+    problem = problem or next(filter(None, map(problem_of, asked)), None) or options.folder_problem(arguments.out)
     if problem is not None:
         print(f"fastenc bench {arguments.subcommand}: {problem}", file=sys.stderr)
         return 2
-    device = options.chosen_device(arguments.device, arguments.subcommand)
+    device = options.chosen_device(arguments.device)
     with settings(tf32=True, benchmark=True) as shared:
         session = Session(arguments.command, arguments.out, device, shared, asked, deadline, only=arguments.peers)
         status = session.run()

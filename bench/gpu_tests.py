@@ -35,9 +35,16 @@ def command() -> list[str]:
     return [sys.executable, "-m", "pytest", "-v", "--color=no", *isolated, TESTS]
 
 
+def lacking() -> str | None:
+    """Why the tests cannot be run here; None where they can."""
+    if not (CHECKOUT / TESTS).is_dir():
+        return f"an installed fastenc has no {TESTS}, a checkout has"
+    return "pytest is not installed" if importlib.util.find_spec("pytest") is None else None
+
+
 def run(log: Path, seconds: float) -> GpuTests:
     """Run the tests for at most `seconds`, their output going to `log`, and count the outcomes."""
-    if importlib.util.find_spec("pytest") is None or not (CHECKOUT / TESTS).is_dir():
+    if lacking() is not None:
         return GpuTests("not run")
     if seconds <= 0:
         return GpuTests("stopped: no time left")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
 from typing import Any
+
+EVERY = 20.0  # seconds after which a step of the same is worth a line
 
 
 class Progress:
     """What a command is doing and how much of it is left, while the block runs.
 
     total: the sum of what `advance` will be given, in any unit; about seconds makes for a steady bar. Where stderr is
-    no terminal nothing is shown, or, with `log`, plain lines: what a remote machine's log should hold.
+    no terminal there are plain lines: what a log should hold.
     """
 
-    def __init__(self, total: float, log: bool = False) -> None:
-        self._total, self._done, self._log = total, 0.0, log
+    def __init__(self, total: float) -> None:
+        self._total, self._done, self._said = total, 0.0, -math.inf
         self._begin = time.monotonic()
         self._last = ""
         self._bar: Any = None
@@ -29,7 +32,7 @@ class Progress:
                 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
                 from rich.progress import Progress as Bar
             except ImportError:
-                self._log = True
+                pass
             else:
                 times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
                 columns = (BarColumn(16), *times, TextColumn("{task.description}", markup=False))
@@ -51,11 +54,16 @@ class Progress:
                 self._bar.console.print(what, markup=False, highlight=False)
             self._bar.update(self._task, description=step or what)
             self._last = what
-        elif self._log and what != self._last:
-            self._last = what
-            elapsed = time.monotonic() - self._begin
+            return
+        elapsed = time.monotonic() - self._begin
+        if what != self._last or elapsed - self._said >= EVERY:
+            self._last, self._said = what, elapsed
             left = f", about {elapsed / self._done * (self._total - self._done):.0f} s left" if self._done else ""
-            print(f"[{elapsed:4.0f} s{left}] {what}", file=sys.stderr, flush=True)
+            print(f"[{elapsed:4.0f} s{left}] {what}{f': {step}' if step else ''}", file=sys.stderr, flush=True)
+
+    def share(self) -> str:
+        """How much is done, in words."""
+        return f"{self._done:.0f} of {self._total:.0f}"
 
     def advance(self, amount: float) -> None:
         """So much more of the total is done."""

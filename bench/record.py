@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from fastenc.command import write_whole
+
 from .summary import Ratio, Summary
 
 SCHEMA = "fastenc-record-3"
+MOST = 1e18
+AT_LEAST_1 = {"shape", "channel", "channels", "in_planes", "kernel_size", "threads"}
+SIGNED = ".temperature"  # the one number that may be below 0
 NOT_REACHED = "not reached"  # the note of every peer of a workload that a run never came to
 
 Status = Literal["ok", "wrong", "out of memory", "failed", "not here", "left out"]
@@ -229,15 +232,7 @@ class Record:
 def write(record: Record, path: Path) -> None:
     """Write `record` to `path` as JSON, so that a reader at any moment finds the old file or the new one, whole."""
     text = json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, text)
 
 
 def load(path: Path) -> Record:
@@ -248,17 +243,52 @@ def load(path: Path) -> Record:
             message names the file and the field.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        raw = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:
-        raise ValueError(f"{path}: a record of schema {schema!r}; this version of fastenc reads {SCHEMA!r} only")
+        raise ValueError(f"{path}: a record of schema {_short(schema)}; this version of fastenc reads {SCHEMA!r} only")
     try:
         record: Record = _decode(Record, raw, "record")
+        for i, workload in enumerate(record.workloads):
+            _check(workload, f"record.workloads[{i}]")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return record
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, each of whose keys stands there once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
+
+
+def _no_number(text: str) -> None:
+    """Python's json reads NaN and infinities, which JSON has not."""
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _short(value: Any) -> str:
+    """What came, for a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # digits without end, lists in lists
+        text = f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _check(workload: Workload, where: str) -> None:
+    """What one field says of another: a network where the kind has one, and a shape that it takes."""
+    for field, kinds in (("network", ("network", "stem")), ("client", ("client",))):
+        if (getattr(workload, field) is not None) != (workload.kind in kinds):
+            needed = "expected one" if workload.kind in kinds else "expected null"
+            raise ValueError(f"{where}.{field}: {needed} for the kind {workload.kind!r}")
+    if not 3 <= len(workload.shape) <= 5:
+        raise ValueError(f"{where}.shape: expected 3 to 5 numbers, got {list(workload.shape)}")
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
@@ -268,16 +298,24 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         if not isinstance(value, dict) or set(value) != set(hints):
             got = sorted(value) if isinstance(value, dict) else value
-            raise ValueError(f"{where}: expected the fields {sorted(hints)}, got {got!r}")
+            raise ValueError(f"{where}: expected the fields {sorted(hints)}, got {_short(got)}")
         return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
     if origin in (Union, types.UnionType):
         return None if value is None else _decode(next(a for a in arguments if a is not type(None)), value, where)
     if origin is tuple and isinstance(value, list):
         return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is Literal and value in arguments:
+    if origin is Literal and isinstance(value, str) and value in arguments:
         return value
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if origin is None and type(value) is kind:
+    if kind in (int, float) and type(value) in (int, kind):
+        least = 1 if where.rsplit(".", 1)[-1].split("[")[0] in AT_LEAST_1 else 0
+        signed = where.endswith(SIGNED)
+        if abs(value) < MOST and (signed or value >= least):
+            return kind(value)
+        raise ValueError(
+            f"{where}: expected a number {'' if signed else f'from {least} '}below 1e18, got {_short(value)}"
+        )
+    if kind not in (int, float) and origin is None and type(value) is kind:
         return value
-    raise ValueError(f"{where}: expected {getattr(kind, '__name__', None) if origin is None else kind}, got {value!r}")
+    raise ValueError(
+        f"{where}: expected {getattr(kind, '__name__', None) if origin is None else kind}, got {_short(value)}"
+    )

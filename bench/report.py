@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
+from fastenc.command import write_whole
+
 from . import arguments as options
 from .machine import CHECKOUT
 from .peers import EAGER, FASTENC
@@ -72,11 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name in plots.latest(records):
         own = [record for record in records if record.machine.name == name]
         drawn += plots.draw(own, arguments.plots, slug(name), tuple(plots.THEMES))
-    for path in set(arguments.plots.glob("*.png")) - set(drawn):
-        path.unlink()
     head, rest = before.split(BEGIN)
     text = f"{head}{BEGIN}\n{figures(records, drawn, arguments.readme.parent)}{END}{rest.split(END)[1]}"
-    arguments.readme.write_text(text, encoding="utf-8")
+    write_whole(arguments.readme, text)
     print(f"{arguments.readme}: figures of {len(records)} records; {len(drawn)} pictures in {arguments.plots}")
     return 0
 

@@ -47,16 +47,15 @@ class Session:
         *,
         only: Collection[str] | None = None,
         tests: Tests | None = None,
-        log: bool = False,
         resume: bool = False,
     ) -> None:
-        """only: the peers to run, by default all. tests: run first. log: plain lines where stderr is no terminal.
+        """only: the peers to run, by default all. tests: run first.
 
         resume: go on with an unfinished record in `out`, of the same command, machine, settings and source files.
         """
         now = datetime.now(timezone.utc)
         head, dirty = commit()
-        self._device, self._deadline, self._tests, self._log = device, deadline, tests, log
+        self._device, self._deadline, self._tests = device, deadline, tests
         self.record = Record(
             command=command,
             date=now.isoformat(timespec="seconds"),
@@ -85,7 +84,7 @@ class Session:
         status, note = 0, ""
         waiting = [each for each in self._measurements if bare(each.workload()) not in self._done]
         total = 2 * CEILINGS + sum(each.units for each in waiting) + (TESTS if self._tests is not None else 0)
-        with Progress(total, self._log) as progress:
+        with Progress(total) as progress:
             try:
                 if self._done:
                     progress.say(f"resumes {self.path.name}: {len(self._done)} workloads are measured already")

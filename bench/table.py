@@ -1,9 +1,10 @@
-"""A record as a table: by rich where it is installed, as aligned text where it is not."""
+"""A record as a table."""
 
 from __future__ import annotations
 
-import sys
+import textwrap
 
+from . import columns
 from .peers import EAGER, FASTENC
 from .record import Record, Result, Workload
 from .summary import Ratio
@@ -85,50 +86,28 @@ def cells(workload: Workload, result: Result) -> tuple[str, ...]:
 
 
 def text(record: Record) -> str:
-    """The table as plain text."""
+    """The table as plain text, in as many parts as the terminal's width takes."""
     groups = rows(record)
-    lines = [HEADINGS, *(row for _, group in groups for row in group)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS) - 1)]
-
-    def aligned(row: tuple[str, ...]) -> str:
-        first, *figures = (cell.rjust(width) for cell, width in zip(row, widths, strict=False))
-        return "  ".join(["  " + first.strip().ljust(widths[0]), *figures, row[-1]]).rstrip()
-
-    body = [line for name, group in groups for line in (name, *map(aligned, group))]
-    return "\n".join([aligned(HEADINGS), *body, not_reached(record)]).rstrip("\n")
+    shown = [i for i in range(len(HEADINGS) - 1) if any(row[i] for _, group in groups for row in group)]
+    lines = [[row[i] for i in shown] for row in (HEADINGS, *(row for _, group in groups for row in group))]
+    wide = columns.widths(lines)
+    body = []
+    for name, group in groups:
+        body += textwrap.wrap(name, columns.terminal())
+        for part in columns.parts(wide, 1, columns.terminal()):
+            for row in (HEADINGS, *group):
+                body.append(columns.aligned([row[i] for i in shown], wide, part, right=True))
+            body.append("")
+        for note in dict.fromkeys(row[-1] for row in group if row[-1]):
+            names = ", ".join(row[0] for row in group if row[-1] == note)
+            body += textwrap.wrap(f"{names}: {note}", columns.terminal())
+        body.append("")
+    return "\n".join([*body, *textwrap.wrap(not_reached(record), columns.terminal())]).rstrip("\n")
 
 
 def print_table(record: Record) -> None:
     """Print the table and its legend."""
-    print()
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(text(record), LEGEND, sep="\n\n")
-        return
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    shown = [i for i in range(len(HEADINGS) - 1) if any(row[i] for _, group in rows(record) for row in group)]
-    reached = [workload for workload in record.workloads if workload.reached()]
-    for (name, group), workload in zip(rows(record), reached, strict=True):
-        console.print(name, markup=False, style="bold")
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for i in shown:
-            table.add_column(
-                HEADINGS[i],
-                justify="right" if i else "left",
-            )
-        for row, result in zip(group, workload.results, strict=True):
-            style = "red" if result.status in ("wrong", "failed") else "dim" if result.time is None else None
-            table.add_row(*(row[i] for i in shown), style=style)
-        console.print(table)
-        for note in dict.fromkeys(row[-1] for row in group if row[-1]):
-            names = ", ".join(row[0] for row in group if row[-1] == note)
-            console.print(f"{names}: {note}", markup=False, style="dim")
-        console.print()
-    console.print(not_reached(record), markup=False, style="dim")
-    console.print(LEGEND, style="dim")
+    print("", text(record), "", *textwrap.wrap(LEGEND, columns.terminal()), sep="\n")
 
 
 def brief(record: Record) -> str:

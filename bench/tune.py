@@ -130,7 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("tune: torch finds no CUDA GPU here; --device cpu shows the sweep, interpreted", file=sys.stderr)
+        print(
+            "fastenc bench tune: torch finds no CUDA GPU here; --device cpu shows the sweep, interpreted",
+            file=sys.stderr,
+        )
         return 2
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
@@ -154,7 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print(constant: Constant, times: dict[Any, float]) -> None:
     best = min(times, key=lambda value: times[value])
-    print(f"\n{constant}: now {constant.now}, best {best}")
+    print(f"\n{constant}: now {constant.now}, best {best}", flush=True)
     for value, taken in times.items():
         note = "  <- now" if value == constant.now else ""
         print(f"  {value!s:>12}  {'failed' if math.isinf(taken) else f'{taken * 1e6:.1f} µs'}{note}")

@@ -1,6 +1,6 @@
 """fastenc: a drop-in EncoderNet3d whose InstanceNorm3d and PReLU run as fused Triton kernels on NVIDIA GPUs."""
 
-from . import reference
+from . import folders as _folders, reference  # isort: skip  # folders first: it finds fastenc.kernels  # noqa: F401
 from .accelerate import accelerate
 from .encoder import EncoderNet1d, EncoderNet2d, EncoderNet3d, encnet12, encnet15, encnet17, encnet22
 from .explanation import explain

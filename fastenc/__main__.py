@@ -6,11 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from . import __version__
+from .command import command
 
+
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="fastenc", description="A drop-in EncoderNet3d with fused Triton kernels.")
+    parser.add_argument("--version", action="version", version=f"fastenc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("bench", help="benchmarks and proofs: python -m fastenc.bench", add_help=False)
     demo_parser = commands.add_parser("demo", help="every route on a real MRI volume, compared; a network trained")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ from .swapped import (
     why_not_plain,
 )
 
-Model = TypeVar("Model", bound=nn.Module)
 SUMMARY = "_fastenc_summary"  # holds the summary of a model that has an attribute `accelerated` of its own
 
 
@@ -62,7 +61,7 @@ class Summary:
         return "\n".join([*rows, f"{len(self.norms)} instance norms: {counts}"])
 
 
-def accelerate(model: Model, *, undo: bool = False) -> Model:
+def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model itself, with `accelerated` on it
     """Fuse every InstanceNorm1d, 2d, 3d of model with the PReLU, LeakyReLU or ReLU that follows it, in place.
 
         model = fastenc.accelerate(model)

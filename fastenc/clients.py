@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from .accelerate import Summary, accelerate
+from .command import file_problem, write_whole
 
 STAGES: dict[str, Any] = {
     "input_channels": 1, "n_stages": 3, "features_per_stage": [4, 8, 16], "conv_op": nn.Conv3d, "kernel_sizes": 3,
@@ -75,22 +76,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Accelerate narrow versions of MONAI's and nnU-Net's networks and print, for each, how many instance norms are "
         "fused with their activation, run alone or are left, and what became of each. Exit status 2 if a package is "
-        "missing."
+        "missing or FILE cannot be written."
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table to this file too")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the table of the packages that are installed, and what to install for the others."""
+    if options.out is not None and (problem := file_problem(options.out, "--out")) is not None:
+        print(f"fastenc accelerate: {problem}", file=sys.stderr)
+        return 2
     missing = [package for package in SOURCES if importlib.util.find_spec(package.replace("-", "_")) is None]
     present = [package for package in SOURCES if package not in missing]
     for package in missing:
         print(f"{package} is not installed, so its networks are left out: {INSTALL[package]}", file=sys.stderr)
     if present:
         text = table({package: _summaries(SOURCES[package]()) for package in present})
-        print(text, end="")
         if options.out is not None:
-            options.out.write_text(text, encoding="utf-8")
+            write_whole(options.out, text)
+        print(text, end="")
     return 2 if missing else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import platform
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import fastenc
 
+from .command import write_whole
 from .demo_routes import (
     GRADIENT_TOLERANCE,
     OUTPUT_TOLERANCE,
@@ -153,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
             ],
         },
     }
-    (arguments.out / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_whole(arguments.out / RECORD, json.dumps(record, indent=1))
     _plot(arguments.out / FIGURE, learned, held_out.fractions, demo_data.TISSUES)
     console.print(f"Wrote {FIGURE} and {RECORD} to {arguments.out.resolve()}", soft_wrap=True)
     if not agree:
@@ -305,4 +307,6 @@ def _plot(path: Path, learned: Sequence[Learned], true: Tensor, tissues: Sequenc
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_whole(path, drawn.getvalue())

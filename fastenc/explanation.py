@@ -46,7 +46,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.units:
             return "no unit that could be fused was called"
-        cells = [(unit.name, "×".join(map(str, unit.shape)), unit.route, unit.reason or "") for unit in self.units]
+        cells = [(unit.name, "x".join(map(str, unit.shape)), unit.route, unit.reason or "") for unit in self.units]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         fused = sum(unit.route == "triton" for unit in self.units)
         rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]

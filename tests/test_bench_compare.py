@@ -136,15 +136,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_timing(
     assert f"--out: cannot write to {tmp_path / 'file'}" in capsys.readouterr().err
 
 
-def test_without_a_gpu_cuda_is_a_line_and_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["compare", "ops", "clients"])
+def test_without_a_gpu_cuda_is_refused(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["compare", *TINY, "--peers", "fastenc", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    assert main([command, "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--device cuda" in line
-    assert "no CUDA GPU here; this runs on the CPU instead" in line
-    assert only_record(tmp_path).machine.device == "cpu"
+    assert "no CUDA GPU here" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["8x64x31x32", "8x64x31x32xa", "1x1x1x1x1", "0x1x2x2x2"])

@@ -191,6 +191,24 @@ def only_record(folder: Path) -> Record:
     return record.load(path)
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("lacks", ["pytest", "the checkout"])
+def test_tests_that_cannot_run_are_told_and_no_log_is_named(
+    lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_tests, "run", lambda log, seconds: record.GpuTests("not run"))
+    if lacks == "pytest":
+        monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(gpu_tests, "CHECKOUT", tmp_path)
+    assert __main__.main(["gpu", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    why = "pytest is not installed" if lacks == "pytest" else "a checkout has"
+    assert why in printed.err
+    assert printed.out.rstrip().endswith(why)
+    assert "tests.log" not in printed.out
+
+
 BENCH_WITHOUT = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({ABSENT!r}))

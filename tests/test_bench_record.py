@@ -81,12 +81,10 @@ def test_a_record_comes_back_as_it_was(sample: Path) -> None:
     assert first.workloads[0].results[0].time == Summary(1.0, 0.9, 1.1, 7)
 
 
-@pytest.mark.parametrize("rich", [True, False])
 def test_a_table_says_what_a_record_holds(
-    sample: Path, rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sample: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not rich:
-        monkeypatch.setitem(__import__("sys").modules, "rich.box", None)
+    monkeypatch.setenv("COLUMNS", "200")
     loaded = record.load(sample)
     table.print_table(loaded)
     printed = capsys.readouterr().out
@@ -123,6 +121,34 @@ def test_a_record_of_another_schema_is_refused(sample: Path, change: Callable[[d
     with pytest.raises(ValueError, match=message) as caught:
         record.load(sample)
     assert str(sample) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda raw: raw["workloads"][0].update(shape=[2, -3, 8, 7, 6]), r"workloads\[0\]\.shape\[1\]"),
+        (lambda raw: raw["workloads"][0].update(shape=[]), r"workloads\[0\]\.shape"),
+        (lambda raw: raw["workloads"][0].update(flops=10**400), r"workloads\[0\]\.flops"),
+        (lambda raw: raw["workloads"][0].update(flops=True), r"workloads\[0\]\.flops"),
+        (lambda raw: raw["workloads"][0].update(floor=-1.0), r"workloads\[0\]\.floor"),
+        (lambda raw: raw["workloads"][0].update(network=None), r"workloads\[0\]\.network"),
+        (lambda raw: raw["workloads"][0].update(kind=[]), r"workloads\[0\]\.kind"),
+        (lambda raw: raw.update(seconds=10**400), "seconds"),
+    ],
+)
+def test_values_that_no_run_writes_are_refused(sample: Path, change: Callable[[dict], object], field: str) -> None:
+    raw = json.loads(sample.read_text())
+    change(raw)
+    sample.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=field):
+        record.load(sample)
+
+
+@pytest.mark.parametrize("text", ["1e400", "NaN", "-Infinity", "[" * 100000, "9" * 5000, '1, "seconds": 2'])
+def test_numbers_that_json_has_not_are_refused(sample: Path, text: str) -> None:
+    sample.write_text(sample.read_text().replace('"seconds": 9.5', f'"seconds": {text}'))
+    with pytest.raises(ValueError, match=r"record\.json: "):
+        record.load(sample)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])

@@ -73,7 +73,7 @@ def test_figures_pictures_and_sources_of_every_machine(tmp_path: Path) -> None:
     written(tmp_path / "records", "A CPU", "cpu", "2026-03-01")
     written(tmp_path / "records", "A GPU")
     (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "stale.png").write_bytes(b"")
+    (tmp_path / "plots" / "holiday.png").write_bytes(b"mine")
     assert run(tmp_path) == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert text.startswith(f"before\n{report.BEGIN}\n**A GPU**")
@@ -93,8 +93,9 @@ def test_figures_pictures_and_sources_of_every_machine(tmp_path: Path) -> None:
     assert text.count("2×4×5×4×3") == text.count(added) > 0, "of operations the largest only"
     pictures = {path.name for path in (tmp_path / "plots").iterdir()}
     names = product(("a-gpu", "a-cpu"), plots.PICTURES, plots.THEMES)
-    assert pictures == {f"{machine}-{picture}-{theme}.png" for machine, picture, theme in names}
-    assert all(f'"plots/{name}"' in text for name in pictures)
+    assert (tmp_path / "plots" / "holiday.png").read_bytes() == b"mine", "somebody else's"
+    assert pictures - {"holiday.png"} == {f"{machine}-{picture}-{theme}.png" for machine, picture, theme in names}
+    assert all(f'"plots/{name}"' in text for name in pictures - {"holiday.png"})
 
 
 def test_a_line_of_each_workload(tmp_path: Path) -> None:

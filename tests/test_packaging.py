@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -37,6 +38,37 @@ def test_wheel_holds_every_module_and_works(tmp_path: Path) -> None:
     )
     printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path)
     assert printed.strip() == "(2, 2)"
+
+
+def test_a_checkout_without_links_imports_and_builds_a_whole_archive_and_wheel(tmp_path: Path) -> None:
+    """As Windows checks it out: the links are files that hold their targets' names."""
+    source = tmp_path / "source"
+    for room in (*ROOMS, "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", *(ROOMS[1:] if room == "fastenc" else ()))
+        shutil.copytree(ROOT / room, source / room, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for room in ROOMS[1:]:
+        (source / "fastenc" / room).write_text(f"../{room}")
+    code = "from fastenc.kernels import plan; from fastenc.bench import record; print(plan.__file__, record.__file__)"
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=source)
+    assert printed.split() == [str(source / "kernels" / "plan.py"), str(source / "bench" / "record.py")]
+    build = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], check=True, cwd=source, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        assert not [name for name in opened.getnames() if "/tests" in name]
+    for place, what in (("direct", source), ("from archive", archive)):
+        pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / place]
+        subprocess.run([*pip, what], check=True)
+        (wheel,) = (tmp_path / place).glob("*.whl")
+        names = set(zipfile.ZipFile(wheel).namelist())
+        for room in ROOMS[1:]:
+            assert {f"fastenc/{room}/{path.name}" for path in (ROOT / room).glob("*.py")} <= names
+    shutil.rmtree(source / "kernels")
+    failed = subprocess.run([sys.executable, "-c", code], text=True, cwd=source, capture_output=True, check=False)
+    assert "ImportError: fastenc: " in failed.stderr
+    assert "has no kernels" in failed.stderr
 
 
 def test_kernels_stay_a_namespace() -> None:

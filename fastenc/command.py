@@ -1,0 +1,88 @@
+"""What every command of the command line shares: how it ends when it is stopped, and how it writes."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+STOPPED, PIPE_CLOSED = 130, 141  # as a shell counts: 128 and the number of the signal
+ASCII = {"–": "-", "—": "-", "×": "x", "÷": "/", "≈": "~", "·": ".", "µ": "u", "μ": "u", "²": "2", "³": "3", "°": " ",
+         "…": "...", "≤": "<=", "≥": ">=", "─": "-", "━": "-", "╸": "-", "╺": "-"}  # fmt: skip
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    """A handler of codec errors: what the encoding lacks, in ASCII."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(ASCII.get(each, "?") for each in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("fastenc-ascii", _replaced)
+
+
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """`main` as a command: one line and status 130 for Ctrl-C, no traceback where the reader of a pipe is gone.
+
+    What the terminal's encoding lacks is printed in ASCII.
+    """
+
+    @functools.wraps(main)
+    def run(arguments: Sequence[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if getattr(stream, "errors", None) == "strict" or stream is sys.stderr:
+                getattr(stream, "reconfigure", lambda errors: None)(errors="fastenc-ascii")
+        try:
+            status = main(arguments)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("\nfastenc: stopped by Ctrl-C", file=sys.stderr)
+            return STOPPED
+        except BrokenPipeError:
+            # What is still in the buffer would fail again when Python flushes it at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return PIPE_CLOSED
+        return status
+
+    return run
+
+
+def file_problem(path: Path, option: str) -> str | None:
+    """Why no file can be written at `path`; its folder is made where it is missing, the file is not."""
+    try:
+        if path.is_dir():
+            return f"{option}: cannot write to {path}: it is a folder"
+        if path.exists() and not os.access(path, os.W_OK):
+            return f"{option}: cannot write to {path}: Permission denied"
+        if not path.exists() or path.is_file():
+            folder_of(path).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder_of(path)).close()
+    except (OSError, ValueError) as error:
+        return f"{option}: cannot write to {path}: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of the file itself, where `path` is a link to it."""
+    return path.resolve().parent
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `path` so that a reader at any moment finds the old file or the new one, whole."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if path.exists() and not path.is_file():  # a device or a pipe stays what it is
+        path.write_bytes(data)
+        return
+    handle, temporary = tempfile.mkstemp(dir=folder_of(path), prefix=path.name[:100], suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path.resolve())
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
