@@ -24,24 +24,24 @@ demo: .venv/installed
 
 test: lint $(OLD_TRITON)/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
-	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -n auto tests/test_compile.py
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -n auto tests/proofs/test_compile.py
 	$(MAKE) bench-smoke
 
 # Save a run by ARGS=--benchmark-autosave, compare another commit with it by ARGS=--benchmark-compare.
 bench: .venv/installed
 	mkdir -p bench-out
-	$(BIN)/python -m pytest bench/bench_*.py --benchmark-sort=min --benchmark-columns=median,iqr,min,max,rounds \
+	$(BIN)/python -m pytest bench/suites/bench_*.py --benchmark-sort=min --benchmark-columns=median,iqr,min,max,rounds \
 		--benchmark-json=bench-out/benchmarks.json $(ARGS)
 
 # Each benchmark once, untimed.
 bench-smoke: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --benchmark-disable bench/bench_*.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --benchmark-disable bench/suites/bench_*.py
 
 coverage: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 mutants: .venv/installed
-	$(BIN)/python tests/mutants.py $(ARGS)
+	$(BIN)/python tests/tools/mutants.py $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -50,7 +50,7 @@ lint: .venv/installed
 
 MINUTES ?= 5
 fuzz: .venv/installed
-	$(BIN)/python tests/fuzz.py $(if $(SEED),--seed $(SEED),--minutes $(MINUTES))
+	$(BIN)/python tests/tools/fuzz.py $(if $(SEED),--seed $(SEED),--minutes $(MINUTES))
 
 audit: .venv/installed
 	$(BIN)/python -m fastenc.bench audit $(ARGS)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastenc import __version__
-from fastenc.command import command
+from fastenc.commands.shell import command
 
-from . import audit, clients, compare, gpu, ops, report, sanitize, tune
 from .arguments import without_folder
+from .commands import audit, compare, gpu, ops, report, sanitize, third_party, tune
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Subcommand:
 
 SUBCOMMANDS = {
     "compare": Subcommand(compare.PURPOSE, compare.add_arguments, compare.run),
-    "clients": Subcommand(clients.PURPOSE, clients.add_arguments, clients.run),
+    "clients": Subcommand(third_party.PURPOSE, third_party.add_arguments, third_party.run),
     "ops": Subcommand(ops.PURPOSE, ops.add_arguments, ops.run),
     "gpu": Subcommand(gpu.PURPOSE, gpu.add_arguments, gpu.run),
     "report": Subcommand(report.PURPOSE, report.add_arguments, report.run),

@@ -1,14 +1,14 @@
 """fastenc: a drop-in EncoderNet3d whose InstanceNorm3d and PReLU run as fused Triton kernels on NVIDIA GPUs."""
 
 from . import folders as _folders, reference  # isort: skip  # folders first: it finds fastenc.kernels  # noqa: F401
-from .accelerate import accelerate
 from .encoder import EncoderNet1d, EncoderNet2d, EncoderNet3d, encnet12, encnet15, encnet17, encnet22
-from .explanation import explain
-from .freeze import freeze
+from .explain import explain
+from .frozen import freeze
 from .functional import instance_norm_prelu
-from .graph import graphed
+from .fusion import accelerate
+from .graphed import graphed
 from .layers import ConvModern1d, ConvModern2d, ConvModern3d
-from .modules import InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
+from .norm_act import InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
 from .route import backend
 
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .command import command
+from .commands.shell import command
 
 
 @command
@@ -27,18 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return bench(arguments[1:])
 
     if arguments[:1] == ["accelerate"]:
-        from . import clients
+        from .commands import third_party
 
-        clients.add_arguments(clients_parser)
-        return clients.run(parser.parse_args(arguments))
+        third_party.add_arguments(clients_parser)
+        return third_party.run(parser.parse_args(arguments))
 
     if arguments[:1] == ["doctor"]:
-        from . import doctor
+        from .commands import doctor
 
         doctor.add_arguments(doctor_parser)
         return doctor.run(parser.parse_args(arguments))
 
-    from . import demo
+    from .commands import demo
 
     demo.add_arguments(demo_parser)
     return demo.run(parser.parse_args(arguments))

@@ -36,7 +36,7 @@ MEASURED = frozenset(("cpu", "cuda"))  # other devices run the ordinary convolut
 MOST_POSITIONS = 8
 # On a CPU a product pays from so many elements of the weight on, where oneDNN lays the whole weight out anew for a few
 # rows: on one position; else in the forward and in the backward. Read off single layers of 8 to 1024 channels, timed by
-# hand on two cores of an AMD EPYC at batch 2, 8 and 32 (no record); bench/bench_live_taps.py repeats such a comparison.
+# hand on two cores of an AMD EPYC at batch 2, 8 and 32 (no record); bench/suites/bench_live_taps.py repeats it.
 CPU_ONE_POSITION = 1 << 16
 CPU_FORWARD, CPU_BACKWARD = 1 << 23, 1 << 20
 # Cutting a contiguous weight gathers a few elements of each 3³ kernel. Up to this many taps that is cheaper, on a CPU,

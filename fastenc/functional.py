@@ -118,7 +118,7 @@ class InstanceNormPReLU(_SingleLevelFunction):
     """The Triton route under autograd. Of tensors of x's size it saves x and the residual only.
 
     `torch.autograd.Function` would first ask for a torch.func transform, under which a call takes the eager route
-    anyway. That costs 1.4 of 10 µs of a forward (bench/bench_host_cost.py on a CPU, AMD EPYC).
+    anyway. That costs 1.4 of 10 µs of a forward (bench/suites/bench_host_cost.py on a CPU, AMD EPYC).
     """
 
     @staticmethod

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import fastenc
-from fastenc.bench.gpu_tests import FAILURE, PART
-from fastenc.bench.machine import settings
+from fastenc.bench.commands.gpu_tests import FAILURE, PART
+from fastenc.bench.engine.machine import settings
 
 FOLDER = Path(__file__).parent
 # Hundreds of kernel variants to compile: where time is short, what surrounds them has been tested by then.

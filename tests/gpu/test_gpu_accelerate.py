@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastenc
-from fastenc import deferred
+from fastenc.fusion import deferred
 
 
 class Block(nn.Module):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import fastenc
-from fastenc.bench.agreement import OUTPUT, distance, distances, judge
-from fastenc.bench.network_peers import plain_encoder
-from fastenc.bench.record import Network
+from fastenc.bench.baselines.encoder import plain_encoder
+from fastenc.bench.engine.agreement import OUTPUT, distance, distances, judge
+from fastenc.bench.engine.record import Network
 
 EXAMPLE_1 = Network(64, (3, 3, 3, 3, 3), 3, 32)
 SIZE = (31, 32, 30)

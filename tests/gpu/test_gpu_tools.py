@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fastenc
-from fastenc import doctor
-from fastenc.bench import sanitize
+from fastenc.bench.commands import sanitize
+from fastenc.commands import doctor
 
 
 def test_the_doctor_tests_the_triton_route() -> None:

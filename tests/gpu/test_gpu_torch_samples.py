@@ -7,9 +7,9 @@ import importlib.util
 
 import pytest
 import torch
-from plain import assert_all_near
+from support.opinfo import NORMS, SOURCES, distinct_calls, outcome, units
+from support.plain import assert_all_near
 from test_gpu_op import Problem, check, settle
-from torch_samples import NORMS, SOURCES, distinct_calls, outcome, units
 
 import fastenc
 

@@ -11,10 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastenc
 from fastenc import convolution
-from fastenc.bench.agreement import distance
-from fastenc.bench.machine import settings
-from fastenc.bench.network_peers import plain_encoder
-from fastenc.bench.record import Network
+from fastenc.bench.baselines.encoder import plain_encoder
+from fastenc.bench.engine.agreement import distance
+from fastenc.bench.engine.machine import settings
+from fastenc.bench.engine.record import Network
 from fastenc.stem import WAYS, stem
 
 EXAMPLE_1 = Network(64, (3, 3, 3, 3, 3), 3, 32)

@@ -1,0 +1,166 @@
+"""The audit: what the kernels cost for a grid of shapes, held against the ceilings, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import datetime, timezone
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastenc.commands.shell import file_problem, write_whole
+
+from ..engine.machine import commit
+from ..progress import Progress
+from ..proofs.audit.cases import ITEMSIZE, Case, cases, residual_shapes, shapes
+from ..proofs.audit.rows import Row, variant_violations, violations
+from ..proofs.audit.table import print_table, summary
+
+if TYPE_CHECKING:
+    from ..proofs.audit.findings import Compiled, Variants
+
+PURPOSE = "hold the kernels' bytes, registers, vector widths and variants against their ceilings, without a GPU"
+SCHEMA = "fastenc-audit-1"
+TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
+EXAMPLES = tuple(product(ITEMSIZE, (True, False)))  # (precision, channels_last) in which Example 1's variants count
+MOST_PROCESSES = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `audit`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
+    parser.epilog = (
+        "exit status: 0 every ceiling holds; 1 one is broken; 2 the audit cannot run, or FILE be written; "
+        "130 stopped by Ctrl-C"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    try:
+        from triton import knobs
+
+        from ..proofs import interpret
+    except ImportError as error:
+        return _refuse(f"needs triton and numpy: {error}")
+    if knobs.runtime.interpret:
+        return _refuse("TRITON_INTERPRET is set, and then nothing compiles: unset it")
+    if arguments.json is not None:
+        problem = file_problem(arguments.json, "--json")
+        if problem is not None:
+            return _refuse(problem)
+    if fault := interpret.fault():
+        print(f"bytes are predicted, not counted: {fault}", file=sys.stderr)
+    audited = [*cases(shapes()), *cases(residual_shapes(), residual=True)]
+    rows, variants = audit(audited, min(MOST_PROCESSES, os.cpu_count() or 1))
+    broken = [text for row in rows for text in violations(row)]
+    broken += [text for each in variants for text in variant_violations(each)]
+    if arguments.json is not None:
+        write_whole(arguments.json, as_json(rows, variants, broken))
+    print_table(rows)
+    print("\n".join(summary(rows, variants, broken)))
+    return 1 if broken else 0
+
+
+def _refuse(why: str) -> int:
+    print(f"fastenc bench audit: {why}", file=sys.stderr)
+    return 2
+
+
+def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Variants]]:
+    """Find out everything about the cases, and the variants of EXAMPLES. A single process is this one."""
+    from ..proofs import interpret
+    from ..proofs.audit import findings as find
+
+    by_variant = _grouped(audited, lambda case: (case.channels_last, case.dtype, case.backward, case.residual))
+    by_shape = _grouped(audited, lambda case: (case.N, case.C, case.S))
+    compiling = list(product(TARGETS, by_variant))
+    counting = [] if interpret.fault() else by_shape
+    results = iter(
+        _results(
+            [
+                *(partial(find.compile_cases, TARGETS[target], group) for target, group in compiling),
+                *(partial(find.count_cases, group) for group in counting),
+                *(partial(find.example_variants, dtype, channels_last) for dtype, channels_last in EXAMPLES),
+            ],
+            processes,
+        )
+    )
+    compiled: dict[Case, dict[str, Compiled]] = {case: {} for case in audited}
+    for target, group in compiling:
+        for case, one in zip(group, next(results), strict=True):
+            compiled[case][target] = one
+    counts = {case: count for group in counting for case, count in zip(group, next(results), strict=True)}
+    rows = [
+        Row.of(case, find.plan_of(case).one_pass, find.predict(case), counts.get(case), compiled[case])
+        for case in audited
+    ]
+    return rows, list(results)
+
+
+def _grouped(audited: Sequence[Case], key: Callable[[Case], Any]) -> list[list[Case]]:
+    """The cases in groups of the same key."""
+    groups: dict[Any, list[Case]] = {}
+    for case in audited:
+        groups.setdefault(key(case), []).append(case)
+    return list(groups.values())
+
+
+def _results(tasks: Sequence[Callable[[], Any]], processes: int) -> list[Any]:
+    """What the tasks return, in their order."""
+    with Progress(len(tasks)) as progress:
+
+        def advance(result: Any) -> Any:
+            progress.advance(1)
+            progress.say("audit", progress.share())
+            return result
+
+        progress.say("audit", progress.share())
+        if processes == 1:
+            return [advance(task()) for task in tasks]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
+            try:
+                futures = [pool.submit(task) for task in tasks]
+            finally:
+                signal.signal(signal.SIGINT, handler)
+            try:
+                for future in as_completed(futures):
+                    advance(future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+            return [future.result() for future in futures]
+
+
+def as_json(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[str]) -> str:
+    """Everything found, as JSON."""
+    import triton
+
+    head, dirty = commit()
+    found = {
+        "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": head,
+        "dirty": dirty,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "variants": [dataclasses.asdict(each) for each in variants],
+        "violations": list(broken),
+    }
+    return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,110 @@
+"""`compare`: any EncoderNet3d, every way of running it, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import cast
+
+import torch
+
+from .. import arguments as options
+from ..baselines.encoder import CONTEST, fused_encoder, plain_encoder
+from ..engine.deadline import Deadline
+from ..engine.machine import settings
+from ..engine.record import Mode, Network, Precision, Workload
+from ..engine.session import Session
+
+PURPOSE = "time an EncoderNet3d against every other way of running it; one record, one table, one picture"
+MODES: dict[str, Mode] = {"infer": "forward", "gradients": "forward+backward", "train": "training step"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `compare`; by default the seed document's Example 1 with 3 input channels."""
+    whole = partial(parser.add_argument, type=options.positive, metavar="N")
+    whole("--channel", default=64, help="channels of the first block (%(default)s)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", metavar="N", default=[3] * 5, help="depth of each block (3 3 3 3 3)"
+    )
+    parser.add_argument("--kernel-size", type=int, nargs="+", metavar="K", default=[3], help="one, or one per axis (3)")
+    whole("--in-planes", default=3, help="channels of the input (%(default)s)")
+    parser.add_argument("--out-length", type=int, metavar="N", default=32, help="0 returns the last map (%(default)s)")
+    whole("--size", nargs=3, default=[31, 32, 30], help="the volume (31 32 30)")
+    whole("--batch", nargs="+", default=[2], help="one or more (2)")
+    parser.add_argument("--dtype", choices=options.PRECISIONS, nargs="+", default=["fp32"], help="one or more (fp32)")
+    parser.add_argument(
+        "--mode", choices=MODES, nargs="+", default=["infer"],
+        help="infer: forward; gradients: forward and backward; train: with a fused AdamW step; one or more (infer)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", choices=CONTEST.peers, nargs="+", metavar="PEER", help=f"these only, of: {', '.join(CONTEST.peers)}"
+    )
+    options.add_run(parser, 60)
+    parser.epilog = (
+        "bf16 and fp16 run under autocast. exit status: 0 done; 1 fastenc failed or disagreed with eager; "
+        "2 the arguments cannot be used; 130 stopped by Ctrl-C"
+    )
+
+
+def workloads(arguments: argparse.Namespace) -> list[Workload]:
+    """What the arguments ask for, small batches first."""
+    kernel = tuple(arguments.kernel_size * (3 if len(arguments.kernel_size) == 1 else 1))
+    network = Network(arguments.channel, tuple(arguments.layers), arguments.in_planes, arguments.out_length, kernel)
+    found = []
+    for dtype, mode, batch in product(arguments.dtype, arguments.mode, sorted(set(arguments.batch))):
+        name = options.PRECISIONS[dtype]
+        precision = cast(Precision, name if name == "float32" else f"{name} autocast")
+        shape = (batch, network.in_planes, *arguments.size)
+        found.append(Workload("network", MODES[mode], precision, shape, network=network))
+    return found
+
+
+def network_problem(workload: Workload) -> str | None:
+    """What the network itself says to this workload, without computing or allocating anything; None if it runs."""
+    assert workload.network is not None
+    try:
+        with torch.device("meta"), torch.no_grad():
+            fused_encoder(workload.network)
+            plain_encoder(workload.network)(torch.empty(workload.shape))
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    return measure(arguments, workloads(arguments), network_problem)
+
+
+def measure(
+    arguments: argparse.Namespace,
+    asked: Sequence[Workload],
+    problem_of: Callable[[Workload], str | None] = lambda workload: None,
+) -> int:
+    """Time what was asked for, unless one of it cannot be run; a line says why. Returns the exit status."""
+    deadline = Deadline(arguments.minutes * 60)
+    problem = options.device_problem(arguments.device)
+    problem = problem or next(filter(None, map(problem_of, asked)), None) or options.folder_problem(arguments.out)
+    if problem is not None:
+        print(f"fastenc bench {arguments.subcommand}: {problem}", file=sys.stderr)
+        return 2
+    device = options.chosen_device(arguments.device)
+    with settings(tf32=True, benchmark=True) as shared:
+        session = Session(arguments.command, arguments.out, device, shared, asked, deadline, only=arguments.peers)
+        status = session.run()
+    draw(session)
+    return status
+
+
+def draw(session: Session) -> None:
+    """The record's pictures beside it; a line where matplotlib is missing."""
+    try:
+        from . import plots
+    except ImportError:
+        print("pictures: matplotlib is not installed")
+        return
+    for path in plots.draw([session.record], session.path.parent, session.path.stem):
+        print(f"picture: {path}")

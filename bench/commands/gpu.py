@@ -1,0 +1,136 @@
+"""The one command for a GPU machine: the tests that need a GPU, then the times, one record, one table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from .. import arguments as options
+from ..engine.deadline import Deadline
+from ..engine.machine import settings
+from ..engine.record import GpuTests, Mode, Network, Precision, Workload
+from ..engine.session import Session
+from . import gpu_tests, ops, third_party
+from .compare import draw
+
+PURPOSE = "run the GPU tests, time fastenc against its peers, write one JSON record and print one table"
+ENDING = 10.0  # seconds kept for importing torch before the clock runs and for ending after it
+TESTS_SHARE = 0.4  # of the minutes, at most
+
+EXAMPLE_1, EXAMPLE_1_SIZE = ops.NETWORKS["example1"]
+VOLUME_128, VOLUME_128_SIZE = ops.NETWORKS["volume128"]
+TRAIN: Mode = "training step"
+BF16: Precision = "bfloat16 autocast"
+
+
+def network(
+    mode: Mode, precision: Precision, batch: int, net: Network = EXAMPLE_1, size: tuple[int, ...] = EXAMPLE_1_SIZE
+) -> Workload:
+    """A network as a workload."""
+    return Workload("network", mode, precision, (batch, net.in_planes, *size), network=net)
+
+
+def stems(precision: Precision, batch: int, in_planes: int, net: Network, size: tuple[int, ...]) -> list[Workload]:
+    """The stem of a network, forward and with its weight's gradient."""
+    stem = Network(net.channel, net.layers, in_planes, net.out_length)
+    modes: tuple[Mode, ...] = ("forward", "forward+backward")
+    return [Workload("stem", mode, precision, (batch, in_planes, *size), network=stem) for mode in modes]
+
+
+def plan(device: torch.device) -> list[Workload]:
+    """The workloads, most valuable first; tiny on a CPU.
+
+    First the figures that the project promises, then the op over the layers, then the stem, then float32, then how cost
+    grows with the batch.
+    """
+    if device.type == "cpu":
+        tiny = Network(4, (2, 1), 3, 32)
+        return [
+            *(network(mode, "float32", 2, tiny, (8, 7, 6)) for mode in (TRAIN, "forward")),
+            *ops.workloads([(2, 4, 8, 7, 6)], "float32"),
+            *ops.workloads([(2, 4, 8, 7, 6)], "float32", ["channels_last"], residual=True),
+            *stems("float32", 2, 3, tiny, (8, 7, 6)),
+            *(third_party.workload(name, "train", "fp32", (2, 1, 16, 16, 16), (4, 8)) for name in third_party.NAMES),
+        ]
+    volume = (2, 1, *VOLUME_128_SIZE)
+    plain, monai, residual = (third_party.workload(name, "train", "bf16", volume) for name in third_party.NAMES)
+    large, middle = (8, 64, 31, 32, 30), (8, 128, 16, 16, 15)
+    return [
+        network("forward", BF16, 32),
+        network(TRAIN, BF16, 32),
+        *ops.workloads([large], "bfloat16"),
+        network("forward", BF16, 1),
+        network(TRAIN, BF16, 2, VOLUME_128, VOLUME_128_SIZE),
+        network("forward", BF16, 2, VOLUME_128, VOLUME_128_SIZE),
+        plain,
+        monai,
+        *ops.workloads([middle, (2, 32, 128, 128, 128), (8, 256, 8, 8, 8), (8, 512, 4, 4, 4)], "bfloat16"),
+        *ops.workloads([large], "bfloat16", residual=True),
+        residual,
+        *stems(BF16, 32, 3, EXAMPLE_1, EXAMPLE_1_SIZE),
+        *stems(BF16, 2, 1, VOLUME_128, VOLUME_128_SIZE),
+        network("forward", BF16, 8),
+        network(TRAIN, BF16, 8),
+        network("forward", "float32", 8),
+        network(TRAIN, "float32", 8),
+        *ops.workloads([large], "float32"),
+        *chain(*((network("forward", BF16, batch), network(TRAIN, BF16, batch)) for batch in (128, 4, 64, 2, 16))),
+        network(TRAIN, BF16, 1),
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `gpu`."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the record and tests.log")
+    parser.add_argument(
+        "--minutes", type=options.minutes, default=8.0, metavar="M", help="stop by itself within so many (%(default)g)"
+    )
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu runs a tiny version of the same (default: cuda)"
+    )
+    parser.epilog = (
+        "Run it again with the same DIR to go on where the minutes ended. exit status: 0 done; 1 a test failed, or "
+        "fastenc failed or disagreed with eager; 2 no GPU, or DIR cannot be written; 130 stopped by Ctrl-C"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    deadline = Deadline(max(arguments.minutes * 60 - ENDING, 0.0))
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(
+            f"fastenc bench gpu: torch {torch.__version__} sees no CUDA GPU here; "
+            "--device cpu runs a tiny version of the same on the CPU",
+            file=sys.stderr,
+        )
+        return 2
+    problem = options.folder_problem(arguments.out)
+    if problem is not None:
+        print(f"fastenc bench gpu: {problem}", file=sys.stderr)
+        return 2
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    log = arguments.out / "tests.log"
+    lacking = gpu_tests.lacking()
+    if lacking is not None:
+        print(f"fastenc bench gpu: {gpu_tests.TESTS} does not run, timing does: {lacking}", file=sys.stderr)
+
+    def tests(deadline: Deadline) -> GpuTests:
+        return gpu_tests.run(log, min(TESTS_SHARE * (deadline.left() + ENDING), deadline.left()))
+
+    with settings(tf32=True, benchmark=True) as shared:
+        session = Session(
+            arguments.command, arguments.out, device, shared, plan(device), deadline, tests=tests, resume=True
+        )
+        status = session.run()
+    draw(session)
+    if lacking is not None:
+        print(f"{gpu_tests.TESTS} did not run: {lacking}")
+    elif log.is_file():
+        print(f"log of the tests: {log}", *gpu_tests.failures(log), sep="\n")
+    return status

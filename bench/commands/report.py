@@ -1,0 +1,243 @@
+"""`report`: from the committed records to README's tables and pictures. A figure without a record cannot get there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+from fastenc.commands.shell import write_whole
+
+from .. import arguments as options
+from ..baselines.registry import EAGER, FASTENC
+from ..engine.machine import CHECKOUT
+from ..engine.record import Record, Result, Workload, load
+from ..engine.table import against, milliseconds
+
+PURPOSE = "write README's tables and pictures from the records; refuses where there is none"
+MOST_ROWS = 8  # of networks: a record begins with what matters most, and the pictures have the rest
+BENCH = CHECKOUT / "bench"
+NO_GPU = """\
+No GPU record exists yet: nothing here has been timed on a GPU, and this README claims no speed there. On a GPU machine,
+from a checkout, this measures it (tests first, then timings; one JSON record, one table):
+
+```sh
+python3 -m fastenc bench gpu --out bench-out --minutes 8
+```
+"""
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+ALT = {
+    "speedup": "Speed-up over eager PyTorch of every peer, with the physical floor",
+    "clients": "Speed-up of nnU-Net's and MONAI's U-Nets over themselves untouched, of every peer",
+    "roofline": "Fraction of the copy bandwidth that the fused operation and its peers reach, over tensor size",
+    "memory": "Peak memory of every peer",
+    "batch": "Time over batch size",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `report`."""
+    parser.add_argument(
+        "--records", type=Path, nargs="+", metavar="PATH", default=[BENCH / "records"],
+        help="records, or folders of them (default: the checkout's bench/records)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plots", type=Path, default=BENCH / "plots", metavar="DIR", help="(default: the checkout's bench/figures)"
+    )
+    parser.add_argument(
+        "--readme", type=Path, default=CHECKOUT / "README.md", metavar="FILE",
+        help="the file with the markers between which the tables go (default: the checkout's README.md)",
+    )  # fmt: skip
+    parser.epilog = "exit status: 0 done; 2 no record, one that cannot be read, no markers, or nowhere to write"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    try:
+        records = read(arguments.records)
+        before = arguments.readme.read_text(encoding="utf-8")
+        if before.count(BEGIN) != 1 or before.count(END) != 1:
+            raise ValueError(f"{arguments.readme}: needs the markers {BEGIN} and {END} once each")
+        from . import plots
+    except (OSError, ValueError) as error:
+        return _refuse(str(error))
+    except ImportError as error:
+        return _refuse(f"needs matplotlib: {error}")
+    problem = options.folder_problem(arguments.plots, "--plots")
+    if problem is not None:
+        return _refuse(problem)
+    drawn: list[Path] = []
+    for name in plots.latest(records):
+        own = [record for record in records if record.machine.name == name]
+        drawn += plots.draw(own, arguments.plots, slug(name), tuple(plots.THEMES))
+    head, rest = before.split(BEGIN)
+    text = f"{head}{BEGIN}\n{figures(records, drawn, arguments.readme.parent)}{END}{rest.split(END)[1]}"
+    write_whole(arguments.readme, text)
+    print(f"{arguments.readme}: figures of {len(records)} records; {len(drawn)} pictures in {arguments.plots}")
+    return 0
+
+
+def _refuse(why: str) -> int:
+    print(f"fastenc bench report: {why}", file=sys.stderr)
+    return 2
+
+
+def read(paths: Sequence[Path]) -> list[Record]:
+    """The records at `paths`, files or folders; ValueError where there is none, or none with a time."""
+    files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    records = [load(file) for file in files]
+    if not any(result.time for record in records for each in record.workloads for result in each.results):
+        places = ", ".join(map(str, paths))
+        raise ValueError(f"--records: no record with a time in {places}: without a record there is nothing to report")
+    return records
+
+
+def slug(name: str) -> str:
+    """A machine's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def figures(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
+    """What stands between README's markers: a section for every machine, GPUs first.
+
+    pictures: those that were drawn of the records; their links are relative to the folder `readme`.
+    """
+    from . import plots
+
+    parts = []
+    for name in plots.latest(records):
+        own = [record for record in records if record.machine.name == name]
+        shown = [picture for picture in pictures if re.fullmatch(f"{slug(name)}-[a-z]+-[a-z]+", picture.stem)]
+        parts.append(section(own, shown, readme))
+    if not any(record.machine.device == "cuda" for record in records):
+        parts.append(NO_GPU)
+    return "".join(parts)
+
+
+def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
+    """One machine: what it is, its pictures, its tables."""
+    from . import plots
+
+    newest = max(records, key=lambda record: record.date)
+    machine = newest.machine
+    ((_, workloads),) = plots.latest(records).items()
+    text = [f"**{machine.name}**{_software(newest)}. {_sources(records, workloads)}\n"]
+    lights = {path.stem.split("-")[-2]: path for path in pictures if path.stem.endswith("-light")}
+    for name, light in ((name, lights[name]) for name in ALT if name in lights):
+        dark, alt = light.with_name(light.name.replace("-light.png", "-dark.png")), ALT[name]
+        here, there = (Path(os.path.relpath(path, readme)).as_posix() for path in (light, dark))
+        text.append(
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{there}">'
+            f'<img src="{here}" alt="{alt}"></picture>'
+        )
+    text += [""] if lights else []
+    networks = [each for each in workloads if each.kind == "network"][:MOST_ROWS]
+    text += [_network_table(networks)] if networks else []
+    clients = [each for each in workloads if each.kind == "client"]
+    text += [_client_table(clients)] if clients else []
+    ops = [each for each in workloads if each.network is None and each.client is None]
+    text += [_op_table(ops)] if ops else []
+    return "\n".join(text) + "\n"
+
+
+def _software(record: Record) -> str:
+    machine = record.machine
+    versions = {"torch": machine.torch, "triton": machine.triton, "cuDNN": machine.cudnn, "driver": machine.driver}
+    if machine.device == "cpu":
+        versions = {"torch": machine.torch}
+    threads = f", {record.settings.threads} threads" if machine.device == "cpu" else ""
+    return threads + "".join(f", {name} {version}" for name, version in versions.items() if version is not None)
+
+
+def _sources(records: Sequence[Record], workloads: Sequence[Workload]) -> str:
+    used = [
+        record for record in records if any(each == measured for measured in workloads for each in record.workloads)
+    ]
+    commands = "; ".join(
+        f"`{record.command}` on {record.date[:10]} at "
+        + (f"{record.commit[:9]}{' with changes' if record.dirty else ''}" if record.commit else "an unknown commit")
+        for record in used
+    )
+    return f"From {commands}."
+
+
+def _network_table(networks: Sequence[Workload]) -> str:
+    """A row for every network."""
+    lines = [
+        "| network | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile | of the floor "
+        "| peak memory ÷ eager's | fastest of fastenc |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for workload in networks:
+        assert workload.network is not None
+        size = "×".join(map(str, workload.shape[1:]))
+        what = (
+            f"channel {workload.network.channel}, layers {' '.join(map(str, workload.network.layers))}, {size}, "
+            f"batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
+        )
+        eager, compiled = workload.timed(EAGER), workload.fastest("torch.compile")
+        columns = _columns(workload, (eager, compiled, workload.timed(FASTENC)), (eager, compiled))
+        lines.append(f"| {what} | {columns} | {_memory_and_fastest(workload)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _client_table(clients: Sequence[Workload]) -> str:
+    """A row for every network of somebody else's; it is compared with the faster of the two untouched layouts."""
+    lines = [
+        "| accelerated | eager ms | channels_last_3d ms | best torch.compile ms | fastenc ms | × best untouched "
+        "| × best torch.compile | of the floor | peak memory ÷ eager's | fastest of fastenc |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for workload in clients:
+        assert workload.client is not None
+        size = "×".join(map(str, workload.shape[1:]))
+        what = f"{workload.client.name}, {size}, batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
+        untouched = [workload.timed(peer) for peer in (EAGER, "eager channels_last_3d")]
+        compiled = workload.fastest("torch.compile")
+        times = (*untouched, compiled, workload.timed(FASTENC))
+        columns = _columns(workload, times, (workload.fastest(EAGER), compiled))
+        lines.append(f"| {what} | {columns} | {_memory_and_fastest(workload)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _op_table(ops: Sequence[Workload]) -> str:
+    """A row for every direction and layout of the largest tensor, without and with a residual; a picture has more."""
+    largest = {each.kind: prod(each.shape) for each in sorted(ops, key=lambda each: prod(each.shape))}
+    lines = [
+        "| instance_norm_prelu | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile "
+        "| of copy bandwidth |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for workload in (each for each in ops if prod(each.shape) == largest[each.kind]):
+        what = f"{'×'.join(map(str, workload.shape))} {workload.layout}, {workload.precision}, {workload.mode}"
+        what += ", with a residual" if workload.kind == "instance_norm_add_prelu" else ""
+        eager, compiled = workload.timed(EAGER), workload.fastest("torch.compile")
+        columns = _columns(workload, (eager, compiled, workload.timed(FASTENC)), (eager, compiled))
+        lines.append(f"| {what} | {columns} |")
+    return "\n".join(lines) + "\n"
+
+
+def _columns(workload: Workload, times: Sequence[Result | None], rivals: Sequence[Result | None]) -> str:
+    """Times, what fastenc gains over its rivals, and fastenc's share of the floor, as cells."""
+    cells = ["–" if one is None or one.time is None else milliseconds(one.time.median) for one in times]
+    cells += ["–" if one is None else against(workload, one.over_fastenc) or "–" for one in rivals]
+    fused, share = workload.timed(FASTENC), "–"
+    if workload.floor is not None and fused is not None and fused.time is not None:
+        share = f"{100 * workload.floor / fused.time.median:.0f} %"
+    return " | ".join([*cells, share])
+
+
+def _memory_and_fastest(workload: Workload) -> str:
+    """fastenc's peak memory over eager's, and the fastest way to run it, as cells."""
+    eager, fused, best = workload.timed(EAGER), workload.timed(FASTENC), workload.fastest(FASTENC)
+    smaller = "" if eager is None or fused is None else _quotient(fused.peak_memory, eager.peak_memory)
+    fastest = "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"
+    return f"{smaller} | {fastest}"
+
+
+def _quotient(above: int | None, below: int | None) -> str:
+    return f"{above / below:.2f}" if above is not None and below else "–"

@@ -1,0 +1,163 @@
+"""Tuning: the constants of `kernels/plan.py` swept on this machine. Prints what it would choose; changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastenc.kernels import launch, plan
+from fastenc.kernels.layout import MEMORY_FORMAT
+
+from ..engine.timing import Work, calls_per_sample, sample
+
+PURPOSE = "sweep the constants of the launch plans on this GPU and print the ones it would choose; changes nothing"
+SAMPLES = 5
+Shape = tuple[int, int, int]  # N, C, S
+
+# Rows that are split, and short rows held on chip: where each constant decides something.
+LONG: tuple[Shape, ...] = ((8, 64, 31 * 32 * 30), (2, 32, 128**3))
+SHORT: tuple[Shape, ...] = ((8, 128, 512), (8, 256, 64), (8, 512, 8), (32, 256, 512))
+# The same for the interpreter, whose times say nothing of a GPU: they show that the sweep runs.
+TINY_LONG: tuple[Shape, ...] = ((1, 2, 40000),)
+TINY_SHORT: tuple[Shape, ...] = ((1, 8, 64),)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant of the plan: its name there, the key where it is a table, and the values to try."""
+
+    name: str
+    key: Any
+    values: tuple[Any, ...]
+    backward: bool
+    long_rows: bool
+
+    @property
+    def now(self) -> Any:
+        """The value in force."""
+        value = getattr(plan, self.name)
+        return value if self.key is None else value[self.key]
+
+    def __str__(self) -> str:
+        return self.name if self.key is None else f"{self.name}[{self.key}]"
+
+
+TILES = ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16))
+CONSTANTS = (
+    Constant("STREAM", False, TILES, backward=False, long_rows=True),
+    Constant("STREAM", True, TILES, backward=True, long_rows=True),
+    Constant("PROGRAMS_PER_SM", None, (4, 8, 16, 32), backward=False, long_rows=True),
+    Constant("ELEMENTS_PER_THREAD", None, (8, 16, 32), backward=False, long_rows=False),
+)
+
+
+@contextmanager
+def held_at(constant: Constant, value: Any) -> Iterator[None]:
+    """Plans are made with `constant` at `value` inside the block."""
+    before = getattr(plan, constant.name)
+    setattr(plan, constant.name, value if constant.key is None else {**before, constant.key: value})
+    launch.prepared.cache_clear()
+    try:
+        yield
+    finally:
+        setattr(plan, constant.name, before)
+        launch.prepared.cache_clear()
+
+
+def seconds(shape: Shape, dtype: torch.dtype, backward: bool, device: torch.device) -> float:
+    """Median seconds of one direction of the op on channels-last x (N, C, S, 1, 1) in that shape."""
+    from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
+    from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
+
+    N, C, S = shape
+    x = torch.randn(N, C, S, 1, 1, device=device).to(dtype).contiguous(memory_format=MEMORY_FORMAT[5])
+    weight, bias, slope = torch.ones(C, device=device), torch.zeros(C, device=device), torch.rand(C, device=device)
+    if backward:
+        _, statistics = instance_norm_prelu_forward(x, weight, bias, slope, 1e-5)
+        dy = torch.randn_like(x)
+        work = Work(lambda: instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics), queued=True)
+    else:
+        work = Work(lambda: instance_norm_prelu_forward(x, weight, bias, slope, 1e-5), queued=True)
+    calls = calls_per_sample(work, device) if device.type == "cuda" else 1
+    return median(sample(work, calls, device) for _ in range(SAMPLES if device.type == "cuda" else 1))
+
+
+def sweep(
+    constant: Constant,
+    shapes: Sequence[Shape],
+    measure: Callable[[Shape, torch.dtype, bool], float],
+) -> dict[Any, float]:
+    """Geometric mean of the seconds over shapes and precisions for each value; infinite where a launch fails."""
+    found = {}
+    for value in constant.values:
+        with held_at(constant, value):
+            try:
+                logs = [
+                    math.log(measure(shape, dtype, constant.backward))
+                    for shape in shapes
+                    for dtype in (torch.bfloat16, torch.float32)
+                ]
+                found[value] = math.exp(sum(logs) / len(logs))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                print(f"{constant} = {value}: {type(error).__name__}: {error}", file=sys.stderr)
+                found[value] = math.inf
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `tune`."""
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu runs the sweep interpreted on tiny shapes: it shows that the sweep works, its times mean nothing",
+    )
+    parser.epilog = "exit status: 0 done; 2 no GPU"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "fastenc bench tune: torch finds no CUDA GPU here; --device cpu shows the sweep, interpreted",
+            file=sys.stderr,
+        )
+        return 2
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        print(f"{torch.cuda.get_device_name()}, geometric mean of the medians over shapes, bfloat16 and float32")
+        mode: Any = nullcontext()
+    else:
+        from ..proofs.interpret import interpreted
+
+        print("interpreted on a CPU: these times say nothing of a GPU")
+        mode = interpreted()
+    begin = time.monotonic()
+    with mode:
+        for constant in CONSTANTS:
+            long, short = (LONG, SHORT) if on_gpu else (TINY_LONG, TINY_SHORT)
+            times = sweep(constant, long if constant.long_rows else short, partial(seconds, device=device))
+            _print(constant, times)
+    print(f"{time.monotonic() - begin:.0f} s; kernels/plan.py is as it was")
+    return 0
+
+
+def _print(constant: Constant, times: dict[Any, float]) -> None:
+    best = min(times, key=lambda value: times[value])
+    print(f"\n{constant}: now {constant.now}, best {best}", flush=True)
+    for value, taken in times.items():
+        note = "  <- now" if value == constant.now else ""
+        print(f"  {value!s:>12}  {'failed' if math.isinf(taken) else f'{taken * 1e6:.1f} µs'}{note}")

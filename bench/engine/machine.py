@@ -1,0 +1,154 @@
+"""The machine a run is made on: names and versions, the settings that peers share, its condition, and its ceilings."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from .record import Condition, DType, Machine, MatmulRate, Settings
+from .timing import Work, calls_per_sample, sample
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
+CONDITIONS = "temperature.gpu,clocks.sm,clocks.mem,power.draw"
+
+
+def _output(*command: str) -> str | None:
+    """What `command` prints, or None where it is missing, fails or hangs."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=20, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """The commit of the checkout and whether files differ from it; (None, None) where it is no git checkout."""
+    top = _output("git", "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != CHECKOUT:
+        return None, None
+    changes = _output("git", "status", "--porcelain")
+    return _output("git", "rev-parse", "--verify", "HEAD"), None if changes is None else bool(changes)
+
+
+def source() -> str:
+    """A hash of every Python file of the package, its kernels and benchmarks."""
+    package, digest = CHECKOUT / "fastenc", hashlib.sha256()
+    if not package.is_dir():  # installed: this file is in the package
+        package = CHECKOUT
+    # One by one: where kernels and bench are links, rglob does not follow them.
+    files = {path for folder in (package, package / "kernels", package / "bench") for path in folder.rglob("*.py")}
+    for path in sorted(files):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def condition(device: torch.device) -> Condition | None:
+    """Temperature, clocks and power of the GPU right now, as far as nvidia-smi tells them; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    told = _output("nvidia-smi", f"--id={uuid}", f"--query-gpu={CONDITIONS}", "--format=csv,noheader,nounits")
+
+    def number(text: str) -> float | None:
+        try:
+            return float(text)
+        except ValueError:  # "[N/A]"
+            return None
+
+    values = [number(text) for text in told.splitlines()[0].split(",")] if told else []
+    return Condition(*values) if len(values) == len(CONDITIONS.split(",")) else None
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> Machine:
+    """The names and versions of this machine; the ceilings are measured by `ceilings`."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    cuda = device.type == "cuda"
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
+    cudnn = torch.backends.cudnn.version() if cuda else None
+    return Machine(
+        device="cuda" if cuda else "cpu",
+        name=torch.cuda.get_device_name(device) if cuda else _processor(),
+        compute_capability=".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else None,
+        driver=driver.splitlines()[0] if driver else None,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        cudnn=None if cudnn is None else str(cudnn),
+        triton=triton,
+        copy_bandwidth=None,
+        matmul_rates=(),
+    )
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy on the device, read plus written."""
+    source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES[device.type] / _seconds(Work(lambda: target.copy_(source), queued=True), device)
+
+
+def matmul_rates(dtypes: Iterable[DType], device: torch.device) -> tuple[MatmulRate, ...]:
+    """Operations per second of a matrix product in each dtype; float32 with TF32 where convolutions may use it."""
+    n, found = MATMUL_SIZE[device.type], []
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+        for dtype in sorted(set(dtypes)):
+            a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
+            seconds = _seconds(Work(lambda a=a, b=b: torch.mm(a, b), queued=True), device)
+            found.append(MatmulRate(dtype, 2 * n**3 / seconds))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    return tuple(found)
+
+
+def _seconds(work: Work, device: torch.device) -> float:
+    calls = calls_per_sample(work, device)
+    return min(sample(work, calls, device) for _ in range(7))  # a ceiling is the best that was seen
+
+
+@contextlib.contextmanager
+def settings(tf32: bool, benchmark: bool) -> Iterator[Settings]:
+    """Run the block with `tf32` in convolutions and cuDNN's `benchmark` search on or off; matrix products without TF32.
+
+    PyTorch ships with TF32 on in convolutions and off in matrix products.
+    """
+    before = (
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.benchmark,
+    )
+    _apply(tf32, False, benchmark)
+    try:
+        yield Settings(tf32, False, benchmark, torch.get_num_threads())
+    finally:
+        _apply(*before)
+
+
+def _apply(cudnn_tf32: bool, matmul_tf32: bool, benchmark: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = cudnn_tf32
+    torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+    torch.backends.cudnn.benchmark = benchmark

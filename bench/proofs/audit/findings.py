@@ -1,0 +1,202 @@
+"""What the audit finds out about a case: what it compiles to, for each target, and the bytes its launches move.
+
+Needs triton but no GPU. Every finding is of the launchers that users call, run on CPU tensors that are never filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
+from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
+from fastenc.kernels.launch import CPU_MULTIPROCESSORS
+from fastenc.kernels.plan import VECTOR_BYTES, Plan, make_plan
+
+from ..access_width import share
+from ..compile import Launch, recorded, resources
+from ..interpret import Traffic, interpreted, sampled_programs
+from ..traffic import FLOAT_BYTES, Programs, predicted_bytes
+from .cases import EXAMPLE_1, Case, Precision, unit_inputs
+
+EPS = 1e-5
+OTHER_BATCHES = (3, 8, 32)
+# Ordinary sizes, and those with most variants of all volumes with sides from 8, 16 and 24 to 128.
+OTHER_VOLUMES = ((32, 32, 32), (40, 48, 36), (64, 64, 64), (24, 24, 24), (16, 16, 19), (8, 8, 17))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A case compiled for one target: the worst of its launches in each respect.
+
+    launches: the kernels' names, in order. registers: of a thread. spills: bytes of stack of a thread. shared: bytes of
+    a block. vector_share: of the bytes that accesses to x, y, r and their gradients move, the share that moves 16 bytes
+    at a time. These four are None for ROCm. atomics: in triton's intermediate code. failure: why it does not compile.
+    """
+
+    launches: tuple[str, ...] = ()
+    registers: int | None = None
+    spills: int | None = None
+    shared: int | None = None
+    vector_share: float | None = None
+    atomics: int = 0
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bytes loaded and stored in whole sectors, counted on `interpreted` programs that stand for all `programs`."""
+
+    bytes: int
+    interpreted: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Compiled variants of Example 1, forward and backward; the most that another batch or another volume adds."""
+
+    dtype: Precision
+    channels_last: bool
+    example: int
+    other_batch: int
+    other_volume: int
+
+
+def plan_of(case: Case) -> Plan:
+    """The plan that the launcher follows for a CPU tensor."""
+    N, C, S = case.N, case.C, case.S
+    return make_plan(N, C, S, case.itemsize, case.channels_last, CPU_MULTIPROCESSORS, case.backward, case.residual)
+
+
+def launch(case: Case) -> None:
+    """Call the launcher as the autograd function does, with float32 parameters and every gradient asked for."""
+    dtype = getattr(torch, case.dtype)
+    if case.channels_last:
+        x = torch.empty((case.N, case.S, case.C), dtype=dtype).movedim(2, 1)
+    else:
+        x = torch.empty((case.N, case.C, case.S), dtype=dtype)
+    residual = torch.empty_like(x) if case.residual else None
+    weight, bias, slope = (torch.empty(case.C) for _ in range(3))
+    if case.backward:
+        dy, statistics = torch.empty_like(x), torch.empty(2, case.N * case.C)
+        instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics, residual=residual)
+    else:
+        instance_norm_prelu_forward(x, weight, bias, slope, EPS, residual=residual)
+
+
+def compile_cases(architecture: int | str, cases: Iterable[Case]) -> list[Compiled]:
+    """Compile the launches of `cases` for `architecture`; a variant that cases share is compiled and read once."""
+    known: dict[str, Compiled] = {}
+    compiled = []
+    with recorded(architecture) as launches:
+        for case in cases:
+            launches.clear()
+            try:
+                launch(case)
+            except Exception as error:
+                compiled.append(Compiled(failure=f"{type(error).__name__}: {error}"))
+                continue
+            for made in launches:
+                if made.key not in known:
+                    known[made.key] = read(made)
+            compiled.append(_worst([known[made.key] for made in launches]))
+    return compiled
+
+
+def read(made: Launch) -> Compiled:
+    """What one launch compiled to."""
+    atomics = made.ttir.count("tt.atomic_")
+    cubin = made.compiled.asm.get("cubin")
+    if cubin is None:
+        return Compiled((made.name,), atomics=atomics)
+    used, shared = resources(cubin), made.compiled.metadata.shared
+    spills = used["STACK"] + used["LOCAL"]
+    return Compiled((made.name,), used["REG"], spills, shared, share(made, VECTOR_BYTES), atomics)
+
+
+def _worst(launches: Sequence[Compiled]) -> Compiled:
+    shares = [each.vector_share for each in launches if each.vector_share is not None]
+    return Compiled(
+        launches=tuple(name for each in launches for name in each.launches),
+        registers=_most(each.registers for each in launches),
+        spills=_most(each.spills for each in launches),
+        shared=_most(each.shared for each in launches),
+        vector_share=min(shares, default=None),
+        atomics=sum(each.atomics for each in launches),
+    )
+
+
+def _most(figures: Iterable[int | None]) -> int | None:
+    return max((figure for figure in figures if figure is not None), default=None)
+
+
+def count_cases(cases: Iterable[Case]) -> list[Count]:
+    """Interpret the launches of `cases` and count: of the programs that move the same, one stands for all."""
+    with interpreted():
+        return [_count(case) for case in cases]
+
+
+def _count(case: Case) -> Count:
+    plan = plan_of(case)
+    interpreted_programs = programs = 0
+
+    def choose(kernel: str, grid: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+        nonlocal interpreted_programs, programs
+        programs += grid[0] * grid[1]
+        numbers, counts = _kinds(case, plan, kernel)
+        if counts.sum() != grid[0]:
+            raise RuntimeError(f"{case}: the plan makes {counts.sum()} programs of {kernel}, launched were {grid[0]}")
+        for number, alike in zip(numbers.tolist(), counts.tolist(), strict=True):
+            for which in range(grid[1]):
+                traffic.alike = alike
+                interpreted_programs += 1
+                yield grid[0] - 1 - number if kernel.endswith("_apply") else number, which, 0
+
+    # Tensors are as the allocator left them, so arithmetic on them may overflow.
+    with Traffic() as traffic, sampled_programs(choose), np.errstate(all="ignore"):
+        launch(case)
+    return Count(traffic.sectors, interpreted_programs, programs)
+
+
+def _kinds(case: Case, plan: Plan, kernel: str) -> tuple[np.ndarray, np.ndarray]:
+    """One program number of each kind, and how many there are of it, on the first axis of the kernel's grid."""
+    if kernel.endswith("_sum_n"):
+        return Programs.summing_n(case.N, case.C).kinds(FLOAT_BYTES)
+    if kernel.endswith("_combine"):
+        return Programs.combining(plan, case.N, case.C, case.channels_last).kinds(FLOAT_BYTES)
+    return Programs.streaming(plan, case.N, case.C, case.S, case.channels_last).kinds(case.itemsize)
+
+
+def predict(case: Case) -> int:
+    """Bytes that the launches of a case move, by arithmetic on its plan."""
+    shape = case.N, case.C, case.S
+    return predicted_bytes(plan_of(case), *shape, case.itemsize, case.channels_last, case.backward, case.residual)
+
+
+def example_variants(dtype: Precision, channels_last: bool) -> Variants:
+    """Count the compiled variants of Example 1's layers, for sm_90."""
+    channel, layers, size = EXAMPLE_1
+    example = _variants(2, channel, layers, size, dtype, channels_last)
+    batches = [_variants(N, channel, layers, size, dtype, channels_last) for N in OTHER_BATCHES]
+    volumes = [_variants(2, channel, layers, other, dtype, channels_last) for other in OTHER_VOLUMES]
+    return Variants(
+        dtype=dtype,
+        channels_last=channels_last,
+        example=len(example),
+        other_batch=len(frozenset.union(*batches) - example),
+        other_volume=max(len(volume - example) for volume in volumes),
+    )
+
+
+def _variants(
+    N: int, channel: int, layers: Sequence[int], size: Sequence[int], dtype: Precision, channels_last: bool
+) -> frozenset[str]:
+    with recorded(90) as launches:
+        for C, S in unit_inputs(channel, layers, size):
+            for backward in (False, True):
+                launch(Case("variants", N, C, S, dtype, channels_last, backward))
+    return frozenset(made.key for made in launches)

@@ -1,0 +1,95 @@
+"""The audit's rows, and which ceilings they break. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import ceilings
+from .cases import Case, layout
+
+if TYPE_CHECKING:
+    from .findings import Compiled, Count, Variants
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found out about one case.
+
+    one_pass: rows are held on chip, x read once. moved: bytes loaded and stored over the bytes of x,
+    counted by interpreting `interpreted` of the launches' `programs`, each for all that move the same; predicted where
+    kernels cannot be interpreted, and then both are 0. predicted: the same by arithmetic on the plan. ceiling: the
+    most that moved may be. split_excused: the row is short enough for one pass, but a slice of its channels would move
+    partial sectors. compiled: by target.
+    """
+
+    case: Case
+    one_pass: bool
+    moved: float
+    predicted: float
+    ceiling: float
+    interpreted: int
+    programs: int
+    split_excused: bool
+    compiled: dict[str, Compiled]
+
+    @classmethod
+    def of(cls, case: Case, one_pass: bool, predicted: int, count: Count | None, compiled: dict[str, Compiled]) -> Row:
+        """The row of `case` from its plan's kind, the bytes predicted and counted, and the compiles by target."""
+        short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
+        shape = case.N, case.C, case.S
+        return cls(
+            case=case,
+            one_pass=one_pass,
+            moved=(predicted if count is None else count.bytes) / case.volume,
+            predicted=predicted / case.volume,
+            ceiling=ceilings.traffic_ceiling(*shape, case.itemsize, case.backward, not one_pass, case.residual),
+            interpreted=0 if count is None else count.interpreted,
+            programs=0 if count is None else count.programs,
+            split_excused=short and not one_pass and ceilings.breaks_sectors(case.C, case.itemsize, case.channels_last),
+            compiled=compiled,
+        )
+
+
+def violations(row: Row) -> list[str]:
+    """The ceilings that a row breaks, in words."""
+    return [f"{row.case}: {what}" for what in _broken(row)]
+
+
+def _broken(row: Row) -> Iterator[str]:
+    case = row.case
+    if row.moved > row.ceiling:
+        yield f"moves {row.moved:.4f} times the bytes of x, ceiling {row.ceiling:.4f}"
+    short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
+    if not row.one_pass and short and not row.split_excused:
+        yield f"reads x twice, where rows of {case.S} positions must be read once"
+    vectors = ceilings.vectors_required(case.C, case.S, case.itemsize, case.channels_last)
+    for target, compiled in row.compiled.items():
+        if target not in ceilings.SHARED_BYTES:
+            continue
+        if compiled.failure is not None:
+            yield f"does not compile for {target}: {compiled.failure}"
+            continue
+        if compiled.spills:
+            yield f"spills {compiled.spills} bytes a thread on {target}"
+        most = ceilings.SHARED_BYTES[target]
+        if (compiled.shared or 0) > most:
+            yield f"takes {compiled.shared} bytes of shared memory on {target}, where a block has {most}"
+        if vectors and (compiled.vector_share or 0.0) < ceilings.VECTOR_SHARE:
+            yield f"moves only {100 * (compiled.vector_share or 0.0):.0f} % of x in 16-byte accesses on {target}"
+        if compiled.atomics:
+            yield f"has {compiled.atomics} atomic operations on {target}"
+
+
+def variant_violations(variants: Variants) -> list[str]:
+    """The ceilings that the variants of Example 1 break, in words. They are for the network, which is channels-last."""
+    if not variants.channels_last:
+        return []
+    counts = (
+        ("", variants.example, ceilings.VARIANTS),
+        (" more for other batch sizes", variants.other_batch, ceilings.VARIANTS_OTHER_BATCH),
+        (" more for another volume", variants.other_volume, ceilings.VARIANTS_OTHER_VOLUME),
+    )
+    which = f"Example 1 {variants.dtype} {layout(variants.channels_last)}"
+    return [f"{which}: {count} compiled variants{what}, ceiling {most}" for what, count, most in counts if count > most]

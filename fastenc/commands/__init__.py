@@ -1,0 +1,1 @@
+"""The commands of `python -m fastenc`: doctor, demo and accelerate. No library module imports this folder."""

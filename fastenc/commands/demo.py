@@ -1,0 +1,312 @@
+"""`python -m fastenc demo`: real patches of a brain through every route of this machine, encoding and learning."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastenc
+
+from .demo_routes import (
+    GRADIENT_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    WHY,
+    Learned,
+    Route,
+    Row,
+    available,
+    encode,
+    interpreted,
+    train,
+)
+from .shell import write_whole
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .demo_data import Patches
+
+EXTRAS = ("matplotlib", "nibabel", "nilearn", "rich")
+SEED = 0
+TRAINING_PATCHES, HELD_OUT_PATCHES = 512, 128
+# The seed document's Example 1, on three channels: T1 and both tissue maps.
+EXAMPLE_1 = {"channel": 64, "layers": [3, 3, 3, 3, 3], "in_planes": 3, "out_length": 32}
+# Tells the tissue fractions from T1 alone; its second channel is ones, see `Patches.inputs`.
+SMALL = {"channel": 8, "layers": [1, 1, 1], "in_planes": 2, "out_length": 2}
+# Two patches' middles: the interpreter takes milliseconds where a GPU takes nanoseconds.
+INTERPRETED = (slice(2), slice(None), slice(9, 22), slice(10, 22), slice(10, 20))
+COLOURS = ("#9ecae1", "#d55e00", "#009e73", "#000000")
+FIGURE, RECORD = "demo.png", "demo.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the demo."""
+    parser.description = (
+        "Encode patches of the MNI152 brain with the 17-layer Example 1 network by every route of this machine and "
+        "compare; train a small network to tell how much of a patch is grey and white matter; write a PNG and a JSON."
+    )
+    parser.add_argument(
+        "--steps", type=_positive, default=250, metavar="N", help="training steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="patches encoded, and trained on, at a time (%(default)s)",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fastenc-demo"),
+        metavar="FOLDER",
+        help="for PNG and JSON (default: %(default)s)",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"needs a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo. Returns 0, or 1 where routes disagree, or 2 where it cannot start."""
+    problem = _cannot_start(arguments)
+    if problem is not None:
+        print(f"fastenc demo: error: {problem}", file=sys.stderr)
+        return 2
+    from rich.console import Console
+
+    from ..bench.engine.machine import describe, settings
+    from . import demo_data
+
+    device = torch.device("cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu")
+    console = Console()
+    volumes = demo_data.mni152()
+    generator = np.random.default_rng(SEED)
+    training = demo_data.draw(volumes, demo_data.TRAINING, TRAINING_PATCHES, generator)
+    held_out = demo_data.draw(volumes, demo_data.HELD_OUT, HELD_OUT_PATCHES, generator)
+    encoded = demo_data.draw(volumes, demo_data.HELD_OUT, arguments.batch, generator)
+
+    with settings(tf32=False, benchmark=False) as used:
+        machine = describe(device)
+        console.print(f"{machine.name}, torch {machine.torch}, float32 without TF32", soft_wrap=True)
+        routes, missing = available(device)
+        with console.status("Encoding"):
+            rows = encode(routes, EXAMPLE_1, encoded.volumes, device, SEED)
+            rows += [Row(name, note=f"did not run: {reason}") for name, reason in missing.items()]
+            rows.append(interpreted(held_out.inputs[INTERPRETED], SEED))
+        _print_table(console, rows, arguments.batch)
+        ran = {row.route for row in rows if row.difference is not None}
+        learned = _train(
+            console, [route for route in routes if route.name in ran], training, held_out, arguments, device
+        )
+    _print_learned(console, learned, demo_data.TISSUES)
+
+    agree = all(row.agrees is not False for row in rows)
+    record = {
+        "versions": _versions(),
+        "machine": asdict(machine),
+        "settings": asdict(used),
+        "options": {"steps": arguments.steps, "batch": arguments.batch, "device": device.type, "seed": SEED},
+        "data": {
+            "volume": "MNI152 template at 1 mm, as nilearn installs it",
+            "patch": list(demo_data.PATCH_SHAPE),
+            "training": {"patches": TRAINING_PATCHES, "slabs": demo_data.TRAINING.slabs},
+            "held_out": {"patches": HELD_OUT_PATCHES, "slabs": demo_data.HELD_OUT.slabs},
+        },
+        "encoding": {"network": EXAMPLE_1, "channels": demo_data.CHANNELS, "rows": [asdict(row) for row in rows]},
+        "agreement": {
+            "agree": agree,
+            "output_tolerance": OUTPUT_TOLERANCE,
+            "gradient_tolerance": GRADIENT_TOLERANCE,
+            "why": WHY,
+        },
+        "training": {
+            "network": SMALL,
+            "tissues": demo_data.TISSUES,
+            "routes": [
+                {
+                    "route": result.route,
+                    "seconds": result.seconds,
+                    "r2": dict(zip(demo_data.TISSUES, result.r2, strict=True)),
+                    "loss": result.loss,
+                }
+                for result in learned
+            ],
+        },
+    }
+    write_whole(arguments.out / RECORD, json.dumps(record, indent=1))
+    _plot(arguments.out / FIGURE, learned, held_out.fractions, demo_data.TISSUES)
+    console.print(f"Wrote {FIGURE} and {RECORD} to {arguments.out.resolve()}", soft_wrap=True)
+    if not agree:
+        console.print("The routes disagree.")
+    return 0 if agree else 1
+
+
+def _cannot_start(arguments: argparse.Namespace) -> str | None:
+    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed: pip install 'fastenc[demo]'"
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: torch finds no CUDA GPU here; --device cpu runs without one"
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.out).close()
+    except OSError as error:
+        return f"--out {arguments.out}: cannot write there: {error.strerror or error}"
+    return None
+
+
+def _print_table(console: Console, rows: Sequence[Row], batch: int) -> None:
+    from rich.table import Table
+
+    table = Table(
+        title=f"Example 1 encodes a batch of {batch}, each 3×31×32×30",
+        caption="Channels: T1 and the maps of grey and white matter. Peak memory: what PyTorch allocates during the "
+        "call, parameters and input not counted. Difference: relative L2 from plain PyTorch, the largest of all "
+        f"patches; up to {OUTPUT_TOLERANCE:g} is rounding. Interpreted: output and all gradients of a tiny network, "
+        f"gradients up to {GRADIENT_TOLERANCE:g}; an interpreter's time and memory say nothing of a GPU's.",
+        caption_justify="left",
+    )
+    table.add_column("route")
+    for heading in ("ms per batch", "peak memory", "largest difference", "agrees"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.route,
+            "–" if row.milliseconds is None else f"{row.milliseconds:.4g}",
+            "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f} MB",
+            "–" if row.difference is None else f"{row.difference:.1e}" if row.difference else "0",
+            {True: "yes", False: "NO", None: "–"}[row.agrees],
+        )
+    console.print(table)
+    for row in rows:
+        if row.note:
+            console.print(f"{row.route}: {row.note}", markup=False)
+
+
+def _train(
+    console: Console,
+    routes: Sequence[Route],
+    training: Patches,
+    held_out: Patches,
+    arguments: argparse.Namespace,
+    device: torch.device,
+) -> list[Learned]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("Training, {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+    )
+    seen, unseen = ((patches.inputs, patches.fractions) for patches in (training, held_out))
+    learned = []
+    with Progress(*columns, console=console) as progress:
+
+        def show(task: TaskID, loss: float) -> None:
+            progress.update(task, advance=1, loss=loss)
+
+        for route in routes:
+            task = progress.add_task(route.name, total=arguments.steps, loss=float("nan"))
+            learned.append(
+                train(
+                    route,
+                    SMALL,
+                    seen,
+                    unseen,
+                    steps=arguments.steps,
+                    batch=arguments.batch,
+                    device=device,
+                    seed=SEED,
+                    on_step=partial(show, task),
+                )
+            )
+    return learned
+
+
+def _print_learned(console: Console, learned: Sequence[Learned], tissues: Sequence[str]) -> None:
+    from rich.table import Table
+
+    table = Table(title="Tissue fractions of patches from another part of the brain")
+    table.add_column("route")
+    for heading in ("training", *(f"R² {tissue}" for tissue in tissues)):
+        table.add_column(heading, justify="right")
+    for result in learned:
+        table.add_row(result.route, f"{result.seconds:.1f} s", *(f"{value:.3f}" for value in result.r2))
+    console.print(table)
+
+
+def _versions() -> dict[str, str | None]:
+    """Versions of what takes part; None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "fastenc": fastenc.__version__}
+    for name in ("torch", "triton", "numpy", *EXTRAS):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _plot(path: Path, learned: Sequence[Learned], true: Tensor, tissues: Sequence[str]) -> None:
+    """Loss over steps of each route, one over the other; predicted against true fractions of each tissue."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.6), layout="constrained", dpi=150)
+    losses, *scatters = figure.subplots(1, 1 + len(tissues), width_ratios=[1.5] + [1] * len(tissues))
+    for i, (result, colour) in enumerate(zip(learned, COLOURS, strict=False)):
+        label = f"{result.route}"
+        width = 1.0 + 3.0 * (len(learned) - 1 - i) / max(1, len(learned) - 1)
+        losses.plot(range(1, len(result.loss) + 1), result.loss, color=colour, linewidth=width, label=label)
+        for k, scatter in enumerate(scatters):
+            scatter.plot(
+                true[:, k],
+                result.predicted[:, k],
+                marker="o" if i == 0 else "x+."[i - 1],
+                markersize=7 if i == 0 else 4,
+                markerfacecolor="none" if i == 0 else colour,
+                color=colour,
+                linestyle="none",
+                label=f"{result.route}, R² {result.r2[k]:.3f}",
+            )
+    losses.set(yscale="log", xlabel="training step", ylabel="mean squared error / variance of the targets")
+    losses.set_title("Training loss: one curve over the other")
+    for k, (scatter, tissue) in enumerate(zip(scatters, tissues, strict=True)):
+        values = [true[:, k], *(result.predicted[:, k] for result in learned)]
+        low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+        margin = 0.05 * (high - low)
+        limits = (low - margin, high + margin)
+        scatter.plot(limits, limits, color="0.5", linewidth=0.8, zorder=0)
+        scatter.set(xlim=limits, ylim=limits, aspect="equal")
+        scatter.set(xlabel=f"true fraction of {tissue}", ylabel="predicted fraction" if k == 0 else "")
+        scatter.set_title(f"{tissue.capitalize()} in held-out patches")
+    for axes in (losses, *scatters):
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_whole(path, drawn.getvalue())

@@ -1,0 +1,290 @@
+"""What the demo compares: the network by every route of this machine, encoding and learning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastenc
+
+from .. import route as routes
+from ..bench.engine.agreement import GRADIENT_FLOOR, OUTPUT_FLOOR, distance, distances
+from ..bench.engine.memory import peak_bytes
+from ..bench.engine.timing import synchronize
+
+LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 3, 50, 5.0  # timed calls of each route
+LEARNING_RATE = 5e-3
+
+# One tolerance for all: the same float32 formula, rounded in another order.
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = OUTPUT_FLOOR, GRADIENT_FLOOR
+WHY = (
+    f"Two float32 networks differ by the rounding of both. One alone is off from float64 by up to 1e-6 in the output, "
+    f"in channels_last_3d by up to 5e-6: {OUTPUT_TOLERANCE:g} allows twice that. Gradients of single parameters are "
+    f"sums that cancel, and a PReLU input that rounding moves across zero changes them: alone they are off by up to "
+    f"6e-3, so {GRADIENT_TOLERANCE:g} is allowed. A missing term is off by 0.1 and more. All figures are relative L2 "
+    f"distances: of each patch's output on its own, of each gradient on its own, the largest counts."
+)
+
+
+class PlainUnit(nn.Module):
+    """InstanceNorm3d → PReLU → Conv3d."""
+
+    def __init__(self, in_planes: int, out_planes: int, stride: int) -> None:
+        super().__init__()
+        self.mconv = nn.Sequential(
+            nn.InstanceNorm3d(in_planes, affine=True),
+            nn.PReLU(in_planes),
+            nn.Conv3d(in_planes, out_planes, 3, stride, padding=1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mconv(x)
+
+
+class PlainBlock(nn.Module):
+    """Units in a row: the first one widens, the last one halves the map."""
+
+    def __init__(self, in_planes: int, out_planes: int, depth: int) -> None:
+        super().__init__()
+        *before, last = [in_planes] + [out_planes] * (depth - 1)
+        self.conv_list = nn.Sequential(*(PlainUnit(planes, out_planes, stride=1) for planes in before))
+        self.conv_scale = PlainUnit(last, out_planes, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_scale(self.conv_list(x))
+
+
+class PlainEncoder(nn.Module):
+    """EncoderNet3d with kernel size 3 and a vector output, of torch.nn alone: the same parameters by the same names."""
+
+    def __init__(self, channel: int, layers: Sequence[int], in_planes: int, out_length: int) -> None:
+        super().__init__()
+        widths = [channel] + [channel * 2**i for i in range(len(layers))]
+        self.netbody = nn.Sequential(
+            nn.Conv3d(in_planes, channel, 5, padding=2, bias=False),
+            *(PlainBlock(widths[i], widths[i + 1], depth) for i, depth in enumerate(layers)),
+            nn.Conv3d(widths[-1], widths[-1], 3, padding=1),
+            nn.AdaptiveAvgPool3d(1),
+        )
+        self.fc = nn.Linear(widths[-1], out_length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.netbody(x).flatten(1))
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to run the network. `backend` is fastenc's; None is plain PyTorch."""
+
+    name: str
+    backend: routes.Backend | None
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def network(self, arguments: dict[str, Any], seed: int) -> nn.Module:
+        """The network as this route's user makes it: from torch's own random numbers after `seed`."""
+        torch.manual_seed(seed)
+        return PlainEncoder(**arguments) if self.backend is None else fastenc.EncoderNet3d(**arguments)
+
+    def place(self, tensors: Any, device: torch.device) -> Any:
+        """A network or an input on the device and in this route's memory format."""
+        return tensors.to(device).to(memory_format=self.memory_format)
+
+    def call(self, network: nn.Module, x: Tensor) -> Tensor:
+        """network(x), by this route."""
+        with fastenc.backend(self.backend or "eager"):
+            return network(x)
+
+
+def available(device: torch.device) -> tuple[list[Route], dict[str, str]]:
+    """The routes that `device` has, plain PyTorch first, and for each that it lacks the reason."""
+    plain, eager = Route("plain PyTorch", None), Route("fastenc, eager", "eager")
+    if device.type == "cpu":
+        return [plain, eager], {}
+    channels_last = Route("plain PyTorch, channels_last_3d", None, torch.channels_last_3d)
+    triton = Route("fastenc, Triton", "triton")
+    reason = routes.device_reason(torch.empty(0, device=device))
+    if reason is None:
+        return [plain, channels_last, eager, triton], {}
+    return [plain, channels_last, eager], {triton.name: reason}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One route in the table.
+
+    milliseconds: median of a forward of the whole batch. peak_bytes: what that forward allocates at most, parameters
+    and input not counted. difference: the largest relative L2 distance from plain PyTorch (`WHY`).
+    agrees: None where the machine lacks the route, False where it failed; `note` says why.
+    """
+
+    route: str
+    milliseconds: float | None = None
+    peak_bytes: int | None = None
+    difference: float | None = None
+    agrees: bool | None = None
+    note: str = ""
+
+
+def encode(
+    available: Sequence[Route], arguments: dict[str, Any], x: Tensor, device: torch.device, seed: int
+) -> list[Row]:
+    """Encode x (N, in_planes, 31, 32, 30) by each route with the same parameters; the first route is the measure."""
+    torch.manual_seed(seed)
+    parameters = fastenc.EncoderNet3d(**arguments).to(device).state_dict()
+    calls: dict[str, Callable[[], Tensor]] = {}
+    outputs: dict[str, Tensor] = {}
+    failed: list[Row] = []
+    for route in available:
+        with torch.device("meta"):
+            network = PlainEncoder(**arguments) if route.backend is None else fastenc.EncoderNet3d(**arguments)
+        network.load_state_dict(parameters, assign=True)
+        call = _inference(route, route.place(network, device), route.place(x, device))
+        try:
+            outputs[route.name] = call()
+        except Exception as error:  # what stops one route is its row of the table, not the end of the others
+            if route is available[0]:
+                raise
+            failed.append(_failed(route.name, error))
+        else:
+            calls[route.name] = call
+    expected = outputs[available[0].name]
+    seconds = _take_turns(list(calls.values()), device)
+    rows = []
+    for (name, call), samples in zip(calls.items(), seconds, strict=True):
+        difference = max(map(distance, outputs[name], expected))
+        agrees = difference <= OUTPUT_TOLERANCE
+        rows.append(Row(name, 1e3 * median(samples), peak_bytes(call, device), difference, agrees))
+    return rows + failed
+
+
+def _failed(name: str, error: Exception) -> Row:
+    return Row(name, agrees=False, note=f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _inference(route: Route, network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return route.call(network, x)
+
+    return call
+
+
+def _take_turns(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> list[list[float]]:
+    """Seconds of each call, round by round, so that what else the machine does meets all of them alike."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= LEAST_ROUNDS and time.perf_counter() - start > ENOUGH_SECONDS:
+            break
+        for call, samples in zip(calls, seconds, strict=True):
+            synchronize(device)
+            begin = time.perf_counter()
+            call()
+            synchronize(device)
+            samples.append(time.perf_counter() - begin)
+    return seconds
+
+
+def interpreted(patches: Tensor, seed: int) -> Row:
+    """A tiny network by the Triton route, its kernels interpreted on the CPU, against plain PyTorch.
+
+    patches: (N, C, D, H, W), small. The output and the gradients in the input and in all parameters count.
+    """
+    name = "fastenc, Triton interpreted"
+    if not routes.has_triton():
+        return Row(name, note="did not run: triton is not installed")
+    from ..bench.proofs.interpret import Traffic
+    from ..bench.proofs.interpret import interpreted as kernels_interpreted
+
+    arguments = {"channel": 4, "layers": [2, 1], "in_planes": patches.shape[1], "out_length": 2}
+    plain, triton = Route("", None), Route(name, "triton")
+    expected = _output_and_gradients(plain, plain.network(arguments, seed), patches)
+    try:
+        with kernels_interpreted(), Traffic() as traffic:
+            found = _output_and_gradients(triton, triton.network(arguments, seed), patches)
+    except Exception as error:  # the table and the record still tell of the other routes
+        return _failed(name, error)
+    apart = distances(found, expected)
+    output = apart.pop("output")
+    gradient = max(apart, key=lambda key: apart[key])
+    agrees = traffic.launches > 0 and output <= OUTPUT_TOLERANCE and apart[gradient] <= GRADIENT_TOLERANCE
+    note = (
+        f"tiny network, forward and backward, {traffic.launches} launches: output {output:.1e}, "
+        f"gradients up to {apart[gradient]:.1e} ({gradient})"
+    )
+    return Row(name, difference=max(output, apart[gradient]), agrees=agrees, note=note)
+
+
+def _output_and_gradients(route: Route, network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    y = route.call(network, x)
+    y.square().sum().backward()
+    leaves = {"x": x, **dict(network.named_parameters())}
+    return {"output": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What one route learned.
+
+    loss: mean squared error of each step, over the variance of the training targets. predicted (count, targets): the
+    held-out targets as the network sees them. r2: the share of each held-out target's variance that it explains.
+    """
+
+    route: str
+    seconds: float
+    loss: list[float]
+    predicted: Tensor
+    r2: list[float]
+
+
+def train(
+    route: Route,
+    arguments: dict[str, Any],
+    training: tuple[Tensor, Tensor],
+    held_out: tuple[Tensor, Tensor],
+    steps: int,
+    batch: int,
+    device: torch.device,
+    seed: int,
+    on_step: Callable[[float], None],
+) -> Learned:
+    """Train the network from `seed` by one route; every route sees the same batches.
+
+    training, held_out: inputs (count, in_planes, 31, 32, 30) and targets (count, targets). on_step gets each loss.
+    """
+    network = route.place(route.network(arguments, seed), device)
+    inputs, targets = training
+    mean, std = targets.mean(0), targets.std(0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    order = torch.Generator().manual_seed(seed)
+    loss_of_step: list[float] = []
+    begin = time.perf_counter()
+    for _ in range(steps):
+        chosen = torch.randint(len(inputs), (batch,), generator=order)
+        x, target = route.place(inputs[chosen], device), (targets[chosen] - mean) / std
+        loss = F.mse_loss(route.call(network, x), target.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        loss_of_step.append(loss.item())
+        on_step(loss_of_step[-1])
+    seconds = time.perf_counter() - begin
+    with torch.no_grad():
+        parts = [route.call(network, route.place(part, device)).cpu() for part in held_out[0].split(batch)]
+    predicted = torch.cat(parts) * std + mean
+    return Learned(route.name, seconds, loss_of_step, predicted, r2(predicted, held_out[1]))
+
+
+def r2(predicted: Tensor, true: Tensor) -> list[float]:
+    """1 − Σ(true − predicted)² / Σ(true − mean)² of each column."""
+    return (1 - (true - predicted).square().sum(0) / (true - true.mean(0)).square().sum(0)).tolist()

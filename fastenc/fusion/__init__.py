@@ -1,0 +1,192 @@
+"""`accelerate`: the fused kernels in any network, in place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers import _ConvModernNd
+from ..norm_act import _InstanceNormActNd
+from .modules import (
+    INSTANCE_NORMS,
+    Activation,
+    DeferredNorm,
+    Dropout,
+    Forward,
+    FusedNorm,
+    restore,
+    why_not_plain,
+)
+from .sequential import scope_of
+
+SUMMARY = "_fastenc_summary"  # holds the summary of a model that has an attribute `accelerated` of its own
+
+
+@dataclass(frozen=True, slots=True)
+class NormOutcome:
+    """What became of one norm: "fused" with an activation, the kernel "alone", or "left" as it was; and why."""
+
+    name: str
+    outcome: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What `accelerate` did to each instance normalisation of a model. Iterate over it, or print it."""
+
+    norms: tuple[NormOutcome, ...]
+
+    def __iter__(self) -> Iterator[NormOutcome]:
+        return iter(self.norms)
+
+    def __len__(self) -> int:
+        return len(self.norms)
+
+    def count(self, outcome: str) -> int:
+        """How many norms are "fused", "alone" or "left"."""
+        return sum(norm.outcome == outcome for norm in self.norms)
+
+    def __str__(self) -> str:
+        if not self.norms:
+            return "no InstanceNorm1d, 2d or 3d in this model: nothing to accelerate"
+        widths = [max(len(getattr(norm, column)) for norm in self.norms) for column in ("name", "outcome")]
+        rows = [f"{n.name:<{widths[0]}}  {n.outcome:<{widths[1]}}  {n.detail}".rstrip() for n in self.norms]
+        counts = ", ".join(f"{self.count(outcome)} {outcome}" for outcome in ("fused", "alone", "left"))
+        return "\n".join([*rows, f"{len(self.norms)} instance norms: {counts}"])
+
+
+def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model itself, with `accelerated` on it
+    """Fuse every InstanceNorm1d, 2d, 3d of model with the PReLU, LeakyReLU or ReLU that follows it, in place.
+
+        model = fastenc.accelerate(model)
+        print(model.accelerated)             # a line for each norm: fused with what, or why not
+        fastenc.accelerate(model, undo=True)
+
+    Each of these modules gets a `forward` of its own, as an attribute. Its class, parameters, hooks and state-dict keys
+    stay as they were, and so do the numbers. Copies, pickles and nn.DataParallel's replicas are accelerated too.
+
+    Pairs are found by tracing the forward. Dropout, Identity and a residual addition (`+` or `+=`) between the norm and
+    its activation are supported. A norm without an activation runs as the kernel alone. On CUDA, tensors with two or
+    more spatial axes are converted to channels-last when they enter the model. Whatever the kernels do not support runs
+    as before; `fastenc.explain(model, x)` gives the reason. So does everything under tracers. Under torch.compile and
+    torch.export, a pair inside an nn.Sequential is one operator, and other pairs run as before. Calling accelerate
+    again re-analyses the model. After an error the model is as it was.
+
+    What differs from the original model:
+
+    - A forward that calls view on a channels-last tensor fails. A warning says so, and this call and all later ones run
+      on contiguous tensors. RuntimeError is raised where running statistics would count the repeated call twice, and
+      under torch.compile before any other call.
+    - To see the gradient of a norm's output, call register_hook or retain_grad on it immediately after the norm.
+      Otherwise the tensor is fused away and torch.autograd.grad cannot reach it.
+    - RuntimeError is raised if a norm's input, weight, bias or residual is changed in place before its output is used.
+      Under torch.inference_mode the model therefore runs in torch.no_grad, so its outputs are ordinary tensors, and a
+      tensor that was made in inference mode before the call cannot be changed in place during the first call.
+    - A model that writes over its input writes over the channels-last copy, not over the caller's tensor.
+    - A hook on a module that a norm's output leaves before its activation keeps the two from being fused.
+    - Each of these modules is part of a reference cycle, so a deleted model is freed by Python's garbage collector.
+    - A module whose class defines `__reduce_ex__` itself is pickled by that; copy.copy of it shares the forward.
+    - torch.jit.script raises RuntimeError. torch.compile of an nn.Sequential does not survive undo with fullgraph=True.
+
+    Args:
+        model: any nn.Module.
+        undo: give the modules their own forwards back instead.
+
+    Returns:
+        model itself. Its attribute `accelerated` is a `Summary`; where model has an attribute of this name, it is
+        `_fastenc_summary` instead.
+
+    Raises:
+        TypeError: model is no nn.Module, or a ScriptModule.
+        ValueError: model, or a module in it, was compiled already or has parameters on the meta device.
+    """
+    _check(model)
+    summary, forwards = _planned(model) if not undo else (None, [])
+    before = [(module, vars(module).copy()) for module in model.modules()]
+    try:
+        for module, own in before:
+            restore(module)
+            for name in (SUMMARY, *(["accelerated"] if isinstance(own.get("accelerated"), Summary) else [])):
+                vars(module).pop(name, None)
+        for forward in forwards:
+            forward.install()
+        if summary is not None:
+            vars(model).update({SUMMARY: summary} if hasattr(model, "accelerated") else {"accelerated": summary})
+    except BaseException:  # KeyboardInterrupt, say
+        for module, own in before:
+            vars(module).clear()
+            vars(module).update(own)
+        raise
+    return model
+
+
+def _check(model: Any) -> None:
+    """Raise where model is nothing that can be accelerated, saying why."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule, whose code is fixed: accelerate the module that it was made from")
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    for name, module in model.named_modules():
+        where = f"model.{name}" if name else "model"
+        if (compiler is not None and isinstance(module, compiler.OptimizedModule)) or (
+            getattr(module, "_compiled_call_impl", None) is not None
+        ):
+            raise ValueError(f"{where} is compiled already: accelerate the model that was compiled, before compiling")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"model.{name} is on the meta device: load the parameters first, then accelerate")
+
+
+def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
+    """What becomes of each norm, and the forwards to install; changes nothing."""
+    from .search import find, own_forward
+
+    names = {module: name for name, module in model.named_modules()}
+    units = [module for module in names if isinstance(module, (_ConvModernNd, _InstanceNormActNd))]
+    own = {inner for unit in units for inner in unit.modules()}
+    norms = [module for module in names if isinstance(module, INSTANCE_NORMS)]
+    left = {norm: reason for norm in norms if (reason := _why_left(norm, own, own_forward(norm)))}
+    found = find(model, {norm for norm in norms if norm not in left})
+    outcomes: list[NormOutcome] = []
+    forwards: list[Forward] = []
+    for norm in norms:
+        if norm in left:
+            outcomes.append(NormOutcome(names[norm], "left", left[norm]))
+            continue
+        why = "; ".join(dict.fromkeys(found.why.get(norm, ())))
+        partners = " or ".join(f"{names[m]} ({type(m).__name__})" for m in found.partners.get(norm, ()))
+        if norm in found.boxes:
+            why = f"if they meet: the forward of {type(found.boxes[norm]).__name__} cannot be traced"
+        if partners:
+            outcomes.append(NormOutcome(names[norm], "fused", f"with {partners}" + (f"; {why}" if why else "")))
+            forwards.append(DeferredNorm(norm, name=names[norm]))
+        else:
+            outcomes.append(NormOutcome(names[norm], "alone", why or "no call of it was seen"))
+            forwards.append(FusedNorm(norm))
+    if forwards:
+        activations = dict.fromkeys(partner for partners in found.partners.values() for partner in partners)
+        forwards += [Activation(activation) for activation in activations]
+        forwards += [Dropout(dropout) for dropout in found.dropouts]
+        scopes = {**found.scopes, **({} if model in norms else {model: found.scopes.get(model, {})})}
+        for scope, inside in scopes.items():
+            between = tuple((caller, tuple(names[norm] for norm in waiting)) for caller, waiting in inside.items())
+            forwards.append(scope_of(scope, root=scope is model)(scope, between=between))
+    return Summary(tuple(outcomes)), forwards
+
+
+def _why_left(norm: nn.Module, own: set[nn.Module], replaced: bool) -> str | None:
+    """Why norm, an InstanceNorm, is not touched."""
+    if norm in own:
+        return "it is in one of fastenc's own units, which fuse already"
+    if type(norm) not in INSTANCE_NORMS:
+        return f"it is a {type(norm).__name__} of {type(norm).__module__}, not one of torch's own InstanceNorms"
+    if replaced:
+        return "its forward was replaced"
+    return why_not_plain(norm)

@@ -1,0 +1,384 @@
+"""A tensor subclass for a norm's output whose computation is deferred until its consumer is known.
+
+An accelerated norm returns a `Deferred` in place of z = norm(x). Its activation turns it into PReLU(z) by one kernel,
+or into PReLU(z + r) if a residual r was added in between. For any other consumer it is z, computed at the first look:
+to PyTorch it is an ordinary tensor of the autograd graph, with shape, strides, dtype and gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils._pytree import tree_map_only
+
+from fastenc.kernels.layout import layout
+
+from .. import reference, route
+from ..functional import fused
+
+
+class _Running(threading.local):
+    """Of this thread: how many scopes run, the norms that must not defer in them, and every Deferred made in them."""
+
+    def __init__(self) -> None:
+        self.scopes = 0
+        self.observed: frozenset[str] = frozenset()
+        self.waiting: list[Callable[[], Any]] = []
+
+
+running = _Running()
+
+
+class Deferred(Tensor):
+    """z = norm(x), or dropout(z), or z + residual, to be computed."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    versions: list[int]
+    grad_mode: bool
+    dropout: Any = None
+    noise: list[Tensor]
+    residual: Tensor | None = None
+    value: Tensor | None = None
+    replaced: Tensor | None = None  # what an activation or addition in place has made of z
+    passed_by: bool = False
+
+    # Everything goes through the dispatcher, below autograd: what is computed there needs no history of its own.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Deferred:
+        z = Tensor._make_wrapper_subclass(cls, x.size(), strides=x.stride(), dtype=x.dtype, device=x.device)
+        z.x, z.weight, z.bias, z.eps = x, weight, bias, eps
+        z.versions = _versions(x, weight, bias, None)
+        z.grad_mode = torch.is_grad_enabled()
+        # z has no memory: what asks for its address past the methods here gets an error, and no null pointer.
+        torch._C._set_throw_on_mutable_data_ptr(z)
+        if running.scopes:
+            running.waiting.append(weakref.ref(z))
+        return z
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """func of the values."""
+        return func(*tree_map_only(Deferred, _value, args), **tree_map_only(Deferred, _value, kwargs or {}))
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return self.plain().__repr__(**options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.plain(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def untyped_storage(self) -> torch.UntypedStorage:  # and so storage, share_memory_ and is_shared
+        return _value(self).untyped_storage()
+
+    def data_ptr(self) -> int:
+        return _value(self).data_ptr()
+
+    def tolist(self) -> Any:
+        return self._in_memory().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self._in_memory().numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self._in_memory().__array__(dtype)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._in_memory().__dlpack__(**options)
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        return self._in_memory().__cuda_array_interface__
+
+    def _in_memory(self) -> Tensor:
+        """z as a plain tensor: its own memory, or one that refuses to be exported because it requires a gradient."""
+        return self.plain() if self.requires_grad else _value(self)
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        self._keep_gradient()
+        return super().register_hook(hook)
+
+    def retain_grad(self) -> None:
+        self._keep_gradient()
+        super().retain_grad()
+
+    def activated(self, slope: Tensor | float, inplace: bool) -> Tensor | None:
+        """PReLU(z) in one kernel; None where z was looked at already, or where slope does not fit it."""
+        if self._looked_at() or self.grad_mode != torch.is_grad_enabled():
+            return None
+        if isinstance(slope, Tensor) and not (fits(slope, self.x, 1) or fits(slope, self.x, self.x.size(1))):
+            return None
+        self._check_unchanged()
+        y = self._computed(slope)
+        if self.dropout is not None:
+            y = self.dropout(y)  # positive factors, and a slope on either side of them: the same
+        self.passed_by = True
+        if inplace:
+            self.replaced = y
+        return y
+
+    def dropped(self, dropout: Callable[[Tensor], Tensor]) -> Deferred | None:
+        """dropout(z), to be computed; None where z is `_settled`."""
+        if self._settled():
+            return None
+        self.passed_by = True
+        if self.requires_grad:
+            return _Drop.apply(self, dropout)  # type: ignore[attr-defined]
+        return _dropped(self, dropout, [])
+
+    def plain(self) -> Tensor:
+        """z as a plain tensor, with its history."""
+        if self.replaced is not None:
+            return self.replaced.plain() if type(self.replaced) is Deferred else self.replaced
+        if self._looked_at() or self.dropout is not None:
+            return self.clone()
+        self._check_unchanged()
+        with torch.set_grad_enabled(self.grad_mode):
+            return self._computed(1.0)
+
+    def settle(self) -> None:
+        """Compute z: it outlives the forward that made it, and what it is computed from may change from now on."""
+        if self.replaced is not None:
+            y = self.plain()
+            if self.requires_grad:
+                with torch.enable_grad():
+                    _Replace.apply(self, y)  # type: ignore[attr-defined]
+            self.value, self.replaced = y.detach(), None
+        elif self.value is None and self._unchanged():  # else whoever reads it is told
+            _value(self)
+        if self.value is not None:
+            self.x = self.value  # x is not needed any more
+
+    def __add__(self, other: Any) -> Tensor:
+        r = self._residual(other)
+        return super().__add__(other) if r is None else self._plus(r)
+
+    def __radd__(self, other: Any) -> Tensor:
+        r = self._residual(other)
+        if r is None and isinstance(other, Tensor):
+            return NotImplemented  # other's own __add__, then, which gives the sum other's strides
+        return super().__radd__(other) if r is None else self._plus(r)
+
+    def __iadd__(self, other: Any) -> Tensor:
+        r = self._residual(other)
+        if r is None:
+            return super().__iadd__(other)
+        if self.grad_mode and (self.requires_grad or r.requires_grad):
+            self.replaced = self._plus(r)
+            return self.replaced
+        self.residual, self.versions = r, _versions(self.x, self.weight, self.bias, r)
+        return self
+
+    def _residual(self, other: Any) -> Tensor | None:
+        """other, to be added by the kernel; None where z is `_settled`, or where other does not lie as x does."""
+        x = self.x
+        if (
+            self._settled() or type(other) not in (Tensor, Deferred)
+            or other.shape != x.shape or other.stride() != x.stride()
+            or other.dtype != x.dtype or other.device != x.device or other.is_inference()
+        ):  # fmt: skip
+            return None
+        r = other.plain() if type(other) is Deferred else other
+        self._check_unchanged()
+        return r
+
+    def _plus(self, r: Tensor) -> Deferred:
+        """z + r, to be computed."""
+        self.passed_by = True
+        if self.grad_mode and (self.requires_grad or r.requires_grad):
+            return _Add.apply(self, r)  # type: ignore[attr-defined]
+        return _added(self, r)
+
+    def _computed(self, slope: Tensor | float) -> Tensor:
+        return fused(self.x, self.weight, self.bias, slope, self.eps, residual=self.residual)
+
+    def _looked_at(self) -> bool:
+        """Whether z is more than its definition: it has a value, or a history that is not its own.
+
+        Such a history is a leaf's, or that of an autograd Function which returns z, say a reentrant checkpoint's.
+        """
+        return (
+            self.value is not None
+            or self.replaced is not None
+            or (self.requires_grad and type(self.grad_fn) not in _HISTORY)
+        )
+
+    def _keep_gradient(self) -> None:
+        """Whoever asks for z's own gradient gets it: z is looked at, so that no kernel passes it by."""
+        if self.passed_by and self.requires_grad:
+            raise RuntimeError(
+                "a hook or retain_grad() came after the output of an accelerated norm had been fused with what follows "
+                "it; register it right behind the norm, or use fastenc.accelerate(model, undo=True)"
+            )
+        _value(self)
+
+    def _settled(self) -> bool:
+        """Whether nothing more can be deferred: z was looked at, is no norm's output any more, or PyTorch looks on."""
+        return (
+            self._looked_at() or self.dropout is not None or self.residual is not None
+            or self.grad_mode != torch.is_grad_enabled() or route.watched(self.x) is not None
+        )  # fmt: skip
+
+    def _unchanged(self) -> bool:
+        return _versions(self.x, self.weight, self.bias, self.residual) == self.versions
+
+    def _check_unchanged(self) -> None:
+        if self.versions != _versions(self.x, self.weight, self.bias, self.residual):
+            raise RuntimeError(
+                "the input, weight, bias or residual of an accelerated norm was changed in place before its output was "
+                "used; fastenc.accelerate(model, undo=True) gives the original model back"
+            )
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and not parameter.untyped_storage().nbytes():
+                raise RuntimeError(
+                    "the weight of an accelerated norm was freed before its output was used, as sharding does behind "
+                    "a forward; fastenc.accelerate(model, undo=True) gives the original model back"
+                )
+
+
+def deferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Deferred:
+    """norm(x), to be computed; x lies densely in one of the two layouts, see `dense`."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        return _Defer.apply(x, weight, bias, eps)  # type: ignore[attr-defined]
+    return Deferred(x, weight, bias, eps)
+
+
+def dense(x: Tensor) -> bool:
+    """Whether norm(x) will have x's strides."""
+    return _dense(x.shape, x.stride())
+
+
+@lru_cache(maxsize=4096)
+def _dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    return layout(shape, stride) is not None
+
+
+def fits(parameter: Tensor, x: Tensor, length: int) -> bool:
+    """Whether the kernels take parameter, of this length, for x."""
+    return (
+        parameter.shape == (length,)
+        and (parameter.dtype == torch.float32 or parameter.dtype == x.dtype)
+        and parameter.device == x.device
+    )
+
+
+def _versions(*tensors: Tensor | None) -> list[int]:
+    """How often each was changed in place."""
+    return [tensor._version for tensor in tensors if tensor is not None]
+
+
+def _value(z: Deferred) -> Tensor:
+    """z without history, computed at the first call."""
+    if z.replaced is not None:
+        if z.requires_grad or type(z.replaced) is Deferred:
+            raise RuntimeError(
+                "the output of an accelerated norm was used after its in-place activation or addition had replaced it; "
+                "use what that returned, or fastenc.accelerate(model, undo=True)"
+            )
+        return z.replaced
+    if z.value is None:
+        z._check_unchanged()
+        with torch.no_grad():
+            z.value = z._computed(1.0)
+            if z.dropout is not None:
+                z.noise.append(z.dropout(torch.ones_like(z.value)))
+                z.value = z.value * z.noise[0]
+    return z.value
+
+
+def _dropped(z: Deferred, dropout: Callable[[Tensor], Tensor], noise: list[Tensor]) -> Deferred:
+    copy = Deferred(z.x, z.weight, z.bias, z.eps)
+    copy.versions, copy.dropout, copy.noise = z.versions, dropout, noise
+    return copy
+
+
+def _added(z: Deferred, residual: Tensor) -> Deferred:
+    copy = Deferred(z.x, z.weight, z.bias, z.eps)
+    copy.residual, copy.versions = residual, _versions(z.x, z.weight, z.bias, residual)
+    return copy
+
+
+class _Defer(_SingleLevelFunction):
+    """Gives a Deferred its place in the graph. The gradient is for whoever looked at z; the activation needs none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Deferred:
+        ctx.terms = x, weight, bias, 1.0, eps  # not save_for_backward: hooks on saved tensors may move them about
+        z = Deferred(x, weight, bias, eps)
+        z.grad_mode = True
+        ctx.versions = z.versions
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.versions != _versions(*ctx.terms[:3], None):
+            raise RuntimeError(
+                "the input, weight or bias of an accelerated norm was changed in place between forward and backward; "
+                "fastenc.accelerate(model, undo=True) gives the original model back"
+            )
+        dx, dweight, dbias, _ = reference.backward(gradients[0], *ctx.terms)
+        return dx, dweight, dbias, None
+
+
+class _Drop(_SingleLevelFunction):
+    """Gives a Deferred with dropout its place in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Deferred, dropout: Callable[[Tensor], Tensor]) -> Deferred:
+        ctx.noise = []
+        copy = _dropped(z, dropout, ctx.noise)
+        copy.grad_mode = True
+        return copy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.noise[0], None
+
+
+class _Add(_SingleLevelFunction):
+    """Gives a Deferred with a residual its place in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Deferred, residual: Tensor) -> Deferred:
+        copy = _added(z, residual)
+        copy.grad_mode = True
+        return copy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], gradients[0]
+
+
+class _Replace(_SingleLevelFunction):
+    """Makes the history of y that of z, as an operation in place does."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Deferred, y: Tensor) -> Deferred:
+        ctx.mark_dirty(z)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+# The nodes that give a Deferred a history of its own.
+_HISTORY = tuple(function._backward_cls for function in (_Defer, _Drop, _Add))

@@ -1,0 +1,408 @@
+"""The forwards that accelerated modules get in place of their own: `vars(module)["forward"]` is one of these objects.
+
+A module's class, layout and hooks stay as they were. A norm returns a `Deferred` while one of the modules in which it
+was seen to meet an activation is running, and the activation completes it. On the eager route, and for any other
+input, both do what torch.nn does. No `Deferred` leaves the outermost of those modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import warnings
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .. import route
+from ..functional import fused
+from ..stem import channels_last
+from .deferred import Deferred, deferred, dense, fits, running
+
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+ACTIVATIONS = (nn.PReLU, nn.LeakyReLU, nn.ReLU)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# A class that was given to a module later may have a forward of its own: then that one runs.
+TORCH_FORWARDS = frozenset(kind.forward for kind in (*INSTANCE_NORMS, *ACTIVATIONS, *DROPOUTS, nn.Identity))
+
+
+class Forward(route.Accelerated):
+    """What runs in place of a module's own forward. `before`: the attributes of the module that it displaced."""
+
+    # The attributes of a module that Python or torch look up on the instance; "forward" is set apart.
+    ATTRIBUTES: ClassVar = {
+        "__reduce_ex__": "_reduced", "_replicate_for_data_parallel": "_replica", "__prepare_scriptable__": "_scripted",
+    }  # fmt: skip
+
+    def __init__(self, module: Any, **options: Any) -> None:
+        self.module = module
+        self.before: dict[str, Any] = {}
+        vars(self).update(options)
+
+    def install(self) -> None:
+        """Make the module run this forward."""
+        own = vars(self.module)
+        self.before = {name: own[name] for name in ("forward", *self.ATTRIBUTES) if name in own}
+        own["forward"] = self
+        self._attach(self.module)
+
+    def plainly(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does by itself."""
+        if "forward" in self.before:
+            return self.before["forward"](*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:  # for inspect.signature
+        return self.before.get("forward") or type(self.module).forward.__get__(self.module)
+
+    @property
+    def __code__(self) -> Any:  # torch.export names its symbols by it
+        return self.__wrapped__.__code__
+
+    def _attach(self, module: nn.Module) -> None:
+        vars(module).update({name: getattr(self, method) for name, method in self.ATTRIBUTES.items()})
+
+    def _bound_to(self, module: nn.Module) -> None:
+        """Make module, a copy that may hold on to this forward, run one of its own."""
+        own, mine = vars(module), self
+        if self.module is not module:
+            mine = copy.copy(self)
+            mine.module = module
+        if own.get("forward") is self:
+            own["forward"] = mine
+        mine._attach(module)
+
+    def _replica(self) -> Any:
+        """The module as nn.DataParallel copies it: its attributes, one by one."""
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        self._bound_to(replica)
+        return replica
+
+    def _reduced(self, protocol: Any) -> Any:
+        """How the module is pickled and copied: as by itself, and the copy runs a forward of its own."""
+        kind: Any = type(self.module)
+        made: Any = kind.__reduce_ex__(self.module, max(2, protocol))
+        if made[0] is not copyreg.__newobj__ or not isinstance(made[2], dict):  # type: ignore[attr-defined]
+            return made
+        state = {name: value for name, value in made[2].items() if name not in self.ATTRIBUTES}
+        return _made, made[1], {**state, _STATE: self}, *made[3:]
+
+    def _scripted(self) -> Any:
+        raise RuntimeError(
+            "torch.jit.script cannot compile an accelerated module: fastenc.accelerate(model, undo=True) first"
+        )
+
+
+_STATE = "_fastenc_forward"
+
+
+def _made(cls: Any, *arguments: Any) -> Any:
+    """A module whose state is set next, by pickle or copy: they look `__setstate__` up on the instance."""
+    module = cls.__new__(cls, *arguments)
+    vars(module)["__setstate__"] = partial(_set_state, module)
+    return module
+
+
+def _set_state(module: Any, state: dict[str, Any]) -> None:
+    del vars(module)["__setstate__"]
+    module.__setstate__({name: value for name, value in state.items() if name != _STATE})
+    state[_STATE]._bound_to(module)
+
+
+def forward_of(module: nn.Module) -> Any:
+    """The `Forward` that accelerate put on module, if any, though something else may have replaced or wrapped it."""
+    found = getattr(vars(module).get("__reduce_ex__"), "__self__", None)
+    return found if isinstance(found, Forward) else None
+
+
+def restore(module: nn.Module) -> None:
+    """Take `Forward.install` back."""
+    forward, own = forward_of(module), vars(module)
+    if forward is not None:
+        for name in (*forward.ATTRIBUTES, *(["forward"] if own.get("forward") is forward else [])):
+            del own[name]
+            if name in forward.before:
+                own[name] = forward.before[name]
+
+
+class FusedNorm(Forward):
+    """An InstanceNorm without an activation behind it: the fused kernel with slope 1."""
+
+    def why_eager(self, x: object) -> str | None:
+        """Why the norm runs as torch's own on x; None if the kernel runs."""
+        return route.reason(x) or route.observed(self.module) or why_not_plain(self.module)
+
+    def __call__(self, input: Tensor) -> Tensor:  # named as torch.nn names it
+        x = input.plain() if type(input) is Deferred else input
+        if not (is_compiling() or route.eager(self.why_eager(x))):
+            norm = self.module
+            weight, bias = norm.weight, norm.bias  # once: nn.Module is slow to find them
+            if takes(norm, x, weight, bias):
+                return self._normalized(x, weight, bias, norm.eps)
+        return self.plainly(x)
+
+    def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return fused(x, weight, bias, 1.0, eps)
+
+
+class DeferredNorm(FusedNorm):
+    """An InstanceNorm whose output an activation completes. `name`: what it is called in the model.
+
+    torch.utils.checkpoint reruns a forward, possibly outside any scope, and must save the same tensors both times. So
+    while saved-tensor hooks are active, norms always defer.
+    """
+
+    name: str
+
+    def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        if (
+            (running.scopes or _top_saved_tensors_default_hooks(True))
+            and self.name not in running.observed
+            and dense(x)
+            # What was made in inference mode does not count changes in place.
+            and not (x.is_inference() or (weight is not None and weight.is_inference()))
+            and not (bias is not None and bias.is_inference())
+        ):
+            return deferred(x, weight, bias, eps)
+        return fused(x, weight, bias, 1.0, eps)
+
+
+class Activation(Forward):
+    """A PReLU, LeakyReLU or ReLU that completes a deferred norm."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if type(input) is not Deferred:
+            return self.plainly(input)
+        module: Any = self.module
+        inplace = vars(module).get("inplace", False)
+        y = None if observed(module) else input.activated(slope_of(module), inplace)
+        return _unfused(self.plainly, input, inplace) if y is None else y
+
+
+class Dropout(Forward):
+    """A dropout between a norm and its activation: it scales by factors ≥ 0, so the activation may come first."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if type(input) is not Deferred:
+            return self.plainly(input)
+        module: Any = self.module
+        if not observed(module) and (not module.training or module.p == 0):
+            return input
+        z = None if module.inplace or observed(module) else input.dropped(self.plainly)
+        return _unfused(self.plainly, input, module.inplace) if z is None else z
+
+
+class FusionScope(Forward):
+    """The forward of the innermost module in which a norm meets its activation.
+
+    between: the modules whose forward a norm's output leaves, or enters, on its way, and the names of those norms. A
+    hook on such a module may use what it is given, or free the norm's weight as FSDP2 does: those norms do not defer.
+    """
+
+    between: tuple[tuple[nn.Module, tuple[str, ...]], ...] = ()
+    keeps_inference_mode = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Undone, it may still be called by something that holds on to it.
+        if is_compiling() or (vars(self.module).get("forward") is not self and forward_of(self.module) is not self):
+            return self._traced(*args, **kwargs)
+        if not torch.is_inference_mode_enabled() or running.scopes or self.keeps_inference_mode:
+            return self._called(args, kwargs)
+        # Tensors made in inference mode do not count changes in place, without which a norm cannot wait.
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                return self._called(*_converted(_counting_alias, args, kwargs))
+        except RuntimeError as error:
+            if "nplace update to inference tensor" not in str(error):
+                raise
+            self.keeps_inference_mode = True
+            raise RuntimeError(
+                f"{type(self.module).__name__} changed a tensor in place that was made in inference mode before this "
+                "call, which torch forbids wherever changes are counted, as they are in an accelerated model. Its next "
+                "calls stay in inference mode, where only a norm's own kernel runs; torch.no_grad() has no such limit "
+                "for tensors made in it."
+            ) from error
+
+    def _traced(self, *args: Any, **kwargs: Any) -> Any:
+        """What torch.compile and torch.export trace."""
+        return self.plainly(*args, **kwargs)
+
+    def _called(self, args: Any, kwargs: Any) -> Any:
+        """The forward, with norms that defer."""
+        made: list[Callable[[], Deferred | None]] = []
+        around, outside, running.waiting = running.waiting, running.observed, made
+        for module, names in self.between:
+            if route.observed(module):
+                running.observed = running.observed.union(names)
+        running.scopes += 1
+        try:
+            y = self.plainly(*args, **kwargs)
+        finally:
+            running.scopes -= 1
+            running.observed, running.waiting = outside, around
+        leaving: list[Any] = []
+        if type(y) is not Tensor:
+            if running.scopes and not route.observed(self.module):
+                leaving = [leaf for leaf in tree_leaves(y) if type(leaf) is Deferred]
+                around += map(weakref.ref, leaving)
+            else:
+                y = tree_map_only(Deferred, Deferred.plain, y)
+        for each in made:  # what something still refers to, and does not leave to a scope around this one
+            z = each()
+            if z is not None and not any(z is other for other in leaving):
+                z.settle()
+        return y
+
+
+class ModelRoot(FusionScope):
+    """The forward of the model itself: converts its inputs to channels-last, and its outputs back."""
+
+    keeps_contiguous = False  # set once the forward has failed on channels-last inputs
+
+    def _called(self, args: Any, kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        annotated = [value for value in given if _only_annotated(value)]
+        if annotated:
+            return handle_torch_function(self._unannotated, annotated, *args, **kwargs)
+        volumes = [value for value in given if value.dim() > 3 and dense(value) and not route.reason(value)]
+        if not volumes:
+            return super()._called(args, kwargs)
+        if not self.keeps_contiguous:
+            try:
+                y = super()._called(*_converted(_laid_out, args, kwargs))
+                return tree_map_only(Tensor, _contiguous, y) if any(value.is_contiguous() for value in volumes) else y
+            except RuntimeError as error:
+                if not str(error).startswith("view size is not compatible"):
+                    raise
+                if any(map(_counting, self.module.modules())):
+                    raise RuntimeError(
+                        f"{type(self.module).__name__} calls view on a volume, which the channels-last layout of an "
+                        "accelerated model does not allow, and running statistics would count a second try twice. Call "
+                        "reshape there, or call the model once in eval mode: it then keeps to contiguous volumes."
+                    ) from error
+            # Once more out of the except clause, where the error would hold on to all volumes of the first time.
+            y = super()._called(*_converted(_row_major, args, kwargs))
+            self.keeps_contiguous = True
+            warnings.warn(
+                f"{type(self.module).__name__} runs on contiguous volumes from now on, without the gain of the "
+                "channels-last layout: it calls view on a volume, which that layout does not allow. Remedy: call "
+                "reshape there.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return y
+        return super()._called(*_converted(_row_major, args, kwargs))
+
+    def _traced(self, *args: Any, **kwargs: Any) -> Any:
+        """The same layouts."""
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        volumes = [value for value in given if value.dim() > 3 and value.is_contiguous() and not route.reason(value)]
+        if not torch.compiler.is_compiling() or not volumes or self.keeps_contiguous:
+            return super()._traced(*args, **kwargs)
+        arguments, keywords = _converted(_laid_out, args, kwargs)
+        return tree_map_only(Tensor, _contiguous, super()._traced(*arguments, **keywords))
+
+    def _unannotated(self, *args: Any, **kwargs: Any) -> Any:
+        return self(
+            *tree_map_only(_only_annotated, _plain_class, args), **tree_map_only(_only_annotated, _plain_class, kwargs)
+        )
+
+
+def _converted(layout: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments in another layout; a list or a dict among them stays the caller's own."""
+    return (
+        [layout(value) if isinstance(value, Tensor) else value for value in args],
+        {name: layout(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()},
+    )
+
+
+def _counting_alias(x: Tensor) -> Tensor:
+    """x itself, or its memory in a tensor that counts changes in place."""
+    if type(x) is not Tensor or not x.is_inference() or not x.is_floating_point() or x.layout is not torch.strided:
+        return x
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        x.untyped_storage(), x.storage_offset(), x.size(), x.stride()
+    )
+
+
+def _plain_class(value: Tensor) -> Tensor:
+    return value.as_subclass(Tensor)
+
+
+def observed(module: nn.Module) -> bool:
+    """Whether module is not the plain torch.nn module that it was."""
+    return route.observed(module) is not None or type(module).forward not in TORCH_FORWARDS
+
+
+def _unfused(forward: Callable[[Tensor], Tensor], x: Deferred, inplace: bool) -> Tensor:
+    """forward of what x stands for; in place, x itself changes."""
+    if not inplace:
+        return forward(x.plain())
+    y = forward(x)
+    return y.plain() if type(y) is Deferred else y
+
+
+def _only_annotated(value: Any) -> bool:
+    """Whether value is an ordinary tensor of another class, say MONAI's MetaTensor: what it adds can be put back."""
+    return (
+        isinstance(value, Tensor)
+        and type(value) is not Tensor
+        and type(value) is not nn.Parameter
+        and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and route.reason(value.as_subclass(Tensor)) is None
+    )
+
+
+def _counting(module: nn.Module) -> bool:
+    """Whether a forward of module changes running statistics."""
+    return module.training and module._buffers.get("running_mean") is not None
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x if route.reason(x) else channels_last(x)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """x contiguous, and so by the strides of axes of length 1: a convolution goes by them where a layout is both."""
+    return x if route.reason(x) else x.contiguous().flatten().view(x.shape)
+
+
+def _contiguous(y: Tensor) -> Tensor:
+    return y.contiguous() if type(y) is Tensor and y.dim() > 3 else y
+
+
+def slope_of(activation: nn.Module) -> Tensor | float:
+    """The slope below zero of a PReLU, LeakyReLU or ReLU."""
+    if isinstance(activation, nn.PReLU):
+        return activation.weight
+    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
+
+
+def why_not_plain(norm: Any) -> str | None:
+    """Why norm, an InstanceNorm, does more than normalise by the statistics of its input."""
+    if type(norm).forward not in TORCH_FORWARDS:
+        return "its class has a forward of its own"
+    if norm.track_running_stats or norm._buffers.get("running_mean") is not None:
+        return "it keeps running statistics"
+    return None
+
+
+def takes(norm: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether x is what norm, of this weight and bias, normalises; torch has its own word for what is not."""
+    C, shape = norm.num_features, x.shape
+    return (
+        len(shape) == norm._get_no_batch_dim() + 1
+        and shape[1] == C
+        and 0 < 2 * C * shape[0] <= x.numel()
+        and (weight is None or fits(weight, x, C))
+        and (bias is None or fits(bias, x, C))
+    )

@@ -1,0 +1,311 @@
+"""Which norms of a network lead to an activation: read off a trace of its forward, never off names.
+
+What is found decides where a norm waits for its activation, and what the summary says. It cannot make a result wrong: a
+norm that waits in vain gives its own output all the same (`deferred.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import random
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+from .. import route
+from .modules import ACTIVATIONS, DROPOUTS, INSTANCE_NORMS, Forward, forward_of
+
+WORDS = {operator.add: "an addition", operator.iadd: "an addition in place"}
+HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
+)  # fmt: skip
+
+
+@dataclass
+class Found:
+    """What a search found.
+
+    partners: the activations that a norm leads to. why: for a norm, what speaks against pairing it at some call. boxes:
+    the module that calls a norm and could not be traced. dropouts: those in between. scopes: the innermost modules in
+    whose forward norm and activation are called. Of each scope, the modules inside it that call either, with the norms.
+    """
+
+    partners: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    why: dict[nn.Module, list[str]] = field(default_factory=dict)
+    boxes: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    dropouts: set[nn.Module] = field(default_factory=set)
+    scopes: dict[nn.Module, dict[nn.Module, list[nn.Module]]] = field(default_factory=dict)
+
+    def pair(
+        self,
+        norm: nn.Module,
+        activation: nn.Module,
+        scope: nn.Module,
+        between: Iterable[nn.Module],
+        callers: Iterable[nn.Module] = (),
+    ) -> None:
+        """norm leads to activation, in scope. callers: the modules inside scope that call either."""
+        partners = self.partners.setdefault(norm, [])
+        if activation not in partners:
+            partners.append(activation)
+        inside = self.scopes.setdefault(scope, {})
+        for caller in callers:
+            inside.setdefault(caller, []).append(norm)
+        self.dropouts.update(module for module in between if type(module) in DROPOUTS and not own_forward(module))
+
+
+def find(model: nn.Module, norms: set[nn.Module]) -> Found:
+    """Follow the output of each of `norms`, in training and in evaluation, through model's forward.
+
+    A module whose forward cannot be traced is a black box to its parents. Its children are then searched one by one,
+    and the norms that it may call itself are taken to meet any of the activations that it may call.
+    """
+    found = Found()
+    registered = set(model.modules())
+    searched: set[nn.Module] = set()
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if module in searched or not norms.intersection(module.modules()):
+            continue
+        searched.add(module)
+        for training in (True, False):
+            tracer = _Tracer()
+            graph = tracer.graph_of(module, training)
+            if graph is not None:
+                end = "its output is the model's"
+                if module is not model:
+                    end = f"its output leaves a {type(module).__name__}, and what calls that cannot be traced"
+                _read(graph, norms, registered, end, found)
+            for box in tracer.boxes:
+                _guess(box, norms, found)
+                pending.extend(box.children())
+    return found
+
+
+def _read(graph: fx.Graph, norms: set[nn.Module], registered: set[nn.Module], end: str, found: Found) -> None:
+    """Add what graph shows to found; `end` says what it means to reach the graph's end."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        norm = node.meta.get("module")
+        if norm not in norms:
+            continue
+        way = _follow(node, order, registered, end)
+        if isinstance(way, str):
+            found.why.setdefault(norm, []).append(way)
+        else:
+            *between, activation = (step.meta["module"] for step in way if "module" in step.meta)
+            scope, callers = _innermost(node, way[-1])
+            found.pair(norm, activation, scope, between, callers)
+
+
+def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:
+    """Pair what box may call itself."""
+    children = list(box.children())
+    for norm in norms.intersection(children):
+        for activation in children:
+            if type(activation) in ACTIVATIONS and not own_forward(activation):
+                found.pair(norm, activation, box, children)
+                found.boxes[norm] = box
+
+
+def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module], end: str) -> list[fx.Node] | str:
+    """The calls that node's output goes through up to its activation; a reason where it does not get there."""
+    way = _way(node, registered, end)
+    if isinstance(way, str):
+        return way
+    for step in (node, *(step for step in way if step.target in WORDS)):
+        for operand in step.all_input_nodes:
+            if any(order[step] < order[u] < order[way[-1]] for u in operand.users):
+                what = "its input" if step is node else "what it is added to"
+                return f"{what} is used again before the activation"
+    return way
+
+
+def _way(node: fx.Node, registered: set[nn.Module], end: str) -> list[fx.Node] | str:
+    """As `_follow`, whatever happens to the operands. One addition of a residual may lie on the way."""
+    way: list[fx.Node] = []
+    here = node
+    while here is node or type(here.meta["module"]) not in ACTIVATIONS:
+        users = [user for user in here.users if not _only_asks(user)]
+        if not users:
+            return "its output is not used"
+        if len(users) > 1:
+            return f"its output is used {len(users)} times: {', '.join(map(_called, users))}"
+        last, (here,) = here, users
+        module = here.meta.get("module")
+        if here.op == "output":
+            return end
+        if _adds(here, last) and node.target not in WORDS and not _has_dropout(way):
+            rest = _way(here, registered, end)
+            if isinstance(rest, list) and not _has_dropout(rest):
+                return [*way, here, *rest]
+        if type(module) not in (*ACTIVATIONS, *DROPOUTS, nn.Identity):
+            return f"its output goes to {_called(here)}, not to a PReLU, LeakyReLU or ReLU module"
+        if module not in registered:
+            return f"its output goes to a {_called(here)} that is not registered in the model"
+        if own_forward(module):
+            return f"its output goes to a {_called(here)} whose forward was replaced"
+        way.append(here)
+    return way
+
+
+def own_forward(module: Any) -> bool:
+    """Whether the forward of module was replaced, by something else than accelerate."""
+    return "forward" in vars(module) and not isinstance(vars(module)["forward"], route.Accelerated)
+
+
+def _adds(node: fx.Node, z: fx.Node) -> bool:
+    """Whether node adds a tensor to z, which is the one that waits where two norms meet."""
+    operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
+    if node.target not in WORDS or len(operands) != 2:
+        return False
+    first, other = operands
+    return first is z or (
+        other is z and node.target is operator.add and type(first.meta.get("module")) not in INSTANCE_NORMS
+    )
+
+
+def _has_dropout(way: list[fx.Node]) -> bool:
+    return any(type(step.meta.get("module")) in DROPOUTS for step in way)
+
+
+def _only_asks(node: fx.Node) -> bool:
+    """Whether node asks a tensor for what is known before it is computed."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+
+
+def _called(node: fx.Node) -> str:
+    """What node calls, in words."""
+    module = node.meta.get("module")
+    if module is not None:
+        return type(module).__name__
+    target: Any = node.target
+    return WORDS.get(target) or str(getattr(target, "__name__", target))
+
+
+def _innermost(first: fx.Node, last: fx.Node) -> tuple[nn.Module, list[nn.Module]]:
+    """The innermost module in whose forward both calls are made, and the modules inside it that make them."""
+    calls = first.meta["callers"], last.meta["callers"]
+    depth = sum(a is b for a, b in zip(*calls, strict=False))
+    return calls[0][depth - 1].module, [call.module for chain in calls for call in chain[depth:]]
+
+
+class _Call:
+    """One call of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+class _Proxy(fx.Proxy):
+    """Tells x += r from x = x + r."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    """Traces with black boxes where it must; a node knows its module, and the calls that it was made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes: list[nn.Module] = []
+        self.originals: dict[nn.Module, nn.Module] = {}
+        self.callers: list[_Call] = []
+
+    def graph_of(self, module: nn.Module, training: bool) -> fx.Graph | None:
+        """module's forward; None where it cannot be traced."""
+        self.callers = [_Call(module)]
+        with warnings.catch_warnings(), _same_random_numbers_after():
+            warnings.simplefilter("ignore")
+            try:
+                twin = self._twin(module, training, {})
+                return self.trace(twin, _defaults(twin.forward))
+            except Exception:
+                self.boxes.append(module)
+                return None
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        module = self.originals.get(m, m)
+        if self.is_leaf_module(m, "") or isinstance(m, torch.jit.ScriptModule):
+            return self._leaf(module, args, kwargs)
+        last = self.graph._root._prev
+        self.callers.append(_Call(module))
+        try:
+            return forward(*args, **kwargs)
+        except Exception:
+            for node in _since(last, self.graph):
+                self.graph.erase_node(node)
+            self.boxes.append(module)
+            return self._leaf(module, args, kwargs)
+        finally:
+            self.callers.pop()
+
+    def _leaf(self, module: nn.Module, args: Any, kwargs: Any) -> fx.Proxy:
+        proxy = self.create_proxy("call_module", type(module).__name__, args, kwargs)
+        proxy.node.meta.update(module=module, callers=tuple(self.callers))
+        return proxy
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        return attr_val
+
+    def _twin(self, module: nn.Module, training: bool, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+        """A copy that shares the Parameters but nothing that a forward may leave a trace in, without hooks."""
+        if module in twins or isinstance(module, torch.jit.ScriptModule):
+            return twins.get(module, module)
+        twin = twins[module] = object.__new__(type(module))
+        self.originals[twin] = module
+        forward = forward_of(module)
+        own = {name: value for name, value in vars(module).items() if forward is None or name not in forward.ATTRIBUTES}
+        if isinstance(own.get("forward"), Forward):
+            own = {**own, **own.pop("forward").before}
+        copied = tree_map(_copied, own)
+        vars(twin).update(copied, training=training, **{hooks: OrderedDict() for hooks in HOOKS})
+        twin._modules = {
+            name: None if child is None else self._twin(child, training, twins)
+            for name, child in module._modules.items()
+        }
+        return twin
+
+
+def _copied(value: Any) -> Any:
+    """What a twin holds in value's place, an attribute or what is in its lists, dicts and tuples."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.detach().clone()
+    return value.copy() if type(value) is set else value
+
+
+@contextmanager
+def _same_random_numbers_after() -> Iterator[None]:
+    """A forward that draws random numbers takes none from whoever draws next."""
+    state = random.getstate()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        yield
+    random.setstate(state)
+
+
+def _since(last: fx.Node, graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes made after last, the newest first."""
+    while graph._root._prev is not last:
+        yield graph._root._prev
+
+
+def _defaults(forward: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that a caller may leave out, with their defaults."""
+    parameters: Iterable[inspect.Parameter] = inspect.signature(forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}

@@ -1,0 +1,101 @@
+"""Instance normalisation and activation as one module, for new networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import route
+from .functional import fused
+from .fusion.deferred import fits
+from .fusion.modules import ACTIVATIONS, slope_of, takes, why_not_plain
+from .layers import INSTANCE_NORMS
+
+
+class _InstanceNormActNd(nn.Module):
+    """Instance normalisation and activation over `_order` spatial axes. See `InstanceNormAct3d`."""
+
+    _order: int
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: nn.Module,
+        *,
+        eps: float = 1e-5,
+        affine: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if type(activation) not in ACTIVATIONS:
+            needed = ", ".join(f"nn.{kind.__name__}" for kind in ACTIVATIONS)
+            came = activation.__name__ if isinstance(activation, type) else type(activation).__name__
+            raise TypeError(f"activation must be a module of one of {needed}, got {came}")
+        if isinstance(activation, nn.PReLU) and activation.num_parameters not in (1, num_features):
+            raise ValueError(
+                f"activation must have 1 slope or num_features={num_features}, got {activation.num_parameters}"
+            )
+        self.norm = INSTANCE_NORMS[self._order](num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.activation = activation
+
+    def why_eager(self, x: object) -> str | None:
+        """Why norm and activation run one by one on x; None if they run as one kernel."""
+        return _why_eager(x, self.norm, self.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """activation(norm(x))."""
+        norm, activation = self.norm, self.activation  # once, as what follows: nn.Module is slow to find them
+        if not route.eager(_why_eager(x, norm, activation)):
+            weight, bias, slope = norm.weight, norm.bias, slope_of(activation)
+            if takes(norm, x, weight, bias) and (
+                not isinstance(slope, Tensor) or fits(slope, x, 1) or fits(slope, x, x.size(1))
+            ):
+                return fused(x, weight, bias, slope, norm.eps)
+        return activation(norm(x))
+
+
+def _why_eager(x: object, norm: nn.Module, activation: nn.Module) -> str | None:
+    return route.reason(x) or route.observed(norm, activation) or _why_not_plain(norm, activation)
+
+
+def _why_not_plain(norm: nn.Module, activation: nn.Module) -> str | None:
+    if type(norm) not in INSTANCE_NORMS.values():
+        return f"its norm is {norm}, not one of torch's own"
+    if type(activation) not in ACTIVATIONS:
+        return f"its activation is {activation}, not a plain PReLU, LeakyReLU or ReLU"
+    return why_not_plain(norm)
+
+
+class InstanceNormAct1d(_InstanceNormActNd):
+    """`InstanceNormAct3d` over one spatial axis."""
+
+    _order = 1
+
+
+class InstanceNormAct2d(_InstanceNormActNd):
+    """`InstanceNormAct3d` over two spatial axes."""
+
+    _order = 2
+
+
+class InstanceNormAct3d(_InstanceNormActNd):
+    """y = activation(norm(x)) in one kernel: nn.InstanceNorm3d and the activation behind it, as one module.
+
+        norm_act = fastenc.InstanceNormAct3d(32, nn.LeakyReLU(0.01), affine=True)
+
+    Args:
+        num_features: channels C of x.
+        activation: an nn.PReLU (of 1 or C slopes), nn.LeakyReLU or nn.ReLU. In place or not makes no difference.
+        eps, affine, device, dtype: of the norm, as in nn.InstanceNorm3d.
+
+    Its children `norm` and `activation` are the two modules that it replaces, with their parameters, and it runs them
+    one by one wherever the kernel does not apply. x (N, C, D, H, W) → y of the same shape.
+
+    Raises:
+        TypeError: activation is anything else.
+        ValueError: a PReLU of another number of slopes.
+    """
+
+    _order = 3

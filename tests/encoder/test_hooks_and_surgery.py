@@ -1,0 +1,397 @@
+"""A unit runs its submodules through __call__ whenever anybody could notice that it does not.
+
+The backend is "auto" as on a GPU, with CPU tensors and interpreted kernels. Only the network's middle unit is tampered
+with: it has to run its submodules, the two others have to stay fused.
+"""
+
+import re
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.backends import eager_norms, taken
+from support.plain import assert_all_near, twins
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from fastenc import explain
+
+pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
+UNITS = ["netbody.1.conv_list.0", "netbody.1.conv_scale", "netbody.2.conv_scale"]
+MIDDLE = UNITS[1]
+
+
+def network_twins() -> tuple[nn.Module, nn.Module]:
+    return twins(2, [2, 1], dtype=torch.float32)
+
+
+def volume() -> Tensor:
+    return torch.randn(2, 1, 6, 5, 7, generator=torch.Generator().manual_seed(1))
+
+
+def results(net: nn.Module, training: bool = True) -> list[Tensor]:
+    """Output, then the gradients of the sum of its squares in the input and in every parameter."""
+    x = volume().requires_grad_()
+    y = net.train(training)(x)
+    net.zero_grad()
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in net.parameters())]
+
+
+def rows(net: nn.Module) -> dict[str, Any]:
+    return {row.name: row for row in explain(net, volume())}
+
+
+def assert_only_the_middle_unit_is_eager(net: nn.Module) -> None:
+    found = rows(net)
+    assert list(found) == UNITS
+    for name, row in found.items():
+        if name == MIDDLE:
+            assert row.route == "eager"
+            assert row.reason
+        else:
+            assert (row.route, row.reason) == ("triton", None), name
+
+
+# Hooks
+
+HOOKS = {
+    "forward": "register_forward_hook",
+    "forward pre": "register_forward_pre_hook",
+    "backward": "register_full_backward_hook",
+    "backward pre": "register_full_backward_pre_hook",
+}
+GLOBAL_HOOKS = {
+    "forward": modules.register_module_forward_hook,
+    "forward pre": modules.register_module_forward_pre_hook,
+    "backward": modules.register_module_full_backward_hook,
+    "backward pre": modules.register_module_full_backward_pre_hook,
+}
+LEAVES = (nn.Conv3d, nn.InstanceNorm3d, nn.PReLU, nn.AdaptiveAvgPool3d, nn.Linear)
+
+
+def logged(log: list[str], name: str) -> Callable[..., None]:
+    def hook(*args: object) -> None:
+        log.append(name)
+
+    return hook
+
+
+@pytest.mark.parametrize("place", ["mconv.0", "mconv.1", "mconv.2", "mconv"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hook_on_a_submodule(kind: str, place: str) -> None:
+    net, plain = network_twins()
+    logs: list[list[str]] = []
+    outcomes, handles = [], []
+    with taken("fused"):
+        for network in (net, plain):
+            log: list[str] = []
+            module = network.get_submodule(f"{MIDDLE}.{place}")
+            handles.append(getattr(module, HOOKS[kind])(logged(log, place)))
+            outcomes.append(results(network))
+            logs.append(log)
+        assert logs == [[place], [place]]
+        assert_all_near(*outcomes)
+        assert_only_the_middle_unit_is_eager(net)
+
+        handles[0].remove()
+        logs[0].clear()
+        with eager_norms() as calls:
+            assert_all_near(results(net), outcomes[1])
+        assert calls.call_count == 0
+        assert not logs[0]
+        assert {row.route for row in rows(net).values()} == {"triton"}
+
+
+@pytest.mark.parametrize("place", ["mconv.0", "mconv.1", "mconv.2", "mconv", ""])
+def test_hook_that_changes_the_output(place: str) -> None:
+    net, plain = network_twins()
+    with taken("fused"):
+        for network in (net, plain):
+            module = network.get_submodule(f"{MIDDLE}.{place}".rstrip("."))
+            module.register_forward_hook(lambda module, args, y: 2 * y + 1)
+        assert_all_near(results(net), results(plain))
+
+
+@pytest.mark.parametrize("place", ["mconv.0", "mconv.1", "mconv.2"])
+def test_pre_hook_that_changes_the_input(place: str) -> None:
+    net, plain = network_twins()
+    with taken("fused"):
+        for network in (net, plain):
+            module = network.get_submodule(f"{MIDDLE}.{place}")
+            module.register_forward_pre_hook(lambda module, args: (args[0] * 3 - 1,))
+        assert_all_near(results(net), results(plain))
+
+
+@pytest.mark.parametrize("place", ["mconv.0", "mconv.1", "mconv.2"])
+def test_backward_hook_that_changes_the_gradient(place: str) -> None:
+    net, plain = network_twins()
+    with taken("fused"):
+        for network in (net, plain):
+            module = network.get_submodule(f"{MIDDLE}.{place}")
+            module.register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * 3,))
+        assert_all_near(results(net), results(plain))
+
+
+@pytest.mark.parametrize("route", ["auto", "fused"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_on_everything_fire_in_the_same_order(kind: str, route: str) -> None:
+    """What a summary printer or a profiler does; pool, stem and fc are among them."""
+    net, plain = network_twins()
+    logs: list[list[str]] = []
+    with taken(route):
+        for network in (net, plain):
+            log: list[str] = []
+            for name, module in network.named_modules():
+                if isinstance(module, LEAVES) or name in UNITS:
+                    getattr(module, HOOKS[kind])(logged(log, name))
+            results(network)
+            logs.append(log)
+    assert len(logs[1]) == 9 + 3 + 4
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("kind", GLOBAL_HOOKS)
+def test_global_hook(kind: str) -> None:
+    net, plain = network_twins()
+    log: list[str] = []
+
+    def hook(module: nn.Module, *args: object) -> None:
+        if isinstance(module, LEAVES):
+            log.append(type(module).__name__)
+
+    with taken("fused"):
+        handle = GLOBAL_HOOKS[kind](hook)
+        try:
+            found, seen = results(net), log.copy()
+            log.clear()
+            expected = results(plain)
+            assert seen == log
+            assert log.count("PReLU") == 3
+            assert_all_near(found, expected)
+            assert all(row.route == "eager" and row.reason for row in rows(net).values())
+        finally:
+            handle.remove()
+        assert {row.route for row in rows(net).values()} == {"triton"}
+
+
+@pytest.mark.parametrize("place", ["netbody.0", "netbody.3", "netbody.4", "fc", "netbody.1", MIDDLE])
+def test_hook_beside_the_norms_leaves_the_units_fused(place: str) -> None:
+    net, plain = network_twins()
+    log: list[str] = []
+    net.get_submodule(place).register_forward_hook(logged(log, place))
+    with taken("fused"):
+        with eager_norms() as calls:
+            found = results(net)
+        assert calls.call_count == 0
+        assert log == [place]
+        assert_all_near(found, results(plain))
+
+
+@pytest.mark.parametrize("name", ["mconv.0.weight", "mconv.0.bias", "mconv.1.weight", "mconv.2.weight"])
+def test_hooks_on_a_parameter(name: str) -> None:
+    """These belong to autograd: the unit stays fused and they fire."""
+    net, plain = network_twins()
+    log: list[str] = []
+    for network in (net, plain):
+        parameter = network.get_parameter(f"{MIDDLE}.{name}")
+        parameter.register_hook(lambda gradient: 5 * gradient)
+    net.get_parameter(f"{MIDDLE}.{name}").register_post_accumulate_grad_hook(logged(log, name))
+    with taken("fused"):
+        with eager_norms() as calls:
+            found = results(net)
+        assert calls.call_count == 0
+        assert log == [name]
+        assert_all_near(found, results(plain))
+
+
+# Submodules that are no longer the ones the unit was built with
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class ScaledNorm(nn.InstanceNorm3d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class ShiftedPReLU(nn.PReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class DoubledConv(nn.Conv3d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def running_norm() -> nn.InstanceNorm3d:
+    norm = nn.InstanceNorm3d(2, affine=True, track_running_stats=True)
+    norm.running_mean.fill_(0.3)
+    norm.running_var.fill_(2.0)
+    return norm
+
+
+def put(index: int, module: Callable[[], nn.Module]) -> Callable[[nn.Module], None]:
+    def change(unit: nn.Module) -> None:
+        torch.manual_seed(5)
+        unit.mconv[index] = module()
+
+    return change
+
+
+def parametrized(index: int, name: str) -> Callable[[nn.Module], None]:
+    return lambda unit: parametrize.register_parametrization(unit.mconv[index], name, Doubled())
+
+
+def own_forward(index: int) -> Callable[[nn.Module], None]:
+    """What libraries that move weights between devices do: forward replaced on the instance."""
+
+    def change(unit: nn.Module) -> None:
+        module = unit.mconv[index]
+        module.forward = types.MethodType(lambda self, x: type(self).forward(self, x) + 1, module)
+
+    return change
+
+
+def old_weight_norm(unit: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(unit.mconv[2])
+
+
+def rebuilt(unit: nn.Module) -> None:
+    unit.mconv = nn.Sequential(unit.mconv[0], unit.mconv[1], nn.Tanh(), unit.mconv[2])
+
+
+TAMPERED: dict[str, Callable[[nn.Module], Any]] = {
+    "norm weight parametrized": parametrized(0, "weight"),
+    "norm bias parametrized": parametrized(0, "bias"),
+    "slope parametrized": parametrized(1, "weight"),
+    "norm is Identity": put(0, nn.Identity),
+    "norm is BatchNorm3d": put(0, lambda: nn.BatchNorm3d(2)),
+    "norm is a subclass": put(0, lambda: ScaledNorm(2, affine=True)),
+    "norm has running statistics": put(0, running_norm),
+    "norm has a forward of its own": own_forward(0),
+    "norm pruned": lambda unit: prune.l1_unstructured(unit.mconv[0], "weight", amount=1),
+    "activation pruned": lambda unit: prune.l1_unstructured(unit.mconv[1], "weight", amount=1),
+    "activation is Tanh": put(1, nn.Tanh),
+    "activation is a subclass": put(1, lambda: ShiftedPReLU(2)),
+    "activation has a forward of its own": own_forward(1),
+    "norm compiled by itself": lambda unit: unit.mconv[0].compile(backend="eager"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_tampered_unit_runs_its_submodules(name: str) -> None:
+    net, plain = network_twins()
+    for network in (net, plain):
+        TAMPERED[name](network.get_submodule(MIDDLE))
+    with taken("fused"):
+        assert_all_near(results(net), results(plain))
+        assert_all_near(results(net, training=False), results(plain, training=False))
+        assert_only_the_middle_unit_is_eager(net)
+    with taken("triton"):
+        reason = rows(net)[MIDDLE].reason
+        with pytest.raises(RuntimeError, match=re.escape(reason)):
+            net(volume())
+
+
+def test_parametrization_removed_is_fused_again() -> None:
+    net, plain = network_twins()
+    for network in (net, plain):
+        norm = network.get_submodule(MIDDLE).mconv[0]
+        parametrize.register_parametrization(norm, "weight", Doubled())
+        parametrize.remove_parametrizations(norm, "weight")
+    with taken("fused"):
+        with eager_norms() as calls:
+            found = results(net)
+        assert calls.call_count == 0
+        assert_all_near(found, results(plain))
+
+
+CHANGED: dict[str, Callable[[nn.Module], Any]] = {
+    "convolution weight parametrized": parametrized(2, "weight"),
+    "weight_norm": lambda unit: parametrizations.weight_norm(unit.mconv[2]),
+    "weight_norm by hook": old_weight_norm,
+    "convolution is a subclass": put(2, lambda: DoubledConv(2, 2, 3, 2, 1, bias=False)),
+    "convolution has a forward of its own": own_forward(2),
+    "convolution is a Sequential": put(2, lambda: nn.Sequential(nn.Conv3d(2, 2, 3, 2, 1), nn.Tanh())),
+    "a module is added": rebuilt,
+    "a module is appended": lambda unit: unit.mconv.append(nn.Tanh()),
+    "activation is ReLU": put(1, nn.ReLU),
+    "activation is ReLU in place": put(1, lambda: nn.ReLU(inplace=True)),
+    "activation is LeakyReLU": put(1, lambda: nn.LeakyReLU(0.3)),
+    "another eps": put(0, lambda: nn.InstanceNorm3d(2, eps=0.5, affine=True)),
+    "norm without parameters": put(0, lambda: nn.InstanceNorm3d(2)),
+    "one slope": put(1, lambda: nn.PReLU(init=-0.7)),
+    "convolution with bias": put(2, lambda: nn.Conv3d(2, 2, 3, 2, 1)),
+    "convolution with dilation": put(2, lambda: nn.Conv3d(2, 2, 2, 2, 2, dilation=2)),
+    "convolution with groups": put(2, lambda: nn.Conv3d(2, 2, 3, 2, 1, groups=2)),
+    "circular convolution": put(2, lambda: nn.Conv3d(2, 2, 3, 2, 1, padding_mode="circular")),
+    "padding in words": put(2, lambda: nn.Conv3d(2, 2, 3, 1, "same")),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_changed_unit_gives_the_changed_result(name: str) -> None:
+    """Whether such a unit stays fused, in part or whole, is its own business; its result is not."""
+    net, plain = network_twins()
+    for network in (net, plain):
+        CHANGED[name](network.get_submodule(MIDDLE))
+    with taken("fused"):
+        assert_all_near(results(net), results(plain))
+        assert_all_near(results(net, training=False), results(plain, training=False))
+        for unit in (UNITS[0], UNITS[2]):
+            assert rows(net)[unit].route == "triton"
+
+
+REPLACED: dict[str, Callable[[nn.Module], None]] = {
+    "pool": lambda net: net.netbody.__setitem__(4, nn.AdaptiveMaxPool3d(1)),
+    "stem": lambda net: net.netbody.__setitem__(0, DoubledConv(1, 2, 5, padding=2)),
+    "last convolution": lambda net: net.netbody.__setitem__(3, DoubledConv(4, 4, 1)),
+    "fc": lambda net: setattr(net, "fc", nn.Sequential(nn.Linear(4, 3), nn.Tanh())),
+    "block": lambda net: net.netbody.__setitem__(1, nn.Conv3d(2, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_replaced_around_the_units(name: str) -> None:
+    net, plain = network_twins()
+    for network in (net, plain):
+        torch.manual_seed(5)
+        REPLACED[name](network)
+    with taken("fused"):
+        assert_all_near(results(net), results(plain))
+
+
+@pytest.mark.parametrize("place", [MIDDLE, "netbody.1"])
+def test_a_part_compiled_by_itself_is_called(place: str) -> None:
+    """nn.Module.compile changes what a call of that module does, so it has to be called."""
+    net, plain = network_twins()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    with taken("fused"):
+        net.get_submodule(place).compile(backend=compiler)
+        assert_all_near(results(net), results(plain))
+    assert graphs
+
+
+def test_one_unit_used_alone() -> None:
+    net, plain = network_twins()
+    x = torch.randn(2, 2, 6, 5, 7)
+    with taken("fused"), eager_norms() as calls:
+        y = net.get_submodule(MIDDLE)(x)
+        assert calls.call_count == 0
+    torch.testing.assert_close(y, plain.get_submodule(MIDDLE)(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,246 @@
+"""Accelerated networks under torch.compile and torch.export: one operator for each pair in an nn.Sequential.
+
+"fused" is "auto" as it is on a GPU, the kernels interpreted; the operators in the graphs are counted.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.backends import taken
+from support.plain import assert_near
+from support.small_models import assert_like_untouched, stack, twins, volume
+from test_custom_ops import Compiled, fused_nodes
+from test_third_party import NETWORKS, SIZE
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+
+import fastenc
+
+# Pairs that follow each other in an nn.Sequential; DynUNet, SegResNet and UNETR call theirs by name.
+PAIRS = {
+    "UNet": 9, "UNet, dropout": 4, "UNet, NAD": 6, "BasicUNet": 18, "DynUNet": 0, "SegResNet, INSTANCE": 1,
+    "PlainConvUNet": 10, "ResidualEncoderUNet": 13,
+}  # fmt: skip
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "PReLU(4)": lambda: nn.PReLU(4),
+    "PReLU(1)": nn.PReLU,
+    "LeakyReLU": lambda: nn.LeakyReLU(0.1, inplace=True),
+    "ReLU": nn.ReLU,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("between", [(), (nn.Identity(), nn.Dropout3d(0.5, inplace=True))], ids=["nothing", "dropout"])
+def test_a_pair_is_one_operator(name: str, between: tuple[nn.Module, ...]) -> None:
+    net, untouched = twins(stack(ACTIVATIONS[name](), *between).eval())
+    with taken("fused"):
+        compiled = Compiled(net)
+        assert_like_untouched(compiled, untouched, volume())  # type: ignore[arg-type]
+    assert compiled.graphs == [1, 1]
+
+
+def test_dropout_in_training_drops_the_same() -> None:
+    """In one dimension, where the layout is the same."""
+    net, untouched = twins(stack(nn.PReLU(4), nn.Dropout(0.5), order=1))
+    x = volume(order=1)
+    with taken("fused"):
+        torch.compiler.reset()
+        compiled = torch.compile(net, fullgraph=True, backend="eager")
+        torch.manual_seed(0)
+        found = compiled(x)
+    torch.manual_seed(0)
+    assert_near(found, untouched(x).double())
+
+
+@pytest.mark.parametrize("watched", [1, 2, 3])
+def test_hooks_unfuse(watched: int) -> None:
+    net, untouched = twins(stack(nn.PReLU(4), nn.Dropout(0.0)))
+    for each in (net, untouched):
+        each[watched].register_forward_hook(lambda module, args, output: 2 * output)
+    x = volume()
+    with taken("fused"):
+        compiled = Compiled(net)
+        assert_near(compiled(x), untouched(x).double())
+    assert compiled.graphs == [0]
+
+
+def replaced_norm(net: Any) -> None:
+    net[1] = nn.Identity()
+
+
+def replaced_activation(net: Any) -> None:
+    net[2] = nn.Sigmoid()
+
+
+def removed_activation(net: Any) -> None:
+    del net[2:]
+
+
+class Negated(nn.Identity):
+    """Nothing, to go by its kind."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return -input
+
+
+def negated_between(net: Any) -> None:
+    net.insert(2, Negated())
+
+
+@pytest.mark.parametrize("surgery", [replaced_norm, replaced_activation, removed_activation, negated_between])
+def test_surgery(surgery: Callable[[Any], None]) -> None:
+    net, untouched = twins(stack(nn.PReLU(4)))
+    x = volume()
+    for each in (net, untouched):
+        surgery(each)
+    with taken("fused"):
+        compiled = Compiled(net)
+        assert_near(compiled(x), untouched(x).double())
+    assert compiled.graphs == [0]
+
+
+class Tapped(nn.Sequential):
+    """Gives away what is between its modules."""
+
+    def forward(self, input: Tensor) -> Any:
+        z = self[1](self[0](input))
+        return self[2](z), z
+
+
+def test_a_sequential_with_a_forward_of_its_own() -> None:
+    net, untouched = twins(Tapped(*stack(nn.LeakyReLU(0.1))[:3]))
+    x = volume()
+    with taken("fused"):
+        compiled = Compiled(net)
+        for found, expected in zip(compiled(x), untouched(x), strict=True):
+            assert_near(found, expected.double())
+    assert compiled.graphs == [0]
+
+
+class Backwards(nn.Sequential):
+    """Runs its modules from the last to the first."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return reversed(self._modules.values())  # type: ignore[arg-type]
+
+
+def test_a_sequential_with_an_order_of_its_own() -> None:
+    net, untouched = twins(Backwards(*reversed(stack(nn.PReLU(4)))))
+    x = volume()
+    with taken("fused"), torch.no_grad():
+        compiled = Compiled(net)
+        assert_near(compiled(x), untouched(x).double())
+    assert compiled.graphs == [1]
+
+
+class Wrapped(nn.Module):
+    """A pair in a Sequential, and one that meets in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.norm, self.activation = stack(nn.PReLU(4)), nn.InstanceNorm3d(2), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(self.pair(x)))
+
+
+@pytest.mark.parametrize("part", ["", "pair"])
+def test_undone_and_done_anew_after_compiling(part: str) -> None:
+    """What was compiled runs the forward of now. torch itself does not compile the forward of a plain nn.Sequential."""
+    net, untouched = twins(Wrapped())
+    x = volume()
+    expected = untouched.get_submodule(part)(x).double()
+    with taken("fused"), torch.no_grad():
+        compiled = Compiled(net.get_submodule(part), fullgraph=not part)
+        assert_near(compiled(x), expected)
+        assert compiled.graphs == [1]
+        fastenc.accelerate(net, undo=True)
+        assert_near(compiled(x), expected)
+        assert compiled.graphs == ([1] if part else [1, 0])
+        fastenc.accelerate(nn.Sequential(net))
+        assert_near(compiled(x), expected)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_networks(name: str) -> None:
+    untouched = NETWORKS[name]().eval()
+    net = fastenc.accelerate(copy.deepcopy(untouched))
+    x = torch.randn(1, 1, *3 * (SIZE.get(name, 8),))
+    with taken("fused"), torch.no_grad():
+        compiled = Compiled(net, fullgraph=name != "BasicUNet")  # it calls torch.jit.isinstance
+        assert_near(compiled(x), untouched(x).double())
+    assert sum(compiled.graphs) == PAIRS[name]
+
+
+@pytest.mark.parametrize("activation", [nn.PReLU(4), nn.LeakyReLU(0.1)])
+def test_autocast(activation: nn.Module) -> None:
+    """As outside torch.compile, PReLU's result comes in autocast's dtype and LeakyReLU's in its input's."""
+    net, _ = twins(nn.Sequential(nn.InstanceNorm3d(4), copy.deepcopy(activation)))
+    x = volume().repeat(1, 2, 1, 1, 1)
+    with taken("fused"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        compiled = Compiled(net)
+        found, expected = compiled(x), net(x)
+    assert compiled.graphs == [1]
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_half_a_pair_of_parameters(missing: str) -> None:
+    """A bias without a weight, and a weight without a bias."""
+    net = stack(nn.PReLU(4))
+    setattr(net[1], missing, None)
+    net, untouched = twins(net)
+    with taken("fused"):
+        compiled = Compiled(net)
+        assert_like_untouched(compiled, untouched, volume())  # type: ignore[arg-type]
+    assert compiled.graphs == [1, 1]
+
+
+def test_volumes_go_channels_last() -> None:
+    net, _ = twins(stack(nn.PReLU(4)))
+    seen: list[Tensor] = []
+
+    def look(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        convolutions = [node for node in module.graph.nodes if node.target is torch.ops.aten.convolution.default]
+        seen.extend(node.args[0].meta["val"] for node in convolutions)
+        return module.forward
+
+    torch.compiler.reset()
+    with taken("fused"), torch.no_grad():
+        y = torch.compile(net, fullgraph=True, backend=aot_autograd(fw_compiler=look))(volume())
+    assert len(seen) == 2
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last_3d) for tensor in seen)
+    assert y.is_contiguous()
+
+
+def test_another_size_compiles_nothing() -> None:
+    net, untouched = twins(stack(nn.PReLU(4)))
+    with taken("fused"), torch.no_grad():
+        compiled = Compiled(net, dynamic=True)
+        for size in ((5, 6, 7), (9, 8, 10), (12, 5, 6)):
+            x = torch.randn(2, 2, *size)
+            assert_near(compiled(x), untouched(x).double())
+    assert compiled.graphs == [1]
+
+
+def test_exported() -> None:
+    net, untouched = twins(stack(nn.PReLU(4)).eval())
+    x = volume()
+    with taken("fused"):
+        program = torch.export.export(net, (x,))
+        assert fused_nodes(program.graph) == 1
+        assert_near(program.module()(x), untouched(x).double())
+
+
+@pytest.mark.parametrize("slope", [nn.PReLU(4), nn.LeakyReLU(0.1)])
+def test_instance_norm_act(slope: nn.Module) -> None:
+    net = fastenc.InstanceNormAct3d(4, slope, affine=True)
+    x = volume().repeat(1, 2, 1, 1, 1)
+    with taken("fused"):
+        compiled = Compiled(net)
+        assert_near(compiled(x), slope(net.norm(x)).double())
+    assert compiled.graphs == [1]
