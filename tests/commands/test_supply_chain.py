@@ -17,7 +17,11 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 LISTS = ("requirements.txt", "triton-3.6.txt", "torch-cpu.txt")
 # Tests that load a whole network, which they have saved themselves, as people do: weights_only=True reads none.
-WHOLE_NETWORKS = {"tests/fusion/test_search.py": 1, "tests/encoder/test_interoperability.py": 1}
+WHOLE_NETWORKS = {
+    "tests/encoder/test_interoperability.py": 1,
+    "tests/fusion/test_instances.py": 1,
+    "tests/fusion/test_search.py": 1,
+}
 
 # ------------------------------------------------------------------------------------------------ what is installed
 

@@ -43,7 +43,10 @@ def examples(count: int) -> settings:
 
 
 def plain(x: Tensor, weight: Any, bias: Any, slope: Any, eps: float, residual: Tensor | None = None) -> Tensor:
-    """The PyTorch lines that the operation replaces; torch.prelu wants the slope in z's dtype."""
+    """The PyTorch lines that the operation replaces, with parameters of one dtype, as torch needs them."""
+    if any(parameter is not None and parameter.dtype != x.dtype for parameter in (weight, bias)):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
     z = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
     z = z if residual is None else z + residual
     return F.prelu(z, slope.to(z.dtype)) if isinstance(slope, Tensor) else F.leaky_relu(z, slope)
