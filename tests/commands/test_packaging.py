@@ -55,7 +55,8 @@ def test_a_checkout_without_links_imports_and_builds_a_whole_archive_and_wheel(t
         shutil.copy(ROOT / name, source / name)
     for room in ROOMS[1:]:
         (source / "fastenc" / room).write_text(f"../{room}")
-    code = "from fastenc.kernels import plan; from fastenc.bench.engine import record; print(plan.__file__, record.__file__)"
+    imports = "from fastenc.kernels import plan; from fastenc.bench.engine import record; "
+    code = f"{imports}print(plan.__file__, record.__file__)"
     printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=source)
     assert printed.split() == [str(source / "kernels" / "plan.py"), str(source / "bench" / "engine" / "record.py")]
     build = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
