@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="records, or folders of them (default: the checkout's bench/records)",
     )  # fmt: skip
     parser.add_argument(
-        "--plots", type=Path, default=BENCH / "plots", metavar="DIR", help="(default: the checkout's bench/figures)"
+        "--plots", type=Path, default=BENCH / "figures", metavar="DIR", help="(default: the checkout's bench/figures)"
     )
     parser.add_argument(
         "--readme", type=Path, default=CHECKOUT / "README.md", metavar="FILE",

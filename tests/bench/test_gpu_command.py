@@ -215,7 +215,7 @@ def test_tests_that_cannot_run_are_told_and_no_log_is_named(
 BENCH_WITHOUT = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({ABSENT!r}))
-from fastenc.bench import measure
+from fastenc.bench.engine import measure
 measure.COMPILE_GUESS["cpu"] = float("inf")
 runpy.run_module("fastenc.bench", run_name="__main__", alter_sys=True)
 """
