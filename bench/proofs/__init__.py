@@ -1,0 +1,1 @@
+"""Evidence about the kernels that needs no GPU."""
