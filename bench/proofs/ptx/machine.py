@@ -1,4 +1,4 @@
-"""The driver that stands in for Triton's, so that launchers run on CPU tensors: compile to PTX, execute, launch nothing.
+"""The driver that stands in for Triton's, so that launchers run on CPU tensors: it compiles to PTX and executes that.
 
 Nothing is assembled: the "binary" that Triton hands to its driver is the PTX itself.
 """
@@ -178,7 +178,7 @@ def _poisoned() -> Iterator[None]:
         def filled(*arguments: Any, **keywords: Any) -> Tensor:
             tensor = empty(*arguments, **keywords)
             if tensor.device.type == "cpu" and tensor.numel():
-                tensor.untyped_storage().fill_(POISON)
+                tensor.new_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(POISON)
             return tensor
 
         return filled

@@ -21,20 +21,20 @@ class Access(NamedTuple):
     """One memory instruction of a batch of programs.
 
     address (int64) and mask broadcast to `shape`, (programs, threads); mask None: every lane takes part. Each lane
-    accesses `count` elements of `size` bytes. programs (programs, 1): their numbers in the grid.
+    accesses `elements` elements of `size` bytes. programs (programs, 1): their numbers in the grid.
     """
 
     address: Array
     mask: Array | None
     size: int
-    count: int
+    elements: int
     shape: tuple[int, int]
     programs: Array
     instruction: Instruction
 
     @property
     def bytes(self) -> int:
-        return self.size * self.count
+        return self.size * self.elements
 
     def spread(self, values: Array) -> Array:
         """values of every lane that takes part, on one axis."""
@@ -47,11 +47,11 @@ class Access(NamedTuple):
 
     def fault(self, what: str, bad: Array) -> Fault:
         """bad: which of the lanes that take part, in the order of `spread`."""
-        bad = bad.reshape(len(bad), -1).any(1)
-        program = self.spread(self.programs)[bad][0]
-        thread = self.spread(np.arange(self.shape[1]))[bad][0]
-        lanes = f"{np.count_nonzero(bad)} lanes, first thread {thread} of program {program}"
-        return Fault(f"{what}: {self.instruction}; {lanes}")
+        lanes = bad.reshape(len(bad), -1).any(1)
+        program = self.spread(self.programs)[lanes][0]
+        thread = self.spread(np.arange(self.shape[1]))[lanes][0]
+        first = f"the first is thread {thread} of program {program}"
+        return Fault(f"{what}: {self.instruction}; {np.count_nonzero(lanes)} lanes, {first}")
 
 
 def settled(access: Access) -> Access | None:
@@ -60,13 +60,13 @@ def settled(access: Access) -> Access | None:
     Raises:
         Fault: an address is not a multiple of what is accessed there.
     """
-    if access.mask is not None:
-        if not access.mask.any():
+    if (mask := access.mask) is not None:
+        if not mask.any():
             return None
-        if access.mask.all():
+        if mask.all():
             access = access._replace(mask=None)
         else:
-            address, mask = np.broadcast_arrays(access.address, access.mask)
+            address, mask = np.broadcast_arrays(access.address, mask)
             access = access._replace(address=np.where(mask, address, address.flat[int(mask.argmax())]), mask=mask)
     if (access.address & (access.bytes - 1)).any():
         raise access.fault("misaligned access", access.spread(access.address) % access.bytes != 0)
@@ -86,7 +86,7 @@ class Area:
     def __post_init__(self) -> None:
         self.origin = self.start // 16 * 16  # views of the wider types need it
         length = -(-self.end // 16) * 16 - self.origin
-        self.memory = np.frombuffer((ctypes.c_ubyte * length).from_address(self.origin), np.uint8)
+        self.memory = np.ctypeslib.as_array((ctypes.c_ubyte * length).from_address(self.origin))
         self.views = {size: self.memory.view(f"u{size}") for size in (1, 2, 4, 8)}
 
     def holds(self, low: int, high: int) -> bool:
@@ -149,16 +149,19 @@ class Global:
     def load(self, access: Access, kind: str = "load") -> list[Array]:
         """The elements of each lane; zeros where a lane does not take part."""
         dtype = np.dtype(f"u{access.size}")
-        found = [np.zeros((1, 1), dtype)] * access.count
+        found = [np.zeros((1, 1), dtype)] * access.elements
         settled_access = settled(access)
         if settled_access is None:
             return found
         self.counts.request(kind, settled_access.address, settled_access.mask, access.shape)
         for area, part in self._places(settled_access):
             index = (part.address - area.origin) // access.size
-            values = [area.views[access.size].take(index + k) for k in range(access.count)]
-            whole = part is settled_access
-            found = values if whole else [np.where(part.mask, *both) for both in zip(values, found, strict=True)]  # type: ignore[call-overload]
+            values = [area.views[access.size].take(index + k) for k in range(access.elements)]
+            if part is settled_access:
+                found = values
+            else:
+                here = np.True_ if part.mask is None else part.mask
+                found = [np.where(here, new, old) for new, old in zip(values, found, strict=True)]
             area.reads.append(part)
         return found
 
@@ -240,7 +243,7 @@ class Shared:
         """The elements of each lane; zeros where a lane does not take part."""
         lane = settled(access)
         if lane is None:
-            return [np.zeros((1, 1), np.dtype(f"u{access.size}"))] * access.count
+            return [np.zeros((1, 1), np.dtype(f"u{access.size}"))] * access.elements
         address, units, stamp = self._located(lane)
         self._written_by_others(lane, units, stamp, "read")
         if (self.writer.take(units) < 0).any():
@@ -251,7 +254,7 @@ class Shared:
         if several.any():
             self.reader[units[several]] = np.broadcast_to(stamp | self.SEVERAL, units.shape)[several]
         found = []
-        for k in range(access.count):
+        for k in range(access.elements):
             values = self.views[access.size].take(address // access.size + k)
             if lane.mask is None:
                 found.append(values.reshape(access.shape))

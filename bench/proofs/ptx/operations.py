@@ -1,8 +1,8 @@
 """The arithmetic of PTX in numpy: what each instruction that touches no memory computes.
 
-`operation` looks an instruction up once, when a kernel is prepared, and returns the types of its operands and a function
-of arrays. Arrays come in any shape that broadcasts to (programs, threads): a value that is the same for all threads of a
-program is kept once. bfloat16 operands come widened to float32; a pair of float32 has a last axis of two.
+`operation` looks an instruction up once, when a kernel is prepared, and returns its operands' types and a function of
+arrays. Arrays come in any shape that broadcasts to (programs, threads): a value that all threads of a program share is
+kept once. bfloat16 operands come widened to float32; a pair of float32 has a last axis of two.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ def to_float16(values: Array) -> Array:
 def pair(values: Array) -> Array:
     """64-bit registers as two float32 each, on a last axis."""
     return np.ascontiguousarray(values)[..., None].view(np.float32)
+
+
+def _select(a: Array, b: Array, chosen: Array) -> Array:
+    return np.where(chosen, a, b)
 
 
 def _fma(a: Array, b: Array, c: Array) -> Array:
@@ -184,7 +188,7 @@ def operation(instruction: Instruction) -> Operation | None:
     if name == "cvt":
         return _conversion(modifiers)
     if name == "selp":
-        return Operation((_raw(type_), _raw(type_), "pred"), lambda a, b, chosen: np.where(chosen, a, b))
+        return Operation((_raw(type_), _raw(type_), "pred"), _select)
     if name == "mov":
         return Operation((_raw(type_),), lambda a: a)
     if type_ in ("f16", "bf16"):

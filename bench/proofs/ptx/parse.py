@@ -29,7 +29,7 @@ class Address:
     offset: int
 
 
-# A vector is a tuple, an immediate an int or a float, anything else (a special register, a label, a parameter) its name.
+# A vector is a tuple, an immediate an int or a float. A special register, a label and a parameter are their names.
 Operand: TypeAlias = "Register | Address | tuple[Operand, ...] | int | float | str"
 
 

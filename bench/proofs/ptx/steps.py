@@ -261,11 +261,11 @@ def _asynchronous(instruction: Instruction, guard: Getter | None) -> Step:
     origin, length = _address(operands[1]), _get(operands[3] if len(operands) > 3 else 4 * words, "u32")
 
     def copy(batch: Batch) -> None:
-        bytes_ = length(batch)
-        if not ((bytes_ == 0) | (bytes_ == 4 * words)).all():
-            raise instruction.unknown()
         mask = _mask(batch, guard)
-        reads = bytes_ != 0 if mask is None else mask & (bytes_ != 0)
+        read = length(batch) if mask is None else np.where(mask, length(batch), 0)
+        if not ((read == 0) | (read == 4 * words)).all():
+            raise instruction.unknown()  # a copy of some of its bytes
+        reads = read != 0
         source = Access(origin(batch), reads, 4, words, batch.shape, batch.programs, instruction)
         values = batch.memory.load(source, "copy")
         batch.shared.copy(target(batch), [np.where(reads, value, np.uint32(0)) for value in values])
