@@ -105,34 +105,44 @@ def guard_of(instruction: Instruction) -> Getter | None:
 
 
 def step(instruction: Instruction) -> Step:
-    """The function of the batch that executes an instruction. Raises UnknownInstruction."""
-    name, modifiers = instruction.name, instruction.modifiers
-    guard = guard_of(instruction)
+    """The function of the batch that executes an instruction.
+
+    Raises:
+        UnknownInstruction: the machine does not know the instruction, or this form of it.
+    """
     try:
-        if name in ("bra", "ret", "exit") or name in IGNORED or modifiers[:2] == ("warp", "sync"):
-            return lambda batch: None
-        if name == "mov" and any(isinstance(operand, tuple) for operand in instruction.operands):
-            return _pack(instruction, guard)
-        if name == "ld" and modifiers[0] == "param":
-            return _parameter(instruction, guard)
-        if name in ("ld", "st") and {"global", "shared"} & set(modifiers):
-            return _load(instruction, guard) if name == "ld" else _store(instruction, guard)
-        if name == "cp" and modifiers[0] == "async":
-            return _asynchronous(instruction, guard)
-        if name in ("ldmatrix", "stmatrix") and "m8n8" in modifiers and guard is None:
-            return _matrix(instruction)
-        if name in ("bar", "barrier") and "sync" in modifiers and instruction.operands == (0,) and guard is None:
-            return lambda batch: batch.shared.barrier(batch.rows(instruction))
-        if name == "shfl":
-            return _shuffle(instruction, guard)
-        if name == "createpolicy":
-            put = _put(instruction.operands[0], guard)
-            return lambda batch: put(batch, np.zeros((1, 1), np.uint64))
-        operation = operations.operation(instruction)
+        found = _lookup(instruction, guard_of(instruction))
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise instruction.unknown() from error
-    if operation is None or len(operation.types) != len(instruction.operands) - 1:
+    if found is None:
         raise instruction.unknown()
+    return found
+
+
+def _lookup(instruction: Instruction, guard: Getter | None) -> Step | None:
+    name, modifiers = instruction.name, instruction.modifiers
+    if name in ("bra", "ret", "exit") or name in IGNORED or modifiers[:2] == ("warp", "sync"):
+        return lambda batch: None
+    if name == "mov" and any(isinstance(operand, tuple) for operand in instruction.operands):
+        return _pack(instruction, guard)
+    if name == "ld" and modifiers[0] == "param":
+        return _parameter(instruction, guard)
+    if name in ("ld", "st") and {"global", "shared"} & set(modifiers):
+        return _load(instruction, guard) if name == "ld" else _store(instruction, guard)
+    if name == "cp" and modifiers[0] == "async":
+        return _asynchronous(instruction, guard)
+    if name in ("ldmatrix", "stmatrix") and "m8n8" in modifiers and guard is None:
+        return _matrix(instruction)
+    if name in ("bar", "barrier") and "sync" in modifiers and instruction.operands == (0,) and guard is None:
+        return lambda batch: batch.shared.barrier(batch.rows(instruction))
+    if name == "shfl":
+        return _shuffle(instruction, guard)
+    if name == "createpolicy":
+        put = _put(instruction.operands[0], guard)
+        return lambda batch: put(batch, np.zeros((1, 1), np.uint64))
+    operation = operations.operation(instruction)
+    if operation is None or len(operation.types) != len(instruction.operands) - 1:
+        return None
     return _arithmetic(instruction, guard, operation)
 
 
