@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from fastenc.bench.compile import recorded
-from fastenc.bench.proofs.ptx import Fault, Machine, UnknownInstruction, executing, execute, unwritten
+from fastenc.bench.proofs.ptx import Fault, Machine, UnknownInstruction, execute, executing, unwritten
 
 ARCHITECTURES = (80, 90, 100)
 ROWS, S, BLOCK = 4, 1600, 512
@@ -159,7 +159,7 @@ def test_a_misaligned_vector_in_shared_memory() -> None:
 
 
 def test_an_access_outside_shared_memory() -> None:
-    with pytest.raises(Fault, match="outside the .* bytes of shared memory"):
+    with pytest.raises(Fault, match=r"outside the \d+ bytes of shared memory"):
         summed(replaced(r"ld\.shared\.b32 %r(\d+), \[ (%r\d+) \+ 0 \]", r"ld.shared.b32 %r\1, [ \2 + 65536 ]"))
 
 
@@ -297,9 +297,8 @@ def huge(X, Y, S, BLOCK: tl.constexpr):
 def test_the_driver_is_given_back() -> None:
     before = driver._active
     empty = torch.empty
-    with pytest.raises(Fault), executing(90) as machine:
-        machine.edit = replaced(r"%ctaid\.x", "0")
-        double[(2,)](torch.ones(1024), torch.empty(1024), 1024, BLOCK=512)
+    with pytest.raises(Fault):
+        summed(replaced(r"%ctaid\.x", "0"))
     assert driver._active is before
     assert torch.empty is empty
 
