@@ -5,6 +5,7 @@ Nothing is assembled: the "binary" that Triton hands to its driver is the PTX it
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,10 +95,16 @@ class Machine:
         self.launches.append(Launch(name, grid, num_warps, counts))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def parsed(ptx: str) -> Prepared:
     """A kernel ready to run."""
-    return prepared(parse(ptx))
+    enabled = gc.isenabled()
+    gc.disable()  # it would look at the many objects made here again and again: three quarters of the time
+    try:
+        return prepared(parse(ptx))
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _granule(kernel: Prepared, space: str) -> int:

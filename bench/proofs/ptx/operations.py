@@ -8,6 +8,7 @@ kept once. bfloat16 operands come widened to float32; a pair of float32 has a la
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,11 +30,13 @@ class Operation(NamedTuple):
     compute: Callable[..., Array]
 
 
+@cache
 def bits_of(type_: str) -> int:
     """The width of a PTX type."""
     return BITS.get(type_) or int(type_.lstrip("busf"))
 
 
+@cache
 def dtype_of(type_: str) -> np.dtype[Any]:
     """numpy's dtype of a PTX type; that of its bits where numpy has none."""
     if type_ == "pred" or type_[0] == "b" or type_ in BITS:

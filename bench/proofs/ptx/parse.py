@@ -129,6 +129,8 @@ def _instruction(statement: str, source: str, registers: dict[str, Register]) ->
 
 def _split(text: str) -> list[str]:
     """At the commas outside braces and brackets."""
+    if "{" not in text and "[" not in text:
+        return [part.strip() for part in text.split(",")] if text else []
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text) if part.strip()]
 
 
@@ -141,11 +143,13 @@ def _register(name: str, registers: dict[str, Register]) -> Register | None:
 
 
 def _operand(text: str, registers: dict[str, Register]) -> Operand:
+    if (known := registers.get(text)) is not None:
+        return known
     if text.startswith("{"):
         return tuple(_operand(part, registers) for part in _split(text.strip("{} ")))
     if text.startswith("[") and "_param_" not in text:
         found = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", text)
-        base = _register(found[1], registers) if found else None
+        base = registers.get(found[1]) or _register(found[1], registers) if found else None
         if found is None or (base is None and found[1] != "global_smem"):
             raise UnknownInstruction(f"the PTX machine cannot read the address {text!r}")
         return Address(base, int(found[2] or 0))
