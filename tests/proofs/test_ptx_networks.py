@@ -89,7 +89,11 @@ def instance_norm_leaky_relu() -> nn.Module:
     """A network as nnU-Net has them: convolution, InstanceNorm3d, LeakyReLU."""
     layers: list[nn.Module] = []
     for planes, stride in ((8, 1), (8, 1), (16, 2)):
-        layers += [nn.LazyConv3d(planes, 3, stride, 1), nn.InstanceNorm3d(planes, affine=True), nn.LeakyReLU(0.01, True)]
+        layers += [
+            nn.LazyConv3d(planes, 3, stride, 1),
+            nn.InstanceNorm3d(planes, affine=True),
+            nn.LeakyReLU(0.01, True),
+        ]
     net = nn.Sequential(*layers, nn.LazyConv3d(2, 1))
     net(torch.zeros(1, 1, 8, 8, 8))
     return net

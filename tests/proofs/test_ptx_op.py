@@ -5,6 +5,7 @@ units in the last place. The machine adds its own checks: bounds, races, alignme
 torch.empty returns is poison, so that an element that nothing writes shows.
 """
 
+import re
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -19,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 import fastenc
 from fastenc.bench.interpret import interpreted, kernel_modules
-from fastenc.bench.proofs.ptx import unwritten
+from fastenc.bench.proofs.ptx import Fault, unwritten
 from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
 from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
 
@@ -112,6 +113,36 @@ def test_every_kernel_is_executed() -> None:
                 instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics)
             found |= {launch.name for launch in machine.launches}
     assert found == kernels
+
+
+BARRIER = re.compile(r"bar\.sync\s+0;")
+
+
+def test_every_barrier() -> None:
+    """Without one the machine reports a race, unless the results stay bitwise the same; each kernel that stores to
+    shared memory has barriers of the first kind."""
+    for shape in split_and_whole("channels_last"):
+        x, weight, bias, slope, dy = arguments(shape, "channels_last")
+        compiled: dict[str, str] = {}
+
+        def run(edit: Callable[[str, str], str]) -> tuple[Tensor | None, ...]:
+            with executed() as machine:
+                machine.edit = edit
+                y, statistics = instance_norm_prelu_forward(x, weight, bias, slope, 1e-5)  # noqa: B023
+                return y, *instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics)  # noqa: B023
+
+        sound = run(compiled.setdefault)
+        for kernel, ptx in compiled.items():
+            places, reported = list(BARRIER.finditer(ptx)), 0
+            for place in places:
+                without = ptx[: place.start()] + ptx[place.end() :]
+                try:
+                    results = run(lambda name, text: without if name == kernel else text)  # noqa: B023
+                except Fault:
+                    reported += 1
+                else:
+                    assert all(map(torch.equal, results, sound)), kernel
+            assert reported or not places or "st.shared" not in ptx, kernel
 
 
 @pytest.mark.parametrize("architecture", [80, 100])
