@@ -6,8 +6,9 @@ Nothing is assembled: the "binary" that Triton hands to its driver is the PTX it
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -170,6 +171,21 @@ def _without_assembler(*arguments: Any) -> tuple[str, str] | None:
     return None
 
 
+@contextmanager
+def _driver(architecture: int, machine: Machine) -> Iterator[None]:
+    """Triton compiles for the machine and launches on it inside the block."""
+    before = driver._active
+    with knobs.runtime.scope(), knobs.cache.scope():
+        knobs.runtime.add_stages_inspection_hook = _without_assembler
+        # A cache of its own: Triton 3.6 leaves the hook out of its keys, and would take the PTX for machine code later.
+        knobs.cache.dir = os.path.join(knobs.cache.dir, "executed")
+        driver.set_active(_Driver(architecture, machine))
+        try:
+            yield
+        finally:
+            driver._active = before
+
+
 def unwritten(tensor: Tensor) -> int:
     """How many elements of a tensor from torch.empty nothing has written yet."""
     size = tensor.element_size()
@@ -209,15 +225,5 @@ def executing(architecture: int = 90, choose: Callable[[str, Grid], Iterable[int
             whole, whose torch.empty then is not poisoned.
     """
     machine = Machine(choose=choose)
-    before, hook = driver._active, knobs.runtime.add_stages_inspection_hook
-    driver.set_active(_Driver(architecture, machine))
-    knobs.runtime.add_stages_inspection_hook = _without_assembler
-    try:
-        if choose is None:
-            with _poisoned():
-                yield machine
-        else:
-            yield machine
-    finally:
-        knobs.runtime.add_stages_inspection_hook = hook
-        driver._active = before
+    with _driver(architecture, machine), _poisoned() if choose is None else nullcontext():
+        yield machine
