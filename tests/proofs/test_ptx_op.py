@@ -282,11 +282,12 @@ def test_another_dtype_of_y(layout: str) -> None:
 @layouts
 @pytest.mark.parametrize("needs", ["x", "weight", "bias", "slope", "residual", "x residual", "weight slope"])
 def test_only_some_gradients(needs: str, layout: str) -> None:
-    """Those that are asked for are bitwise what they are among all; the others are None."""
+    """Those that are asked for are what they are among all, summed maybe in another order; the others are None."""
     names = ("x", "weight", "bias", "slope", "residual")
     for shape in split_and_whole(layout, residual=True):
         x, weight, bias, slope, dy = arguments(shape, layout)
         r = torch.randn_like(x)
+        scale = magnitudes(dy, x, weight, bias, slope, 1e-5, r)
         with executed():
             _, statistics = instance_norm_prelu_forward(x, weight, bias, slope, 1e-5, residual=r)
             given = dy, x, weight, bias, slope, statistics
@@ -295,7 +296,9 @@ def test_only_some_gradients(needs: str, layout: str) -> None:
             some = instance_norm_prelu_backward(*given, wanted, residual=r)
         for name, want, one, other in zip(names, wanted, some, whole, strict=True):
             assert (one is not None) == want, name
-            assert one is None or torch.equal(one, other), name
+            if one is not None:
+                limit = ULPS * torch.finfo(torch.float32).eps * scale[f"d{name}"]
+                assert (one - other).abs().max() <= limit, name
 
 
 @layouts
