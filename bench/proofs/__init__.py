@@ -1,1 +1,1 @@
-"""Evidence about the kernels that needs no GPU."""
+"""Evidence about the kernels without a GPU: interpretation, compilation, traffic and its ceilings."""

@@ -43,6 +43,28 @@ def neighbours(X, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def moments(X, Y, S, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum and 1/√Σx² of each column of x (S, C), by a pipelined loop and one reduction of a pair."""
+    c = tl.arange(0, C)[None, :]
+    sums = tl.zeros([BLOCK, C], tl.float32)
+    squares = tl.zeros([BLOCK, C], tl.float32)
+    for s0 in tl.range(0, S, BLOCK, num_stages=3):
+        s = s0 + tl.arange(0, BLOCK)[:, None]
+        x = tl.load(X + s * C + c, mask=s < S, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        sums += x
+        squares += x * x
+    sum, square = tl.reduce((sums, squares), 0, add_two)
+    place = Y + tl.arange(0, C)
+    tl.store(place, sum, eviction_policy="evict_last")
+    tl.store(place + C, tl.rsqrt(square))
+
+
+@triton.jit
 def transposed(X, Y, BLOCK: tl.constexpr):
     i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     tl.store(Y + i * BLOCK + j, tl.trans(tl.load(X + i * BLOCK + j)))
@@ -78,6 +100,18 @@ def test_sound_code(dtype: torch.dtype, architecture: int) -> None:
     x, y, machine = summed(None, architecture, torch.randint(-9, 9, (ROWS, S)).to(dtype))
     assert torch.equal(y, x.float().sum(1))
     assert machine.launches[0].counts.instructions["cp.async.wait_group"] > 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("C", [2, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_reduction_of_a_pair(dtype: torch.dtype, C: int, architecture: int) -> None:
+    x = torch.randint(-9, 9, (300, C)).to(dtype)
+    with executing(architecture):
+        y = torch.empty(2, C)
+        moments[(1,)](x, y, 300, C=C, BLOCK=64, num_warps=4)
+    assert torch.equal(y[0], x.float().sum(0))
+    torch.testing.assert_close(y[1], x.float().square().sum(0).rsqrt(), rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -75,7 +75,7 @@ def _special(name: str, dtype: np.dtype[Any]) -> Getter:
 def _put(operand: Operand, guard: Getter | None) -> Callable[[Batch, Array], None]:
     """How to write a register, in the lanes that are active and enabled by the guard."""
     if not isinstance(operand, Register):
-        return lambda batch, value: None  # `_`, a result that nobody wants
+        return lambda batch, value: None  # `_`, a result that is not wanted
     number, bits = operand.number, operand.bits
     itemsize = UNSIGNED[bits].itemsize
 
