@@ -7,7 +7,8 @@
 It executes the compiled code: layouts, predicates, shuffles, shared memory. A `Fault` is raised where that code does
 what the interpreter cannot see:
     a global access outside the storages of the launch's arguments; a misaligned vector;
-    two warps that touch one word of shared memory without a barrier between them, one of them to write it;
+    two warps that touch one word of shared memory without a barrier between them, one of them to write it (both may
+    store the same value in the same instruction, as Triton does where warps hold the same elements);
     shared memory read before its asynchronous copy has arrived, or before anything was written there;
     two programs that touch one word of global memory, one of them to write it;
     a barrier that only some threads of a program reach.
