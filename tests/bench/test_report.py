@@ -171,4 +171,6 @@ def test_readmes_figures_are_those_of_the_committed_records() -> None:
     if not files:
         assert figures == f"\n{report.NO_GPU}"
         return
-    assert figures == "\n" + report.figures(report.read(files), sorted((ROOT / "bench" / "figures").glob("*.png")), ROOT)
+    assert figures == "\n" + report.figures(
+        report.read(files), sorted((ROOT / "bench" / "figures").glob("*.png")), ROOT
+    )

@@ -1,0 +1,229 @@
+"""The driver that stands in for Triton's, so that launchers run on CPU tensors: it compiles to PTX and executes that.
+
+Nothing is assembled: the "binary" that Triton hands to its driver is the PTX itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from .batch import Batch
+from .counts import Counts
+from .execute import Prepared, prepared, run
+from .faults import Fault
+from .memory import Global, Shared
+from .operations import bits_of
+from .parse import parse
+
+SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}  # the most that a program may have
+LANES = 16384  # threads that run at a time: their registers stay in the cache
+POISON = 0xFF  # every byte of what torch.empty returns: a NaN in each floating dtype that no arithmetic produces
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was executed: the kernel's name, its grid, warps of a program, and what it did."""
+
+    name: str
+    grid: Grid
+    num_warps: int
+    counts: Counts
+
+
+@dataclass
+class Machine:
+    """What `executing` yields.
+
+    launches: those executed so far. edit: applied to a kernel's PTX, from (name, text), before it is executed.
+    choose: which programs of a grid to run, from (name, grid); None: all.
+    """
+
+    launches: list[Launch] = field(default_factory=list)
+    edit: Callable[[str, str], str] = lambda name, ptx: ptx
+    choose: Callable[[str, Grid], Iterable[int]] | None = None
+
+    def launch(self, ptx: str, grid: Grid, arguments: list[Any], num_warps: int, shared_bytes: int) -> None:
+        """Execute every program of the grid, or those chosen.
+
+        Raises:
+            Fault: the code does what a GPU would not forgive.
+            UnknownInstruction: the code holds one that the machine does not know.
+        """
+        name = parsed(ptx).program.name
+        kernel = parsed(self.edit(name, ptx))
+        program = kernel.program
+        if program.threads != 32 * num_warps:
+            raise Fault(f"{name} is compiled for {program.threads} threads and launched with {num_warps} warps")
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        counts = Counts()
+        granule = {space: _granule(kernel, space) for space in ("global", "shared")}
+        memory = Global(((s.data_ptr(), s.nbytes()) for s in storages), granule["global"], counts)
+        values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        values = [float(v) if kind == "f32" else int(v) for v, kind in zip(values, program.parameters, strict=False)]
+        values += [0] * (len(program.parameters) - len(values))  # scratch memory, which these kernels do not use
+        numbers = np.array(sorted(range(prod(grid)) if self.choose is None else self.choose(name, grid)), np.int64)
+        step = max(1, LANES // program.threads)
+        try:
+            with np.errstate(all="ignore"):
+                for first in range(0, len(numbers), step):
+                    programs = numbers[first : first + step, None]
+                    shared = Shared(len(programs), shared_bytes, granule["shared"])
+                    batch = Batch(programs, program.threads, grid, values, memory, shared, list(kernel.undefined))
+                    run(kernel, batch)
+            memory.finish()
+        except Fault as fault:
+            raise Fault(f"{name}, grid {grid}: {fault}") from None
+        finally:
+            kernel.counts(counts)
+        self.launches.append(Launch(name, grid, num_warps, counts))
+
+
+@lru_cache(maxsize=128)
+def parsed(ptx: str) -> Prepared:
+    """A kernel ready to run."""
+    enabled = gc.isenabled()
+    gc.disable()  # it would look at the many objects made here again and again: three quarters of the time
+    try:
+        return prepared(parse(ptx))
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _granule(kernel: Prepared, space: str) -> int:
+    """Bytes of the smallest access to this memory, at most a word: the unit in which races are looked for."""
+    sizes = [4]
+    for instruction in kernel.program.instructions:
+        if space in instruction.modifiers and instruction.name in ("ld", "st", "ldmatrix", "stmatrix"):
+            sizes.append(bits_of(instruction.type) // 8)
+    return min(sizes)
+
+
+class _Driver:
+    """What Triton asks of a GPU's driver."""
+
+    def __init__(self, architecture: int, machine: Machine) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+        self.machine = machine
+        properties = {
+            "max_shared_mem": SHARED_BYTES.get(architecture, SHARED_BYTES[90]),
+            "multiprocessor_count": 132,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+        }
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=lambda name, binary, shared, device: (None, binary.decode(), 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        kinds = list(source.signature.values())
+
+        def launch(x: int, y: int, z: int, stream: int, ptx: str, *rest: Any) -> None:
+            arguments = rest[4:]  # after the packed metadata, the launch's metadata and two hooks
+            given = [value for value, kind in zip(arguments, kinds, strict=True) if kind != "constexpr"]
+            # The driver that is active now: a compiled kernel outlives the block that it was compiled in.
+            driver.active.machine.launch(ptx, (x, y, z), given, metadata.num_warps, metadata.shared)
+
+        return launch
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 1000 + self.target.arch  # Triton caches kernels by device: each architecture is one
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def _without_assembler(*arguments: Any) -> tuple[str, str] | None:
+    """Triton's hook into its stages: the last one, ptxas, becomes the identity. Without arguments: the key of that."""
+    if not arguments:
+        return "executed as PTX", "'executed as PTX'"
+    stages = arguments[1]
+    stages["cubin"] = lambda ptx, metadata: ptx.encode()
+    return None
+
+
+@contextmanager
+def _driver(architecture: int, machine: Machine) -> Iterator[None]:
+    """Triton compiles for the machine and launches on it inside the block."""
+    before = driver._active
+    with knobs.runtime.scope(), knobs.cache.scope():
+        knobs.runtime.add_stages_inspection_hook = _without_assembler
+        # A cache of its own: Triton 3.6 leaves the hook out of its keys, and would take the PTX for machine code later.
+        knobs.cache.dir = os.path.join(knobs.cache.dir, "executed")
+        driver.set_active(_Driver(architecture, machine))
+        try:
+            yield
+        finally:
+            driver._active = before
+
+
+def unwritten(tensor: Tensor) -> int:
+    """How many elements of a tensor from torch.empty nothing has written yet."""
+    size = tensor.element_size()
+    return int((tensor.detach().contiguous().view(-1, 1).view(torch.uint8) == POISON).view(-1, size).all(1).sum())
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """torch.empty and torch.empty_like return poison inside the block."""
+    originals = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+
+    def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*arguments: Any, **keywords: Any) -> Tensor:
+            tensor = empty(*arguments, **keywords)
+            if tensor.device.type == "cpu" and tensor.numel():
+                tensor.new_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(POISON)
+            return tensor
+
+        return filled
+
+    for name, original in originals.items():
+        setattr(torch, name, poisoned(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+@contextmanager
+def executing(architecture: int = 90, choose: Callable[[str, Grid], Iterable[int]] | None = None) -> Iterator[Machine]:
+    """Triton launches inside the block run their compiled PTX on CPU tensors.
+
+    Args:
+        architecture: the compute capability to compile for, such as 80, 90 or 100.
+        choose: which programs to run of a launch, from the kernel's name and the grid. For tensors too large to run
+            whole, whose torch.empty then is not poisoned.
+    """
+    machine = Machine(choose=choose)
+    with _driver(architecture, machine), _poisoned() if choose is None else nullcontext():
+        yield machine
