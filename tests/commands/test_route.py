@@ -249,7 +249,7 @@ def test_explain_in_two_threads_leaves_the_process_alone() -> None:
 
 # A process of its own: once torch has made these threads, the process cannot be forked for a backward any more.
 DESCENDS = """
-import sys, threading, torch
+import os, sys, threading, torch
 from fastenc import backend
 from fastenc.route import chosen
 
@@ -271,7 +271,8 @@ seen = set()
 y = Descends.apply(torch.ones(1, requires_grad=True), 70, seen)
 with backend(sys.argv[1]):
     y.backward()
-print(len({thread for thread, _ in seen}) > 1, {name for _, name in seen})
+print(len({thread for thread, _ in seen}) > 1, {name for _, name in seen}, flush=True)
+os._exit(0)  # torch's threads do not always survive the end of the interpreter
 """
 
 
