@@ -12,7 +12,7 @@ from fastenc import __version__
 from fastenc.commands.shell import command
 
 from .arguments import without_folder
-from .commands import audit, compare, gpu, ops, report, sanitize, third_party, tune
+from .commands import audit, compare, gpu, ops, report, third_party, tune
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ SUBCOMMANDS = {
     "gpu": Subcommand(gpu.PURPOSE, gpu.add_arguments, gpu.run),
     "report": Subcommand(report.PURPOSE, report.add_arguments, report.run),
     "audit": Subcommand(audit.PURPOSE, audit.add_arguments, audit.run),
-    "sanitize": Subcommand(sanitize.PURPOSE, sanitize.add_arguments, sanitize.run),
     "tune": Subcommand(tune.PURPOSE, tune.add_arguments, tune.run),
 }
 

@@ -18,7 +18,6 @@ import fastenc.route
 from ..engine.agreement import OUTPUT
 from ..engine.record import Workload
 from ..engine.timing import Work
-from . import cudnn_norm
 from .registry import EAGER, FASTENC, Candidate, Contest, Peer
 
 EPS = 1e-5
@@ -110,10 +109,6 @@ def _end(z: Tensor, slope: Tensor, residual: Tensor | None) -> Tensor:
     return F.prelu(z if residual is None else z + residual, slope)
 
 
-def _cudnn_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
-    return cudnn_norm.instance_norm_prelu(x, weight, bias, slope, EPS, residual)
-
-
 def _fused_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
     return fastenc.instance_norm_prelu(x, weight, bias, slope, EPS, residual)
 
@@ -129,7 +124,6 @@ CONTEST = Contest(
         EAGER: Peer(partial(candidate, op=plain_op)),
         "GroupNorm(C, C)": Peer(partial(candidate, op=group_op)),
         FASTENC: Peer(partial(candidate, op=_fused_op, note=_route)),
-        "cuDNN + PReLU": Peer(partial(candidate, op=_cudnn_op), absent=cudnn_norm.absent),
         "torch.compile": Peer(
             lambda subject: candidate(subject, torch.compile(plain_op, dynamic=False)), compiles=True
         ),

@@ -163,7 +163,6 @@ for command in (["demo"], ["accelerate"], ["doctor"], ["bench"], *(["bench", nam
     with contextlib.suppress(SystemExit):
         main([*command, "--help"])
 assert main(["demo"]) == 2  # without rich
-assert main(["bench", "sanitize"]) == 2
 assert main(["doctor"]) == main(["doctor", "--json"]) == 0
 main(["accelerate", "--out", "told/table.md"])
 """

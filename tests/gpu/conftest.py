@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lacking = _lacking()
     items.sort(key=lambda item: LAST.index(item.path.name) + 1 if item.path.name in LAST else 0)
-    # Popped: the sanitizer's test starts pytest in its turn, for tests of its own choice.
+    # Popped: a test that starts pytest itself chooses its own tests.
     part, parts = map(int, os.environ.pop(PART, "0/1").split("/"))
     items[:] = items[part::parts]
     for item in items:
