@@ -180,6 +180,17 @@ def test_float32(case: str, route: str) -> None:
 
 
 @every_case
+@pytest.mark.parametrize("route", ["auto", "triton"])
+def test_output_is_the_reference_to_rounding(case: str, route: str) -> None:
+    """README's figure: float32 outputs are within 1e-6 relative L2 of the reference's."""
+    net = fastenc.EncoderNet3d(**constructor(case))
+    with taken(route):
+        y = results(net, arrays(case), torch.float32)["y"]
+    expected = golden(case, 32)["y"]
+    assert distance(y, expected) <= 1e-6 * expected.norm().item()
+
+
+@every_case
 def test_triton_route_runs_the_kernels(case: str) -> None:
     """Without this, a Triton route that quietly ran eagerly would pass the comparison above."""
     net = fastenc.EncoderNet3d(**constructor(case))
