@@ -13,8 +13,6 @@ from fastenc import _torch
 PRIVATE = re.compile(
     r"torch\._C|_SingleLevelFunction|_functorch|_dynamo_marked|nn\.modules\.module import _|_contextlib"
 )
-    r"torch\._C|_SingleLevelFunction|_functorch|_dynamo_marked|nn\.modules\.module import _|_contextlib"
-)
 
 
 @pytest.mark.parametrize("name", _torch.__all__)
