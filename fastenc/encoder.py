@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import route
-from .convolution import CONVOLUTIONS, convolve, is_channels_last, is_plain
+from .convolution import CONVOLUTIONS, channels_last, convolve, is_channels_last, is_plain
 from .layers import _BlockConvStkNd, _ConvModernNd, integer, per_axis
-from .stem import channels_last, stem
 
 POOLS: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
@@ -102,8 +101,7 @@ class _EncoderNetNd(nn.Module):
         """
         fresh = False
         if fused:
-            first, *layers = layers
-            x, fresh = stem(first, x), is_plain(first) and route.observed(first) is None
+            x = channels_last(x)
         steps: list[nn.Module] = []
         for layer in layers:
             unseen = type(layer) is _BlockConvStkNd and route.observed(layer) is None

@@ -8,12 +8,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, float32, is_grad_enabled
-from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
-from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
 
 from . import library, reference, route
+from .pair import INSTANCE_NORMS
 from .saved import save, saved
+
+AXES = {kind: order + 3 for order, kind in enumerate(INSTANCE_NORMS)}  # of the x of each norm, with its batch
 
 
 def instance_norm_prelu(
@@ -61,10 +62,37 @@ def instance_norm_prelu(
     return fused(x, weight, bias, slope, eps, residual=residual)
 
 
+def is_supported(norm: Any, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float, x: Tensor) -> bool:
+    """Whether the kernel supports x with this weight and bias of norm, an InstanceNorm, and this slope.
+
+    The caller reads the parameters once, because nn.Module is slow to find them. If False, torch's own code runs.
+    """
+    C, shape = norm.num_features, x.shape
+    return (
+        len(shape) == AXES.get(type(norm))
+        and shape[1] == C
+        and 0 < 2 * C * shape[0] <= x.numel()
+        and (weight is None or fits(weight, x, C))
+        and (bias is None or fits(bias, x, C))
+        and (not isinstance(slope, Tensor) or fits(slope, x, C) or fits(slope, x, 1))
+    )
+
+
+def fits(parameter: Tensor, x: Tensor, length: int) -> bool:
+    """Whether the kernels take parameter, of this length, for x."""
+    try:
+        return (
+            parameter.shape == (length,)
+            and ((dtype := parameter.dtype) is float32 or dtype is x.dtype)
+            and parameter.device == x.device
+        )
+    except AttributeError:  # not a tensor; nothing else has one of torch's dtypes
+        return False
+
+
 def output_dtype(x: Tensor, slope: Tensor | float) -> torch.dtype | None:
     """The dtype of y under autocast, whose list has prelu but not leaky_relu; None for x's own."""
-    # Private, because the public question costs 0.4 of 9 µs of a forward.
-    if is_any_autocast_enabled() and isinstance(slope, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(slope, Tensor) and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return None
 
@@ -92,7 +120,7 @@ def fused(
         or (isinstance(slope, Tensor) and slope.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return InstanceNormPReLU.apply(x, weight, bias, slope, residual, eps, dtype)  # type: ignore[attr-defined]
+        return InstanceNormPReLU.apply(x, weight, bias, slope, residual, eps, dtype)
     return _forward(x, weight, bias, slope, residual, eps, dtype, in_place)[0]
 
 
@@ -114,12 +142,8 @@ def _forward(
         return reference.forward(x, weight, bias, slope, eps, residual), None
 
 
-class InstanceNormPReLU(_SingleLevelFunction):
-    """The Triton route under autograd. Of tensors of x's size it saves x and the residual only.
-
-    `torch.autograd.Function` would first ask for a torch.func transform, under which a call takes the eager route
-    anyway. That costs 1.4 of 10 µs of a forward (bench/suites/bench_host_cost.py on a CPU, AMD EPYC).
-    """
+class InstanceNormPReLU(torch.autograd.Function):
+    """The Triton route under autograd. Of tensors of x's size it saves x and the residual only."""
 
     @staticmethod
     def forward(
@@ -180,14 +204,12 @@ def _positions(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Ten
     rows = shape[0] * C
     if rows == 0:
         raise ValueError(f"x must have at least one sample and one channel, got shape {tuple(shape)}")
-    dtype, device = x.dtype, x.device
-    wanted = (C,)
-    if weight is not None and not _fits(weight, wanted, dtype, device):
-        _refuse("weight", weight, x, wanted)
-    if bias is not None and not _fits(bias, wanted, dtype, device):
-        _refuse("bias", bias, x, wanted)
+    if weight is not None and not fits(weight, x, C):
+        _refuse("weight", weight, x, (C,))
+    if bias is not None and not fits(bias, x, C):
+        _refuse("bias", bias, x, (C,))
     if isinstance(slope, Tensor):
-        if not (_fits(slope, wanted, dtype, device) or _fits(slope, (1,), dtype, device)):
+        if not (fits(slope, x, C) or fits(slope, x, 1)):
             _refuse("slope", slope, x, (C, 1))
     elif not isinstance(slope, (int, float)):
         raise TypeError(f"slope must be a torch.Tensor or a number, got {type(slope).__name__}")
@@ -205,17 +227,6 @@ def _check_residual(residual: Any, x: Tensor) -> None:
     ):
         if came != needed:
             raise ValueError(f"residual must have x's {what} {needed}, got {came}")
-
-
-def _fits(parameter: Tensor, shape: tuple[int], dtype: torch.dtype, device: torch.device) -> bool:
-    try:
-        return (
-            parameter.shape == shape
-            and ((found := parameter.dtype) is dtype or found is float32)
-            and parameter.device == device
-        )
-    except AttributeError:  # not a tensor; nothing else has one of torch's dtypes
-        return False
 
 
 def _refuse(name: str, parameter: Tensor, x: Tensor, lengths: tuple[int, ...]) -> NoReturn:

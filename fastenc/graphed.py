@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from ._torch import tree_map_only
 from .frozen import freeze
 
 WARM_UP_CALLS = 3  # what torch's own documentation asks for before a capture

@@ -12,12 +12,11 @@ from torch.compiler import is_compiling
 
 from . import recompute, route
 from .convolution import CONVOLUTIONS, convolve, is_channels_last, is_plain, prepare
-from .functional import fused
+from .functional import fused, is_supported
+from .pair import INSTANCE_NORMS
 
-INSTANCE_NORMS: dict[int, Any] = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 UPSAMPLE_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
-NORMS_BY_DIM = {order + 2: norm for order, norm in INSTANCE_NORMS.items()}
 NORMALIZERS = ("batch", "inst", "pinst", "null")
 
 
@@ -87,7 +86,7 @@ class _ConvModernNd(nn.Module):
             if normalizer == "batch":
                 pair.append(BATCH_NORMS[order](planes))
             elif not plain:
-                pair.append(INSTANCE_NORMS[order](planes, affine=normalizer == "pinst"))
+                pair.append(INSTANCE_NORMS[order - 1](planes, affine=normalizer == "pinst"))
             if activator == "prelu":
                 pair.append(nn.PReLU(planes))
             elif activator == "relu":
@@ -97,7 +96,7 @@ class _ConvModernNd(nn.Module):
 
         fusible = normalizer in ("inst", "pinst") and len(pair) == 2
         self._order = order
-        self._norm_type = INSTANCE_NORMS[order]
+        self._norm_type = INSTANCE_NORMS[order - 1]
         self._norm_at = (0 if before else len(convolving)) if fusible else None
 
     def why_eager(self, x: object) -> str | None:
@@ -148,13 +147,14 @@ class _ConvModernNd(nn.Module):
             x = convolve(layer, x, True)
         norm, activation = layers[at : at + 2]
         slope = activation.weight if type(activation) is nn.PReLU else 0.0
-        if not _fits(norm, slope, x):
+        weight, bias = norm.weight, norm.bias
+        if not is_supported(norm, weight, bias, slope, x):
             x = activation(norm(x))  # torch's own error
         elif self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling():
             return _recomputed(x, norm, slope, layers[2])
         else:
             in_place = fresh if at == 0 else is_plain(layers[at - 1])
-            x = fused(x, norm.weight, norm.bias, slope, norm.eps, in_place)
+            x = fused(x, weight, bias, slope, norm.eps, in_place)
         for layer in layers[at + 2 :]:
             x = convolve(layer, x, True)
         return x
@@ -188,27 +188,6 @@ def _recomputed(x: Tensor, norm: Any, slope: Tensor | float, layer: nn.Module) -
     if prepared is None:
         return convolve(layer, fused(x, norm.weight, norm.bias, slope, norm.eps), True)
     return recompute.unit(x, norm.weight, norm.bias, slope, norm.eps, *prepared)
-
-
-def _fits(norm: Any, slope: Tensor | float, x: Tensor) -> bool:
-    """Whether a normalisation and a slope are made for x, so that the fused operation need not check them."""
-    weight, bias, C = norm.weight, norm.bias, norm.num_features
-    return (
-        NORMS_BY_DIM.get(x.dim()) is type(norm)
-        and x.shape[1] == C
-        and 0 < 2 * C * x.shape[0] <= x.numel()
-        and (weight is None or _parameter_fits(weight, x, C))
-        and (bias is None or _parameter_fits(bias, x, C))
-        and (not isinstance(slope, Tensor) or _parameter_fits(slope, x, C) or _parameter_fits(slope, x, 1))
-    )
-
-
-def _parameter_fits(parameter: Tensor, x: Tensor, length: int) -> bool:
-    return (
-        parameter.shape == (length,)
-        and (parameter.dtype == torch.float32 or parameter.dtype == x.dtype)
-        and parameter.device == x.device
-    )
 
 
 class _ConvModern(_ConvModernNd):

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastenc.kernels.layout import readable
 
 from . import reference, route
+from ._torch import forward_ad
 from .saved import save, saved
 
 NAME = "fastenc::instance_norm_prelu"

@@ -1,9 +1,22 @@
-"""Which taps of a convolution's kernel meet the tensor, and not only its padding. Pure arithmetic."""
+"""How a convolution is run: which taps of its kernel meet more than padding, and what pays. Pure arithmetic."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+
+MEASURED = frozenset(("cpu", "cuda"))  # other devices run the ordinary convolution
+# A product pays on maps of at most this many positions: cuDNN and oneDNN are made for more.
+MOST_POSITIONS = 8
+# On a CPU a product pays from so many elements of the weight on, where oneDNN lays the whole weight out anew for a few
+# rows: on one position; else in the forward and in the backward. Read off single layers of 8 to 1024 channels, timed by
+# hand on two cores of an AMD EPYC at batch 2, 8 and 32 (no record); bench/suites/bench_live_taps.py repeats it.
+CPU_ONE_POSITION = 1 << 16
+CPU_FORWARD, CPU_BACKWARD = 1 << 23, 1 << 20
+# Cutting a contiguous weight gathers a few elements of each 3³ kernel. Up to this many taps that is cheaper, on a CPU,
+# than reading the whole weight against columns that hold zeros for the dead ones.
+CPU_CUT_TAPS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +62,79 @@ def window_of(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int,
         around.append((before, (positions - 1) * step + last - first - length - before))
         output.append(positions)
     return Window(tuple(low), tuple(high), tuple(around), tuple(output))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How one convolution is run: its own options, the window of taps it takes, and where it is a matrix product."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    fused: bool = False  # volumes are channels-last, where torch has such a layout; else they follow x
+    window: Window | None = None  # None: all taps
+    product_forward: bool = False
+    product_backward: bool = False
+
+    @property
+    def cut_padding(self) -> tuple[int, ...]:
+        """The padding of the convolution that takes the window's taps alone."""
+        return self.padding if self.window is None else tuple(before for before, _ in self.window.padding)
+
+
+@lru_cache(maxsize=4096)
+def way_of(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    weight_contiguous: bool,
+    device: str,
+    fused: bool,
+    frozen: bool = False,
+) -> Way | None:
+    """How to run a convolution on the fused route, or, where `fused` is false, None for torch's own call.
+
+    frozen: the cut weight is kept, so that cutting it costs nothing.
+
+    Raises TypeError for a stride, padding or dilation that is no tuple of one int for each axis.
+    """
+    size, kernel = x_shape[2:], weight_shape[2:]
+    if len(x_shape) != len(weight_shape) or x_shape[0] < 1 or x_shape[1] != groups * weight_shape[1]:
+        return None  # torch's own error
+    for option in (stride, padding, dilation):
+        if type(option) is not tuple or len(option) != len(size) or any(type(value) is not int for value in option):
+            raise TypeError(option)
+    if min(*stride, *dilation) < 1 or min(padding) < 0:
+        return None  # torch's own error
+    ordinary = Way(stride, padding, dilation, groups, fused) if fused else None
+    live = None
+    if groups == 1 and all(d == 1 for d in dilation) and device in MEASURED:
+        live = window_of(size, kernel, stride, padding)
+    if live is None:
+        return ordinary
+    positions = prod(live.output)
+    dead = live.taps < prod(kernel)
+    if positions > MOST_POSITIONS:
+        # A cut convolution pads both sides alike; it pays where a third of the taps or more is dead.
+        if 3 * live.taps <= 2 * prod(kernel) and all(before == max(after, 0) >= 0 for before, after in live.padding):
+            return Way(stride, padding, dilation, groups, fused, live)
+        return ordinary
+    if device == "cuda" or (frozen and positions == 1):
+        # The weight's bytes are the cost here: dead taps are neither read nor cast.
+        return Way(stride, padding, dilation, groups, fused, live, True, True) if dead else ordinary
+    elements = prod(weight_shape)
+    if positions == 1 and dead:
+        if x_shape[0] < 2 or elements < CPU_ONE_POSITION:
+            return ordinary
+        forward = backward = True
+    else:
+        forward, backward = elements >= CPU_FORWARD, elements >= CPU_BACKWARD
+    if not (forward or backward):
+        return ordinary
+    cut = not weight_contiguous or live.taps <= CPU_CUT_TAPS
+    window = live if cut else window_of(size, kernel, stride, padding, whole=True)
+    return Way(stride, padding, dilation, groups, fused, window, forward, backward)

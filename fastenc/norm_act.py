@@ -7,10 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import route
-from .functional import fused
-from .fusion.deferred import fits
-from .fusion.modules import ACTIVATIONS, slope_of, takes, why_not_plain
-from .layers import INSTANCE_NORMS
+from .functional import fused, is_supported
+from .pair import ACTIVATIONS, INSTANCE_NORMS, slope_of, why_not_plain
 
 
 class _InstanceNormActNd(nn.Module):
@@ -37,7 +35,7 @@ class _InstanceNormActNd(nn.Module):
             raise ValueError(
                 f"activation must have 1 slope or num_features={num_features}, got {activation.num_parameters}"
             )
-        self.norm = INSTANCE_NORMS[self._order](num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.norm = INSTANCE_NORMS[self._order - 1](num_features, eps=eps, affine=affine, device=device, dtype=dtype)
         self.activation = activation
 
     def why_eager(self, x: object) -> str | None:
@@ -49,9 +47,7 @@ class _InstanceNormActNd(nn.Module):
         norm, activation = self.norm, self.activation  # once, as what follows: nn.Module is slow to find them
         if not route.eager(_why_eager(x, norm, activation)):
             weight, bias, slope = norm.weight, norm.bias, slope_of(activation)
-            if takes(norm, x, weight, bias) and (
-                not isinstance(slope, Tensor) or fits(slope, x, 1) or fits(slope, x, x.size(1))
-            ):
+            if is_supported(norm, weight, bias, slope, x):
                 return fused(x, weight, bias, slope, norm.eps)
         return activation(norm(x))
 
@@ -61,7 +57,7 @@ def _why_eager(x: object, norm: nn.Module, activation: nn.Module) -> str | None:
 
 
 def _why_not_plain(norm: nn.Module, activation: nn.Module) -> str | None:
-    if type(norm) not in INSTANCE_NORMS.values():
+    if type(norm) not in INSTANCE_NORMS:
         return f"its norm is {norm}, not one of torch's own"
     if type(activation) not in ACTIVATIONS:
         return f"its activation is {activation}, not a plain PReLU, LeakyReLU or ReLU"

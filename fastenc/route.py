@@ -20,12 +20,18 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import Module, Parameter
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._contextlib import context_decorator  # what decorates for torch.no_grad: generators step by step
+
+from ._torch import (
+    constant_in_graphs,
+    context_decorator,
+    dispatch_modes,
+    forward_ad,
+    has_global_hook,
+    is_legacy_batchedtensor,
+    transforms_active,
+)
 
 Backend = Literal["auto", "triton", "eager"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -45,15 +51,6 @@ def _checked(name: Any, source: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     return name
-
-
-def constant_in_graphs(function: Function) -> Function:
-    """torch.compile calls `function` while it traces and takes the result for a constant.
-
-    What torch.compiler.assume_constant_result does, without the second that importing torch._dynamo costs.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 _faults: dict[torch.device, str] = {}
@@ -208,13 +205,13 @@ def watched(x: object) -> str | None:
             return f"x is a {type(x).__name__}, not a plain torch.Tensor"
     elif type(x) is not Tensor and type(x) is not Parameter:
         return f"x is a {type(x).__name__}, not a plain torch.Tensor"
-    elif _get_tracing_state() is not None:
+    elif torch.jit.is_tracing():
         return "torch.jit or the ONNX exporter is tracing"
-    elif _are_functorch_transforms_active():
+    elif transforms_active():
         return TRANSFORM
     elif forward_ad._current_level >= 0:
         return FORWARD_MODE
-    elif _len_torch_dispatch_stack():
+    elif dispatch_modes():
         return "a TorchDispatchMode is active, which sees aten operations only"
     return None
 
@@ -239,18 +236,14 @@ def _traced_reason() -> str | None:
     """Why what torch.compile or torch.export is tracing must be plain PyTorch."""
     if torch.onnx.is_in_onnx_export():
         return "the ONNX exporter is tracing"
-    if _are_functorch_transforms_active():
+    if transforms_active():
         return TRANSFORM
     return FORWARD_MODE if forward_ad._current_level >= 0 else None
 
 
 def transformed(dy: Tensor) -> bool:
     """Whether a gradient is more than its values: many at once (`is_grads_batched`, torch.vmap), or with a tangent."""
-    return (
-        _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.is_legacy_batchedtensor(dy)
-    )
+    return transforms_active() or forward_ad._current_level >= 0 or is_legacy_batchedtensor(dy)
 
 
 def device_reason(x: Tensor) -> str | None:
@@ -270,7 +263,7 @@ class Accelerated:
 
 def observed(*modules: Module) -> str | None:
     """What could notice that `modules` are not called one by one: hooks, an own forward, Module.compile()."""
-    if _has_any_global_hook():
+    if has_global_hook():
         return "a global module hook is registered"
     for module in modules:
         own = module.__dict__

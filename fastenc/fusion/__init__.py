@@ -12,15 +12,14 @@ from torch import nn
 
 from ..layers import _ConvModernNd
 from ..norm_act import _InstanceNormActNd
+from ..pair import INSTANCE_NORMS, why_not_plain
 from .modules import (
-    INSTANCE_NORMS,
     Activation,
     DeferredNorm,
     Dropout,
     Forward,
     FusedNorm,
     restore,
-    why_not_plain,
 )
 from .sequential import scope_of
 

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
-from torch.utils._pytree import tree_map_only
 
 from fastenc.kernels.layout import layout
 
 from .. import reference, route
-from ..functional import fused
+from .._torch import disabled_torch_function, forbid_data_ptr, tree_map_only
+from ..functional import fits, fused
 
 
 class _Running(threading.local):
@@ -54,7 +53,7 @@ class Deferred(Tensor):
     passed_by: bool = False
 
     # Everything goes through the dispatcher, below autograd: what is computed there needs no history of its own.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Deferred:
@@ -63,7 +62,7 @@ class Deferred(Tensor):
         z.versions = _versions(x, weight, bias, None)
         z.grad_mode = torch.is_grad_enabled()
         # z has no memory: what asks for its address past the methods here gets an error, and no null pointer.
-        torch._C._set_throw_on_mutable_data_ptr(z)
+        forbid_data_ptr(z)
         if running.scopes:
             running.waiting.append(weakref.ref(z))
         return z
@@ -271,15 +270,6 @@ def _dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return layout(shape, stride) is not None
 
 
-def fits(parameter: Tensor, x: Tensor, length: int) -> bool:
-    """Whether the kernels take parameter, of this length, for x."""
-    return (
-        parameter.shape == (length,)
-        and (parameter.dtype == torch.float32 or parameter.dtype == x.dtype)
-        and parameter.device == x.device
-    )
-
-
 def _versions(*tensors: Tensor | None) -> list[int]:
     """How often each was changed in place."""
     return [tensor._version for tensor in tensors if tensor is not None]
@@ -316,7 +306,7 @@ def _added(z: Deferred, residual: Tensor) -> Deferred:
     return copy
 
 
-class _Defer(_SingleLevelFunction):
+class _Defer(torch.autograd.Function):
     """Gives a Deferred its place in the graph. The gradient is for whoever looked at z; the activation needs none."""
 
     @staticmethod
@@ -338,7 +328,7 @@ class _Defer(_SingleLevelFunction):
         return dx, dweight, dbias, None
 
 
-class _Drop(_SingleLevelFunction):
+class _Drop(torch.autograd.Function):
     """Gives a Deferred with dropout its place in the graph."""
 
     @staticmethod
@@ -353,7 +343,7 @@ class _Drop(_SingleLevelFunction):
         return gradients[0] * ctx.noise[0], None
 
 
-class _Add(_SingleLevelFunction):
+class _Add(torch.autograd.Function):
     """Gives a Deferred with a residual its place in the graph."""
 
     @staticmethod
@@ -367,7 +357,7 @@ class _Add(_SingleLevelFunction):
         return gradients[0], gradients[0]
 
 
-class _Replace(_SingleLevelFunction):
+class _Replace(torch.autograd.Function):
     """Makes the history of y that of z, as an operation in place does."""
 
     @staticmethod

@@ -17,21 +17,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import route
-from ..functional import fused
-from ..stem import channels_last
-from .deferred import Deferred, deferred, dense, fits, running
-
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-ACTIVATIONS = (nn.PReLU, nn.LeakyReLU, nn.ReLU)
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-# A class that was given to a module later may have a forward of its own: then that one runs.
-TORCH_FORWARDS = frozenset(kind.forward for kind in (*INSTANCE_NORMS, *ACTIVATIONS, *DROPOUTS, nn.Identity))
+from .._torch import saved_tensors_hooks, tree_leaves, tree_map_only
+from ..convolution import channels_last
+from ..functional import fused, is_supported
+from ..pair import TORCH_FORWARDS, slope_of, why_not_plain
+from .deferred import Deferred, deferred, dense, running
 
 
 class Forward(route.Accelerated):
@@ -146,7 +140,7 @@ class FusedNorm(Forward):
         if not (is_compiling() or route.eager(self.why_eager(x))):
             norm = self.module
             weight, bias = norm.weight, norm.bias  # once: nn.Module is slow to find them
-            if takes(norm, x, weight, bias):
+            if is_supported(norm, weight, bias, 1.0, x):
                 return self._normalized(x, weight, bias, norm.eps)
         return self.plainly(x)
 
@@ -165,7 +159,7 @@ class DeferredNorm(FusedNorm):
 
     def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         if (
-            (running.scopes or _top_saved_tensors_default_hooks(True))
+            (running.scopes or saved_tensors_hooks(True))
             and self.name not in running.observed
             and dense(x)
             # What was made in inference mode does not count changes in place.
@@ -378,31 +372,3 @@ def _row_major(x: Tensor) -> Tensor:
 
 def _contiguous(y: Tensor) -> Tensor:
     return y.contiguous() if type(y) is Tensor and y.dim() > 3 else y
-
-
-def slope_of(activation: nn.Module) -> Tensor | float:
-    """The slope below zero of a PReLU, LeakyReLU or ReLU."""
-    if isinstance(activation, nn.PReLU):
-        return activation.weight
-    return activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
-
-
-def why_not_plain(norm: Any) -> str | None:
-    """Why norm, an InstanceNorm, does more than normalise by the statistics of its input."""
-    if type(norm).forward not in TORCH_FORWARDS:
-        return "its class has a forward of its own"
-    if norm.track_running_stats or norm._buffers.get("running_mean") is not None:
-        return "it keeps running statistics"
-    return None
-
-
-def takes(norm: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether x is what norm, of this weight and bias, normalises; torch has its own word for what is not."""
-    C, shape = norm.num_features, x.shape
-    return (
-        len(shape) == norm._get_no_batch_dim() + 1
-        and shape[1] == C
-        and 0 < 2 * C * shape[0] <= x.numel()
-        and (weight is None or fits(weight, x, C))
-        and (bias is None or fits(bias, x, C))
-    )

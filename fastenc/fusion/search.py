@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
 
 from .. import route
-from .modules import ACTIVATIONS, DROPOUTS, INSTANCE_NORMS, Forward, forward_of
+from .._torch import tree_map
+from ..pair import ACTIVATIONS, DROPOUTS, INSTANCE_NORMS
+from .modules import Forward, forward_of
 
 WORDS = {operator.add: "an addition", operator.iadd: "an addition in place"}
 HOOKS = (

@@ -12,18 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import route
-from ..functional import fused
-from .deferred import fits
+from ..functional import fused, is_supported
+from ..pair import DROPOUTS, slope_of
 from .modules import (
-    DROPOUTS,
     Activation,
     DeferredNorm,
     Dropout,
     FusionScope,
     ModelRoot,
     observed,
-    slope_of,
-    takes,
 )
 
 
@@ -65,11 +62,7 @@ def scope_of(module: nn.Module, root: bool) -> type[FusionScope]:
 def _activation_of(layers: tuple[Any, ...], at: int, x: Any) -> int | None:
     """Where the activation of the norm layers[at] is, if the two can run on x as one operator."""
     norm: Any = layers[at]
-    if (
-        not isinstance(norm.forward, DeferredNorm)
-        or route.eager(norm.forward.why_eager(x))
-        or not takes(norm, x, norm.weight, norm.bias)
-    ):
+    if not isinstance(norm.forward, DeferredNorm) or route.eager(norm.forward.why_eager(x)):
         return None
     end = at + 1
     while end < len(layers) and _lets_pass(layers[end]):
@@ -80,8 +73,7 @@ def _activation_of(layers: tuple[Any, ...], at: int, x: Any) -> int | None:
         or any(map(observed, layers[at : end + 1]))
     ):
         return None
-    slope = slope_of(layers[end])
-    return end if not isinstance(slope, Tensor) or fits(slope, x, 1) or fits(slope, x, norm.num_features) else None
+    return end if is_supported(norm, norm.weight, norm.bias, slope_of(layers[end]), x) else None
 
 
 def _lets_pass(layer: nn.Module) -> bool:

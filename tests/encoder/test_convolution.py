@@ -19,9 +19,10 @@ from support.plain import assert_all_near, assert_same, small_twins, volume
 from torch import Tensor, nn
 
 import fastenc
-from fastenc import convolution
-from fastenc.convolution import Convolution, Cuts, Way, convolve, prepare, way_of, window_of
+from fastenc import convolution, live_taps
+from fastenc.convolution import Convolution, Cuts, Way, convolve, prepare, way_of
 from fastenc.kernels.layout import MEMORY_FORMAT
+from fastenc.live_taps import window_of
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LAYER: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -90,8 +91,8 @@ def test_any_geometry_against_torch(case: dict[str, Any]) -> None:
     x = layouts(random(case["N"], c_in, *case["size"]), case["x_last"]).requires_grad_()
     weight = layouts(random(c_out, c_in, *case["kernel"]), case["weight_last"]).requires_grad_()
     bias = random(c_out).requires_grad_() if case["bias"] else None
-    convolution.CPU_FORWARD = 0 if case["forward"] else 1 << 40
-    convolution.CPU_BACKWARD = 0 if case["backward"] else 1 << 40
+    live_taps.CPU_FORWARD = 0 if case["forward"] else 1 << 40
+    live_taps.CPU_BACKWARD = 0 if case["backward"] else 1 << 40
     way_of.cache_clear()
     way = way_of(
         x.shape, weight.shape, case["stride"], case["padding"], (1,) * order, 1, weight.is_contiguous(),
@@ -371,7 +372,7 @@ def test_no_bfloat16_weight_gradient_of_torchs_own_on_a_cpu(size: tuple[int, ...
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
             mock.patch.object(torch.ops.aten, "convolution_backward", seen),
-            mock.patch.multiple(convolution, CPU_FORWARD=1 << 40, CPU_BACKWARD=1 << 40),
+            mock.patch.multiple(live_taps, CPU_FORWARD=1 << 40, CPU_BACKWARD=1 << 40),
         ):
             y = convolve(own, leaf, True)
             dy = torch.randn_like(y)

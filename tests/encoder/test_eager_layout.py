@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastenc
-from fastenc import convolution
+from fastenc import convolution, live_taps
 
 LAST = torch.channels_last_3d
 
@@ -19,7 +19,7 @@ LAST = torch.channels_last_3d
 def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.param:
         for name in ("CPU_ONE_POSITION", "CPU_FORWARD", "CPU_BACKWARD"):
-            monkeypatch.setattr(convolution, name, 0)
+            monkeypatch.setattr(live_taps, name, 0)
     convolution.way_of.cache_clear()
     yield
     convolution.way_of.cache_clear()
