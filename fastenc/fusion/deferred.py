@@ -138,7 +138,7 @@ class Deferred(Tensor):
             return None
         self.passed_by = True
         if self.requires_grad:
-            return _Drop.apply(self, dropout)  # type: ignore[attr-defined]
+            return _Drop.apply(self, dropout)
         return _dropped(self, dropout, [])
 
     def plain(self) -> Tensor:
@@ -157,7 +157,7 @@ class Deferred(Tensor):
             y = self.plain()
             if self.requires_grad:
                 with torch.enable_grad():
-                    _Replace.apply(self, y)  # type: ignore[attr-defined]
+                    _Replace.apply(self, y)
             self.value, self.replaced = y.detach(), None
         elif self.value is None and self._unchanged():  # else whoever reads it is told
             _value(self)
@@ -201,7 +201,7 @@ class Deferred(Tensor):
         """z + r, to be computed."""
         self.passed_by = True
         if self.grad_mode and (self.requires_grad or r.requires_grad):
-            return _Add.apply(self, r)  # type: ignore[attr-defined]
+            return _Add.apply(self, r)
         return _added(self, r)
 
     def _computed(self, slope: Tensor | float) -> Tensor:
@@ -256,7 +256,7 @@ def deferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _Defer.apply(x, weight, bias, eps)  # type: ignore[attr-defined]
+        return _Defer.apply(x, weight, bias, eps)
     return Deferred(x, weight, bias, eps)
 
 
