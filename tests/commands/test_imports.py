@@ -1,4 +1,4 @@
-"""Imports run one way: encoder → layers → functional → (reference | library → kernels); commands and bench come last."""
+"""Imports run one way: encoder → layers → functional → (reference | library → kernels); the rest comes last."""
 
 import ast
 from pathlib import Path
