@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 EXTRAS = ("matplotlib", "nibabel", "nilearn", "rich")
 SEED = 0
 TRAINING_PATCHES, HELD_OUT_PATCHES = 512, 128
-# The seed document's Example 1, on three channels: T1 and both tissue maps.
+# Example 1, EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3): its channels are T1 and both tissue maps.
 EXAMPLE_1 = {"channel": 64, "layers": [3, 3, 3, 3, 3], "in_planes": 3, "out_length": 32}
 # Tells the tissue fractions from T1 alone; its second channel is ones, see `Patches.inputs`.
 SMALL = {"channel": 8, "layers": [1, 1, 1], "in_planes": 2, "out_length": 2}
@@ -57,8 +57,9 @@ FIGURE, RECORD = "demo.png", "demo.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the demo."""
     parser.description = (
-        "Encode patches of the MNI152 brain with the 17-layer Example 1 network by every route of this machine and "
-        "compare; train a small network to tell how much of a patch is grey and white matter; write a PNG and a JSON."
+        "Encode patches of the MNI152 brain with EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3) by every route of this "
+        "machine and compare; train a small network to tell how much of a patch is grey and white matter; write a PNG "
+        "and a JSON."
     )
     parser.add_argument(
         "--steps", type=_positive, default=250, metavar="N", help="training steps (default: %(default)s)"
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"needs a whole number of at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 
@@ -156,7 +157,9 @@ def run(arguments: argparse.Namespace) -> int:
         },
     }
     write_whole(arguments.out / RECORD, json.dumps(record, indent=1))
-    _plot(arguments.out / FIGURE, learned, held_out.fractions, demo_data.TISSUES)
+    machine_name = f"{machine.name} ({'CPU' if device.type == 'cpu' else 'GPU'}), torch {machine.torch}, float32"
+    title = f"fastenc demo on {machine_name}, batch {arguments.batch}"
+    _plot(arguments.out / FIGURE, title, rows, learned, held_out.fractions, demo_data.TISSUES)
     console.print(f"Wrote {FIGURE} and {RECORD} to {arguments.out.resolve()}", soft_wrap=True)
     if not agree:
         console.print("The routes disagree.")
@@ -181,7 +184,7 @@ def _print_table(console: Console, rows: Sequence[Row], batch: int) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"Example 1 encodes a batch of {batch}, each 3×31×32×30",
+        title=f"EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3) encodes a batch of {batch}, each 3×31×32×30",
         caption="Channels: T1 and the maps of grey and white matter. Peak memory: what PyTorch allocates during the "
         "call, parameters and input not counted. Difference: relative L2 from plain PyTorch, the largest of all "
         f"patches; up to {OUTPUT_TOLERANCE:g} is rounding. Interpreted: output and all gradients of a tiny network, "
@@ -270,14 +273,28 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _plot(path: Path, learned: Sequence[Learned], true: Tensor, tissues: Sequence[str]) -> None:
-    """Loss over steps of each route, one over the other; predicted against true fractions of each tissue."""
+def _plot(
+    path: Path, title: str, rows: Sequence[Row], learned: Sequence[Learned], true: Tensor, tissues: Sequence[str]
+) -> None:
+    """Time and memory of each route above; the training losses and the predicted over the true fractions below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.6), layout="constrained", dpi=150)
-    losses, *scatters = figure.subplots(1, 1 + len(tissues), width_ratios=[1.5] + [1] * len(tissues))
+    figure = Figure(figsize=(13, 7.4), layout="constrained", dpi=150)
+    figure.suptitle(title)
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 2])
+    measured = [row for row in rows if row.milliseconds is not None and row.peak_bytes is not None]
+    names, colours = [row.route for row in measured], COLOURS[: len(measured)]
+    times, memories = above.subplots(1, 2, sharey=True)
+    for axes, values, what in (
+        (times, [row.milliseconds or 0 for row in measured], "Time to encode a batch, ms"),
+        (memories, [(row.peak_bytes or 0) / 1e6 for row in measured], "Peak memory of that call, MB"),
+    ):
+        axes.bar_label(axes.barh(names, values, color=colours, height=0.6), fmt="%.4g", padding=4)
+        axes.set(title=what, xlim=(0, 1.15 * max(values)))
+    times.invert_yaxis()
+    losses, *scatters = below.subplots(1, 1 + len(tissues), width_ratios=[1.5] + [1] * len(tissues))
     for i, (result, colour) in enumerate(zip(learned, COLOURS, strict=False)):
-        label = f"{result.route}"
+        label = result.route
         width = 1.0 + 3.0 * (len(learned) - 1 - i) / max(1, len(learned) - 1)
         losses.plot(range(1, len(result.loss) + 1), result.loss, color=colour, linewidth=width, label=label)
         for k, scatter in enumerate(scatters):
@@ -292,7 +309,7 @@ def _plot(path: Path, learned: Sequence[Learned], true: Tensor, tissues: Sequenc
                 label=f"{result.route}, R² {result.r2[k]:.3f}",
             )
     losses.set(yscale="log", xlabel="training step", ylabel="mean squared error / variance of the targets")
-    losses.set_title("Training loss: one curve over the other")
+    losses.set_title("Training loss, drawn over one another")
     for k, (scatter, tissue) in enumerate(zip(scatters, tissues, strict=True)):
         values = [true[:, k], *(result.predicted[:, k] for result in learned)]
         low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
@@ -302,10 +319,11 @@ def _plot(path: Path, learned: Sequence[Learned], true: Tensor, tissues: Sequenc
         scatter.set(xlim=limits, ylim=limits, aspect="equal")
         scatter.set(xlabel=f"true fraction of {tissue}", ylabel="predicted fraction" if k == 0 else "")
         scatter.set_title(f"{tissue.capitalize()} in held-out patches")
-    for axes in (losses, *scatters):
-        axes.grid(color="0.9", linewidth=0.6)
+    for axes in (times, memories, losses, *scatters):
+        axes.grid(color="0.9", linewidth=0.6, axis="x" if axes in (times, memories) else "both")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in (losses, *scatters):
         axes.legend(frameon=False, fontsize=9)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")

@@ -1,4 +1,4 @@
-"""Imports run one way: encoder → layers → functional → (reference | library → kernels); nothing imports commands."""
+"""Imports run one way: encoder → layers → functional → (reference | library → kernels); the rest comes last."""
 
 import ast
 from pathlib import Path
