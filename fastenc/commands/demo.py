@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -281,7 +281,8 @@ def _plot(
 
     figure = Figure(figsize=(13, 7.4), layout="constrained", dpi=150)
     figure.suptitle(title)
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 2])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 2])
+    above, below = halves
     measured = [row for row in rows if row.milliseconds is not None and row.peak_bytes is not None]
     names, colours = [row.route for row in measured], COLOURS[: len(measured)]
     times, memories = above.subplots(1, 2, sharey=True)
@@ -311,8 +312,8 @@ def _plot(
     losses.set(yscale="log", xlabel="training step", ylabel="mean squared error / variance of the targets")
     losses.set_title("Training loss, drawn over one another")
     for k, (scatter, tissue) in enumerate(zip(scatters, tissues, strict=True)):
-        values = [true[:, k], *(result.predicted[:, k] for result in learned)]
-        low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+        fractions = [true[:, k], *(result.predicted[:, k] for result in learned)]
+        low, high = min(float(f.min()) for f in fractions), max(float(f.max()) for f in fractions)
         margin = 0.05 * (high - low)
         limits = (low - margin, high + margin)
         scatter.plot(limits, limits, color="0.5", linewidth=0.8, zorder=0)
