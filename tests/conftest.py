@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastenc import convolution, live_taps
+from fastenc import convolution, live_taps, route
 
 torch.set_num_threads(1)
 
@@ -19,6 +19,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32((request.node.name + os.environ.get("FASTENC_TEST_SEED", "")).encode()))
+
+
+@pytest.fixture(autouse=True)
+def _launches_are_tried_again() -> Iterator[None]:
+    """A test that sees a launch fail leaves its device on the eager route, which no other test may inherit."""
+    yield
+    route._faults.clear()
 
 
 @pytest.fixture

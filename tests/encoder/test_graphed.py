@@ -136,11 +136,11 @@ def test_what_waits_for_the_gpu_is_found_ahead_of_the_capture(monkeypatch: pytes
             raise RuntimeError("called a synchronizing CUDA operation")
 
     with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
-        graphed.record(waits, torch.device("cpu"))
+        MODULE.record(waits, torch.device("cpu"))
     assert not cuda.graph.called
     assert runs == [1, 1, 1, "error"], "the other calls are as the user has them"
     assert modes == [1, "error", 1]
-    graphed.record(lambda: runs.append(modes[-1]), torch.device("cpu"))
+    MODULE.record(lambda: runs.append(modes[-1]), torch.device("cpu"))
     assert cuda.graph.called
     assert runs[4:] == [1, 1, 1, "error", 1]
 
@@ -155,7 +155,7 @@ def test_out_of_memory_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_copy_is_made_anew_from_a_copy_of_the_model(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphed, "graphed", lambda model, sample, dtype, borrow: Graphed(model, sample, dtype, borrow))
+    monkeypatch.setattr(MODULE, "graphed", lambda model, sample, dtype, borrow: Graphed(model, sample, dtype, borrow))
     model, sample = model_and_sample()
     run = made(model, sample)
     twin = copy.deepcopy(run)

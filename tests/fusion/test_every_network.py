@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastenc
 from fastenc.commands import third_party
-from fastenc.stem import channels_last
+from fastenc.convolution import channels_last
 
 AFFINE = ("instance", {"affine": True})
 LEAKY = ("leakyrelu", {"inplace": True})

@@ -15,7 +15,7 @@ from fastenc.bench.baselines.encoder import plain_encoder
 from fastenc.bench.engine.agreement import distance
 from fastenc.bench.engine.machine import settings
 from fastenc.bench.engine.record import Network
-from fastenc.stem import WAYS, stem
+from fastenc.convolution import channels_last, convolve
 
 EXAMPLE_1 = Network(64, (3, 3, 3, 3, 3), 3, 32)
 SIZE = (31, 32, 30)
@@ -133,13 +133,12 @@ def test_live_taps(size: tuple[int, ...], stride: int, N: int) -> None:
         assert distance(found, truth) < 1e-12
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_ways_of_the_stem(way: str, channels: int) -> None:
+def test_the_stem(channels: int) -> None:
     torch.manual_seed(1)
     layer = nn.Conv3d(channels, 64, 5, padding=2, bias=False).cuda()
     x = torch.randn(2, channels, *SIZE, device="cuda")
-    y = stem(layer, x, way)
+    y = convolve(layer, channels_last(x), True)
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
     expected = nn.functional.conv3d(x.double(), layer.weight.double(), padding=2)
     assert distance(y, expected) < 1e-5
