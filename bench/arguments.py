@@ -75,7 +75,7 @@ def folder_problem(folder: Path, option: str = "--out") -> str | None:
 
 
 def without_folder(arguments: Sequence[str]) -> list[str]:
-    """The command line without --out: where a record was put is nobody's business but the machine's."""
+    """The command line without --out: a record does not say where it was put."""
     kept, skip = [], False
     for each in arguments:
         if not skip and each != "--out" and not each.startswith("--out="):

@@ -73,7 +73,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 def prepare(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, Way] | None:
     """weight, bias and way of layer for x; None where layer(x) is to be called: torch's own way, or its own error."""
-    if is_compiling():  # a choice by the size would be baked in, and what is written down holds at every size
+    if is_compiling():  # a choice by the size would be baked in, and a graph must hold at every size
         return None
     if type(layer) not in _TYPES or layer.padding_mode != "zeros" or type(layer.padding) is str:
         return None
@@ -102,7 +102,7 @@ def _per_axis(option: Any, axes: int) -> tuple[int, ...] | None:
 
 
 def _device(x: Tensor) -> str:
-    """The kind of x's device; one that nobody has, so that nothing becomes a product, where cuBLAS would refuse.
+    """The kind of x's device; an unknown kind where cuBLAS would refuse a product.
 
     In deterministic mode torch raises at a matrix product unless this variable is set; a convolution needs none of it.
     """
@@ -113,7 +113,7 @@ def _device(x: Tensor) -> str:
 
 
 def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:
-    """layer(x), where nobody could notice that it was not called: the caller has asked `route`.
+    """layer(x), for a caller that has asked `route` whether a hook could observe it.
 
     A layer that is no plain nn.Conv1d, 2d or 3d is called. On the fused route x is channels-last where torch has such a
     layout, and so is the result.

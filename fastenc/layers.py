@@ -170,7 +170,7 @@ class _ConvModernNd(nn.Module):
         return x
 
     def gives_fresh(self) -> bool:
-        """Whether what `run` returns was made by a convolution that nobody watches."""
+        """Whether what `run` returns was made by a convolution that no hook can observe."""
         last = next(reversed(self.mconv._modules.values()))
         return is_plain(last) and type(self.mconv) is nn.Sequential and route.observed(self.mconv, last) is None
 

@@ -9,7 +9,7 @@ from math import prod
 MEASURED = frozenset(("cpu", "cuda"))  # other devices run the ordinary convolution
 # A product pays on maps of at most this many positions: cuDNN and oneDNN are made for more.
 MOST_POSITIONS = 8
-# On a CPU a product pays from so many elements of the weight on, where oneDNN lays the whole weight out anew for a few
+# On a CPU a product pays from so many elements of the weight on, where oneDNN converts the whole weight again for a few
 # rows: on one position; else in the forward and in the backward. Read off single layers of 8 to 1024 channels, timed by
 # hand on two cores of an AMD EPYC at batch 2, 8 and 32 (no record); bench/suites/bench_live_taps.py repeats it.
 CPU_ONE_POSITION = 1 << 16

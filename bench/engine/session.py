@@ -34,7 +34,7 @@ Tests = Callable[[Deadline], GpuTests]
 
 
 class Session:
-    """One run. The record is written anew after every workload, into `out`."""
+    """One run. The record is written again after every workload, into `out`."""
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def megabytes(count: int) -> str:
-    """Bytes as megabytes, three digits at the least."""
+    """Bytes as megabytes, with at least three digits."""
     return f"{count / 1e6:.0f}" if count >= 1e8 else f"{count / 1e6:.3g}"
 
 

@@ -120,7 +120,7 @@ class Programs:
         traits = [self.rows, self.positions, self.first() * itemsize % SECTOR_BYTES]
         if self.rows.max() > 1:
             traits += [at * FLOAT_BYTES % SECTOR_BYTES for at in (self.row, self.c, self.partials().first())]
-            traits.append(np.minimum(self.rows, self.C - self.c))  # channels before they begin anew
+            traits.append(np.minimum(self.rows, self.C - self.c))  # channels before they begin again
         _, numbers, counts = np.unique(np.stack(traits), axis=1, return_index=True, return_counts=True)
         return numbers, counts
 
