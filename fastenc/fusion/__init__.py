@@ -13,14 +13,8 @@ from torch import nn
 from ..layers import _ConvModernNd
 from ..norm_act import _InstanceNormActNd
 from ..pair import INSTANCE_NORMS, why_not_plain
-from .modules import (
-    Activation,
-    DeferredNorm,
-    Dropout,
-    Forward,
-    FusedNorm,
-    restore,
-)
+from .convolutions import Convolution, has_free_strides
+from .modules import Activation, DeferredNorm, Dropout, Forward, FusedNorm, restore
 from .sequential import scope_of
 
 SUMMARY = "_fastenc_summary"  # holds the summary of a model that has an attribute `accelerated` of its own
@@ -173,6 +167,8 @@ def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
         activations = dict.fromkeys(partner for partners in found.partners.values() for partner in partners)
         forwards += [Activation(activation) for activation in activations]
         forwards += [Dropout(dropout) for dropout in found.dropouts]
+        convolutions = (module for module in names if has_free_strides(module) and module not in own)
+        forwards += [Convolution(module) for module in convolutions if not own_forward(module)]
         scopes = {**found.scopes, **({} if model in norms else {model: found.scopes.get(model, {})})}
         for scope, inside in scopes.items():
             between = tuple((caller, tuple(names[norm] for norm in waiting)) for caller, waiting in inside.items())

@@ -22,7 +22,7 @@ from torch.overrides import handle_torch_function
 
 from .. import route
 from .._torch import saved_tensors_hooks, tree_leaves, tree_map_only
-from ..convolution import channels_last
+from ..convolution import channels_last, is_channels_last
 from ..functional import fused, is_supported
 from ..pair import TORCH_FORWARDS, slope_of, why_not_plain
 from .deferred import Deferred, deferred, dense, running
@@ -267,13 +267,13 @@ class ModelRoot(FusionScope):
         annotated = [value for value in given if _only_annotated(value)]
         if annotated:
             return handle_torch_function(self._unannotated, annotated, *args, **kwargs)
-        volumes = [value for value in given if value.dim() > 3 and dense(value) and not route.reason(value)]
+        volumes = [value for value in given if value.dim() > 3 and not route.reason(value)]
         if not volumes:
             return super()._called(args, kwargs)
         if not self.keeps_contiguous:
             try:
                 y = super()._called(*_converted(_laid_out, args, kwargs))
-                return tree_map_only(Tensor, _contiguous, y) if any(value.is_contiguous() for value in volumes) else y
+                return y if all(map(is_channels_last, volumes)) else tree_map_only(Tensor, _contiguous, y)
             except RuntimeError as error:
                 if not str(error).startswith("view size is not compatible"):
                     raise
@@ -299,8 +299,8 @@ class ModelRoot(FusionScope):
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
         """The same layouts."""
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        volumes = [value for value in given if value.dim() > 3 and value.is_contiguous() and not route.reason(value)]
-        if not torch.compiler.is_compiling() or not volumes or self.keeps_contiguous:
+        volumes = [value for value in given if value.dim() > 3 and not route.reason(value)]
+        if not torch.compiler.is_compiling() or self.keeps_contiguous or all(map(is_channels_last, volumes)):
             return super()._traced(*args, **kwargs)
         arguments, keywords = _converted(_laid_out, args, kwargs)
         return tree_map_only(Tensor, _contiguous, super()._traced(*arguments, **keywords))

@@ -223,6 +223,28 @@ def test_volumes_go_channels_last() -> None:
     assert seen[0] is x, "the eager route touches nothing"
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("given", ["sliced", "permuted", "expanded", "channels-last, sliced", "channels-last"])
+def test_the_output_has_the_layout_of_the_input(given: str, compiled: bool) -> None:
+    whole = torch.randn(2, 2, 7, 6, 6)
+    x = {
+        "sliced": whole[:, :, 1:6],
+        "permuted": whole.transpose(2, 4),
+        "expanded": whole[:1].expand(2, -1, -1, -1, -1),
+        "channels-last, sliced": whole.contiguous(memory_format=torch.channels_last_3d)[:, :, 1:6],
+        "channels-last": whole.movedim(1, -1).contiguous().movedim(-1, 1),
+    }[given]
+    net, untouched = twins(stack(nn.PReLU(4))[:3])
+    seen: list[Tensor] = []
+    if not compiled:
+        net[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    with taken("fused"), torch.no_grad():
+        y = (torch.compile(net, backend="eager", fullgraph=True) if compiled else net)(x)
+    assert_near(y, untouched(x))
+    assert y.is_contiguous() != given.startswith("channels-last")
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last_3d) for tensor in seen)
+
+
 def test_arguments_of_any_kind() -> None:
     class Many(nn.Module):
         def __init__(self) -> None:
