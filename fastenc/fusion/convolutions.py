@@ -43,12 +43,12 @@ class Convolution(Forward):
         return function(input, _Contiguous.apply(weight), module.bias, *(getattr(module, name) for name in options))
 
 
-def has_free_strides(module: nn.Module) -> bool:
+def has_free_strides(module: Any) -> bool:
     """Whether module is a convolution of torch.nn whose weight is both contiguous and channels-last."""
     if type(module) not in _FUNCTIONS:
         return False
     shape = module.weight.shape
-    return shape[1] == 1 or shape[2:].numel() == 1
+    return bool(shape[1] == 1 or shape[2:].numel() == 1)
 
 
 class _Contiguous(torch.autograd.Function):
