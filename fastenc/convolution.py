@@ -26,7 +26,7 @@ from .live_taps import Way, Window, way_of
 from .saved import save, saved
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TYPES = frozenset(CONVOLUTIONS.values())
+PLAIN = frozenset(CONVOLUTIONS.values())  # and no subclass, which may do more
 _TENSORS = frozenset((nn.Parameter, Tensor))
 
 
@@ -66,23 +66,19 @@ def is_channels_last(x: Tensor) -> bool:
     return stride[0] > 0 and all(a <= b for a, b in pairwise(stride))
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether layer is an nn.Conv1d, 2d or 3d, and no subclass that may do more."""
-    return type(layer) in _TYPES
-
-
 def prepare(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, Way] | None:
     """weight, bias and way of layer for x; None where layer(x) is to be called: torch's own way, or its own error."""
     if is_compiling():  # a choice by the size would be baked in, and a graph must hold at every size
         return None
-    if type(layer) not in _TYPES or layer.padding_mode != "zeros" or type(layer.padding) is str:
+    if type(layer) not in PLAIN or layer.padding_mode != "zeros" or type(layer.padding) is str:
         return None
     weight, bias = layer.weight, layer.bias  # a replica of nn.DataParallel has them as attributes, not as parameters
     if type(weight) not in _TENSORS or x.device != weight.device:
         return None
     if x.dtype != weight.dtype and compute_dtype(x) is None:
         return None
-    rest = layer.groups, weight.is_contiguous(), _device(x), fused, "cuts" in layer.__dict__
+    device = _device(x) if torch.are_deterministic_algorithms_enabled() else x.device.type
+    rest = layer.groups, weight.is_contiguous(), device, fused, "cuts" in layer.__dict__
     try:
         way = way_of(x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, *rest)
     except TypeError:  # an option was set to an int or a list, which torch takes too
@@ -102,14 +98,13 @@ def _per_axis(option: Any, axes: int) -> tuple[int, ...] | None:
 
 
 def _device(x: Tensor) -> str:
-    """The kind of x's device; an unknown kind where cuBLAS would refuse a product.
+    """The kind of x's device in deterministic mode; an unknown kind where cuBLAS would refuse a product.
 
-    In deterministic mode torch raises at a matrix product unless this variable is set; a convolution needs none of it.
+    In that mode torch raises at a matrix product on CUDA unless this variable is set. A convolution does not need it.
     """
-    kind = x.device.type
-    if kind == "cuda" and torch.are_deterministic_algorithms_enabled():
-        return kind if os.environ.get("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8") else "cuda, no cuBLAS"
-    return kind
+    if x.is_cuda and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        return "cuda, no cuBLAS"
+    return x.device.type
 
 
 def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:
@@ -122,17 +117,12 @@ def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:
     if prepared is None:
         return layer(x)
     weight, bias, way = prepared
-    return convolve_by(x, weight, bias, way, layer.__dict__.get("cuts"))
-
-
-def convolve_by(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way, cuts: Cuts | None = None) -> Tensor:
-    """The convolution of x by `way`, under autograd where anything asks for a gradient."""
     dtype = compute_dtype(x)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return Convolution.apply(x, weight, bias, way, dtype)
-    return forward(x, weight, bias, way, dtype, cuts)
+    return forward(x, weight, bias, way, dtype, layer.__dict__.get("cuts"))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
@@ -169,18 +159,19 @@ def forward(
 
     y is channels-last where `way` is fused, else in x's layout. cuts: where a frozen weight keeps its matrices.
     """
-    dtype = dtype or x.dtype
-    x = x.to(dtype)
+    if dtype is None:
+        dtype = x.dtype
+    else:
+        x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if not way.product_forward:
-        weight = _laid_out(weight, x, way, dtype)
-        padding = way.cut_padding if _cuts(way) else way.padding
+        layout = _layout(x, way)
+        weight = _laid_out(weight, layout, way, dtype)
+        padding = way.cut_padding if way.cuts else way.padding
         y = torch.convolution(
             x, weight, bias, way.stride, padding, way.dilation, False, (0,) * len(padding), way.groups
         )
-        return y.contiguous(
-            memory_format=_layout(x, way)
-        )  # as it comes from cuDNN; some convolutions of a CPU know one layout only
+        return y.contiguous(memory_format=layout)  # cuDNN's y is; some convolutions of a CPU know one layout only
     window = way.window
     assert window is not None
     last = _channels_are_last(x, weight, way)
@@ -214,8 +205,9 @@ def backward(
                 return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
         return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
     compute = dtype or x.dtype
-    cut = _cuts(way) and not transformed
-    operands = dy, x.to(compute), weight.to(compute) if transformed else _laid_out(weight, x, way, compute)
+    cut = way.cuts and not transformed
+    laid_out = weight.to(compute) if transformed else _laid_out(weight, _layout(x, way), way, compute)
+    operands = dy, x.to(compute), laid_out
     if compute is torch.bfloat16 and x.is_cpu and x.dim() == 5:
         # torch 2.13 leaves parts of a bfloat16 Conv3d's weight gradient unwritten on a CPU that multiplies bfloat16.
         operands = dy.float(), operands[1].float(), operands[2].float()
@@ -258,17 +250,13 @@ def _product_backward(
     return dx, dweight, dbias
 
 
-def _cuts(way: Way) -> bool:
-    """Whether a convolution by `way` that is no product runs on cut taps: where it was chosen for being cut."""
-    return way.window is not None and not (way.product_forward or way.product_backward)
-
-
-def _laid_out(weight: Tensor, x: Tensor, way: Way, dtype: torch.dtype) -> Tensor:
+def _laid_out(weight: Tensor, layout: torch.memory_format, way: Way, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`, cut to the window, and channels-last where x is: one copy at most."""
-    if way.window is not None and _cuts(way):
+    if way.cuts:
+        assert way.window is not None
         weight = weight[way.window.slices]
-    if way.fused or _cuts(way):
-        return weight.to(dtype, memory_format=_layout(x, way))
+    if way.fused or way.cuts:
+        return weight.to(dtype, memory_format=layout)
     return weight.to(dtype)
 
 

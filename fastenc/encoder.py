@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import route
-from .convolution import CONVOLUTIONS, channels_last, convolve, is_channels_last, is_plain
+from .convolution import CONVOLUTIONS, PLAIN, channels_last, convolve, is_channels_last
 from .layers import _BlockConvStkNd, _ConvModernNd, integer, per_axis
 
 POOLS: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
@@ -75,45 +75,42 @@ class _EncoderNetNd(nn.Module):
             if isinstance(unit, _ConvModernNd):
                 unit.recompute = bool(value)
 
+    def extra_repr(self) -> str:
+        return "recompute=True" if self.recompute else ""
+
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, in_planes, *spatial) → (N, out_length), or the map (N, channels, *smaller) in map mode."""
-        fused = route.reason(x) is None and x.dim() == self._order + 2
+        """x (N, in_planes, *spatial) → (N, out_length), or the map (N, channels, *smaller) in map mode.
+
+        No tensor is held here that the next step does not need, so that a unit may overwrite its input.
+        """
+        why = route.reason(x)
+        fused = why is None and x.dim() == self._order + 2
         contiguous = fused and not is_channels_last(x)
+        called = is_compiling() or (why is not None and route.watched(x) is not None)  # every submodule, one by one
         layers = list(self.netbody)
         pool = layers.pop() if self.is_out_vector else None
-        if route.watched(x) is None and not is_compiling():
-            x = self._walk(layers, x, fused)
-        else:
-            x = channels_last(x) if fused else x
-            for layer in layers:
-                x = layer(x)
+        if fused:
+            x = channels_last(x)
+        fresh = False
+        for layer in layers:
+            whole = called or type(layer) is not _BlockConvStkNd or route.observed(layer) is not None
+            step: Any
+            for step in (layer,) if whole else (*layer.conv_list, layer.conv_scale):  # type: ignore[misc]
+                unit = type(step).forward is _ConvModernNd.forward
+                if called or route.observed(step) or (unit and (not fused or step.why_not_fused())):
+                    x, fresh = step(x), False
+                elif unit:
+                    x, fresh = step.run_fused(x, fresh)
+                else:
+                    x, fresh = convolve(step, x, fused), type(step) in PLAIN
+                if fused and not (fresh or called):  # other code has run, which may have changed more than x's numbers
+                    fused = route.reason(x) is None and x.dim() == self._order + 2
         if pool is None:
             return x.contiguous() if contiguous else x
         if fused and x.is_cuda and type(pool) is POOLS[self._order] and route.observed(pool) is None:
             # The CUDA backward of adaptive pooling adds atomically and refuses deterministic mode.
             return self.fc(x.flatten(2).mean(2))
         return self.fc(pool(x).flatten(1))
-
-    def _walk(self, layers: list[nn.Module], x: Tensor, fused: bool) -> Tensor:
-        """x through `layers`, without the calls that no hook can observe.
-
-        No tensor is held here that the next step does not need, so that a unit may overwrite its input.
-        """
-        fresh = False
-        if fused:
-            x = channels_last(x)
-        steps: list[nn.Module] = []
-        for layer in layers:
-            unseen = type(layer) is _BlockConvStkNd and route.observed(layer) is None
-            steps += layer.units() if unseen else [layer]  # type: ignore[operator]
-        for step in steps:
-            if route.observed(step) is not None:
-                x, fresh = step(x), False
-            elif isinstance(step, _ConvModernNd) and type(step).forward is _ConvModernNd.forward:
-                x, fresh = step.run(x, fresh), step.gives_fresh()
-            else:
-                x, fresh = convolve(step, x, fused), is_plain(step)
-        return x
 
 
 def _depths(layers: Any) -> list[int]:

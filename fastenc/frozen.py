@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastenc.kernels.layout import MEMORY_FORMAT
 
-from .convolution import Cuts, is_plain
+from .convolution import PLAIN, Cuts
 
 DTYPES = (torch.bfloat16, torch.float16)
 _OPTIONS = (int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.memory_format)
@@ -141,14 +141,15 @@ def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
                 owners.setdefault(own, []).append(module)
     made: dict[int, Any] = {}
     for parameter, modules in owners.items():
-        cast = all(is_plain(module) or type(module) is nn.Linear for module in modules)
+        kinds = {type(module) for module in modules}
+        cast = kinds <= {nn.Linear, *PLAIN}
         value = parameter.detach()
         target = dtype if cast and dtype is not None and value.dtype == torch.float32 else value.dtype
-        layout = MEMORY_FORMAT.get(value.dim()) if value.is_cuda and all(map(is_plain, modules)) else None
+        layout = MEMORY_FORMAT.get(value.dim()) if value.is_cuda and kinds <= PLAIN else None
         value = value.to(target, memory_format=layout or torch.preserve_format, copy=True)
         made[id(parameter)] = nn.Parameter(value, requires_grad=False)
     frozen = copy.deepcopy(model, made).eval()
     for module in frozen.modules():
-        if is_plain(module):
+        if type(module) in PLAIN:
             module.__dict__["cuts"] = Cuts()
     return frozen

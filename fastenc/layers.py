@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import recompute, route
-from .convolution import CONVOLUTIONS, convolve, is_channels_last, is_plain, prepare
+from .convolution import CONVOLUTIONS, PLAIN, convolve, is_channels_last, prepare
 from .functional import fused, is_supported
 from .pair import INSTANCE_NORMS
 
@@ -101,17 +101,19 @@ class _ConvModernNd(nn.Module):
 
     def why_eager(self, x: object) -> str | None:
         """Why the unit runs its submodules one by one on x; None if its norm and activation run as one kernel."""
-        if self._norm_at is None:
+        return (None if self._norm_at is None else route.reason(x)) or self.why_not_fused()
+
+    def why_not_fused(self) -> str | None:
+        """Why the unit runs its submodules one by one on every input; None if it does not."""
+        at = self._norm_at
+        if at is None:
             return "the unit has no instance normalisation followed by an activation"
-        reason = route.reason(x)
-        if reason is not None:
-            return reason
         if type(self.mconv) is not nn.Sequential:
             return f"its submodules are in a {type(self.mconv).__name__}, not a plain nn.Sequential"
         layers = tuple(self.mconv._modules.values())
-        if len(layers) < self._norm_at + 2:
+        if len(layers) < at + 2:
             return "a submodule was removed"
-        norm, activation = layers[self._norm_at : self._norm_at + 2]
+        norm, activation = layers[at : at + 2]
         if type(norm) is not self._norm_type or norm.track_running_stats:
             return f"its normalisation is {norm}, not a plain {self._norm_type.__name__}"
         if type(activation) is not nn.PReLU and type(activation) is not nn.ReLU:
@@ -123,25 +125,24 @@ class _ConvModernNd(nn.Module):
 
         On the Triton route too, the result is channels-last only for a channels-last x.
         """
-        self._refuse_unbatched(x)
-        if self._norm_at is None or route.eager(self.why_eager(x)):
+        if type(x) is Tensor and x.dim() == self._order + 1:
+            self._refuse_unbatched(x)
+        if self._norm_at is None or route.eager(self.why_eager(x)):  # a unit without a norm is eager under "triton" too
             return self._run_eager(x)
-        y = self._run_fused(x, False)
+        y, _ = self.run_fused(x, False)
         return y.contiguous() if isinstance(y, Tensor) and not is_channels_last(x) else y
 
-    def run(self, x: Tensor, fresh: bool = False) -> Tensor:
-        """`forward` between the layers of a network, where tensors stay channels-last on the Triton route.
+    def run_fused(self, x: Tensor, fresh: bool) -> tuple[Tensor, bool]:
+        """Run the submodules, norm and activation as one operation, where `why_not_fused` gives no reason against it.
 
-        fresh: x was just made by a convolution, no other code sees it, and it may be overwritten.
+        Args:
+            x: as for `forward`.
+            fresh: x was just made by a convolution, no other code sees it, and it may be overwritten.
+
+        Returns:
+            What `forward` returns, but channels-last in 2-D and 3-D, and whether it is fresh.
         """
-        self._refuse_unbatched(x)
-        if self._norm_at is None or route.eager(self.why_eager(x)):
-            return self._run_eager(x)
-        return self._run_fused(x, fresh)
-
-    def _run_fused(self, x: Tensor, fresh: bool) -> Tensor:
-        """Run the submodules, norm and activation as one operation. The result is channels-last in 2-D and 3-D."""
-        at: int = self._norm_at  # type: ignore[assignment]  # `why_eager` names a unit without
+        at: int = self._norm_at  # type: ignore[assignment]
         layers: tuple[Any, ...] = tuple(self.mconv._modules.values())
         for layer in layers[:at]:
             x = convolve(layer, x, True)
@@ -151,13 +152,13 @@ class _ConvModernNd(nn.Module):
         if not is_supported(norm, weight, bias, slope, x):
             x = activation(norm(x))  # torch's own error
         elif self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling():
-            return _recomputed(x, norm, slope, layers[2])
+            return _recomputed(x, norm, slope, layers[2]), type(layers[2]) in PLAIN
         else:
-            in_place = fresh if at == 0 else is_plain(layers[at - 1])
+            in_place = fresh if at == 0 else type(layers[at - 1]) in PLAIN
             x = fused(x, weight, bias, slope, norm.eps, in_place)
         for layer in layers[at + 2 :]:
             x = convolve(layer, x, True)
-        return x
+        return x, type(layers[-1]) in PLAIN
 
     def _run_eager(self, x: Tensor) -> Tensor:
         """Run the submodules in order; the convolution on its live taps if nothing can observe it."""
@@ -169,15 +170,8 @@ class _ConvModernNd(nn.Module):
             x = convolve(layer, x, False)
         return x
 
-    def gives_fresh(self) -> bool:
-        """Whether what `run` returns was made by a convolution that no hook can observe."""
-        last = next(reversed(self.mconv._modules.values()))
-        return is_plain(last) and type(self.mconv) is nn.Sequential and route.observed(self.mconv, last) is None
-
-    def _refuse_unbatched(self, x: object) -> None:
+    def _refuse_unbatched(self, x: Tensor) -> None:
         """Without a batch axis PReLU applies its slopes to the first spatial axis: an error, or wrong numbers."""
-        if type(x) is not Tensor or x.dim() != self._order + 1:
-            return
         if any(type(module) is nn.PReLU and module.weight.numel() > 1 for module in self.mconv):
             raise RuntimeError(f"x must have {self._order + 2} axes, a batch of samples, got shape {tuple(x.shape)}")
 

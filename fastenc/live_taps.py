@@ -76,6 +76,7 @@ class Way:
     window: Window | None = None  # None: all taps
     product_forward: bool = False
     product_backward: bool = False
+    cuts: bool = False  # run as a convolution on the window's taps alone
 
     @property
     def cut_padding(self) -> tuple[int, ...]:
@@ -121,7 +122,7 @@ def way_of(
     if positions > MOST_POSITIONS:
         # A cut convolution pads both sides alike; it pays where a third of the taps or more is dead.
         if 3 * live.taps <= 2 * prod(kernel) and all(before == max(after, 0) >= 0 for before, after in live.padding):
-            return Way(stride, padding, dilation, groups, fused, live)
+            return Way(stride, padding, dilation, groups, fused, live, cuts=True)
         return ordinary
     if device == "cuda" or (frozen and positions == 1):
         # The weight's bytes are the cost here: dead taps are neither read nor cast.

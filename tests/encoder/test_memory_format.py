@@ -103,7 +103,7 @@ def test_a_weight_is_cast_and_laid_out_in_one_op(dtype: torch.dtype) -> None:
     way = convolution.way_of(x.shape, layer.weight.shape, (1,) * 3, (1,) * 3, (1,) * 3, 1, True, "cuda", True)
     assert way is not None
     with profile() as profiler:
-        weight = convolution._laid_out(layer.weight, x, way, dtype)
+        weight = convolution._laid_out(layer.weight, LAST, way, dtype)
     assert [event.name for event in profiler.events()].count("aten::copy_") == 1
     assert weight.dtype == dtype
     assert weight.is_contiguous(memory_format=LAST)
