@@ -2,11 +2,11 @@
 
 from . import folders as _folders, reference  # isort: skip  # folders first: it finds fastenc.kernels  # noqa: F401
 from .encoder import EncoderNet1d, EncoderNet2d, EncoderNet3d, encnet12, encnet15, encnet17, encnet22
-from .explain import explain
-from .frozen import freeze
+from .explain import Explanation, UnitRoute, explain
+from .frozen import Frozen, freeze
 from .functional import instance_norm_prelu
-from .fusion import accelerate
-from .graphed import graphed
+from .fusion import NormOutcome, Summary, accelerate
+from .graphed import Graphed, graphed
 from .layers import ConvModern1d, ConvModern2d, ConvModern3d
 from .norm_act import InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
 from .route import backend
@@ -20,9 +20,15 @@ __all__ = [
     "EncoderNet1d",
     "EncoderNet2d",
     "EncoderNet3d",
+    "Explanation",
+    "Frozen",
+    "Graphed",
     "InstanceNormAct1d",
     "InstanceNormAct2d",
     "InstanceNormAct3d",
+    "NormOutcome",
+    "Summary",
+    "UnitRoute",
     "accelerate",
     "backend",
     "encnet12",

@@ -9,7 +9,12 @@ import torch
 from torch.autograd import forward_ad  # its _current_level, at least 0 in forward mode, has no public form
 from torch.nn.modules import module as _module
 from torch.utils._contextlib import context_decorator  # decorates for torch.no_grad, generators step by step
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only  # a model's arguments and outputs may be nested
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+)  # a model's arguments and outputs may be nested
 
 # torch.func has no public question whether a transform is active, and the kernels cannot be transformed.
 transforms_active = torch._C._are_functorch_transforms_active
@@ -41,5 +46,5 @@ def constant_in_graphs(function: Function) -> Function:
 __all__ = [
     "constant_in_graphs", "context_decorator", "disabled_torch_function", "dispatch_modes", "forbid_data_ptr",
     "forward_ad", "has_global_hook", "is_legacy_batchedtensor", "saved_tensors_hooks", "transforms_active",
-    "tree_leaves", "tree_map", "tree_map_only",
+    "tree_flatten", "tree_leaves", "tree_map", "tree_map_only",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from typing import Any
+from typing import Any, Literal, Protocol, overload
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -161,27 +161,33 @@ class EncoderNet3d(_EncoderNetNd):
 ENCODERS = {1: EncoderNet1d, 2: EncoderNet2d, 3: EncoderNet3d}
 
 
-def _preset(layers: list[int], order: int, **kwargs: Any) -> _EncoderNetNd:
-    if order not in ENCODERS:
-        raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
-    return ENCODERS[order](64, layers, **kwargs)
+class Preset(Protocol):
+    """The type of `encnet12` and its like."""
+
+    @overload
+    def __call__(self, order: Literal[2] = 2, **kwargs: Any) -> EncoderNet2d: ...
+    @overload
+    def __call__(self, order: Literal[1], **kwargs: Any) -> EncoderNet1d: ...
+    @overload
+    def __call__(self, order: Literal[3], **kwargs: Any) -> EncoderNet3d: ...
 
 
-def encnet12(order: int = 2, **kwargs: Any) -> _EncoderNetNd:
-    """EncoderNet of 12 convolutional layers over `order` axes; kwargs: kernel_size, in_planes, out_length."""
-    return _preset([2, 2, 2, 2, 2], order, **kwargs)
+def _preset(name: str, layers: list[int]) -> Preset:
+    def preset(order: int = 2, **kwargs: Any) -> Any:
+        if order not in ENCODERS:
+            raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
+        return ENCODERS[order](64, layers, **kwargs)
+
+    preset.__name__ = preset.__qualname__ = name
+    preset.__doc__ = (
+        f"EncoderNet1d, 2d or 3d, for `order` 1, 2 or 3, with {sum(layers) + 2} convolutional layers.\n\n"
+        f"    {name}(order, **kwargs)  is  EncoderNet{{order}}d(64, {layers}, **kwargs)\n\n"
+        "Raises:\n    ValueError: another order.\n"
+    )
+    return preset
 
 
-def encnet15(order: int = 2, **kwargs: Any) -> _EncoderNetNd:
-    """EncoderNet of 15 convolutional layers over `order` axes; kwargs: kernel_size, in_planes, out_length."""
-    return _preset([2, 2, 3, 3, 3], order, **kwargs)
-
-
-def encnet17(order: int = 2, **kwargs: Any) -> _EncoderNetNd:
-    """EncoderNet of 17 convolutional layers over `order` axes; kwargs: kernel_size, in_planes, out_length."""
-    return _preset([3, 3, 3, 3, 3], order, **kwargs)
-
-
-def encnet22(order: int = 2, **kwargs: Any) -> _EncoderNetNd:
-    """EncoderNet of 22 convolutional layers over `order` axes; kwargs: kernel_size, in_planes, out_length."""
-    return _preset([4, 4, 4, 4, 4], order, **kwargs)
+encnet12 = _preset("encnet12", [2, 2, 2, 2, 2])
+encnet15 = _preset("encnet15", [2, 2, 3, 3, 3])
+encnet17 = _preset("encnet17", [3, 3, 3, 3, 3])
+encnet22 = _preset("encnet22", [4, 4, 4, 4, 4])

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from . import route
@@ -55,17 +55,31 @@ class Explanation:
         return "\n".join([*rows, *([f"recompute has no effect on the eager route ({idle} units)"] if idle else [])])
 
 
-def explain(model: nn.Module, x: Tensor) -> Explanation:
-    """The route of each unit, and of each accelerated norm, of `model` for x, with the reason where it is not Triton's.
+def explain(model: nn.Module, *arguments: Any, **keywords: Any) -> Explanation:
+    """The route of each unit, and of each accelerated norm, that `model(*arguments, **keywords)` calls, and why.
 
-    Runs the model once on x, without gradients, on the eager route and on copies of its buffers, and asks every unit as
-    it is called.
+        print(fastenc.explain(net, x))
+
+    Runs the model once, without gradients, on the eager route and on copies of its buffers, and asks each unit when it
+    is called.
+
+    Args:
+        model: any nn.Module.
+        arguments, keywords: what the model is called with.
+
+    Returns:
+        An `Explanation`: one `UnitRoute` for each call of a unit.
+
+    Raises:
+        TypeError: model is no nn.Module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found: list[UnitRoute] = []
     chosen = route.chosen()
 
-    def ask(name: str, unit: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        (seen,) = arguments or keywords.values()
+    def ask(name: str, unit: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        (seen,) = given or named.values()
         mine = unit._forward_pre_hooks.pop(hooks[name].id)  # a hook is a reason
         try:
             with route.Block(chosen):
@@ -86,7 +100,9 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     hooks = {name: unit.register_forward_pre_hook(partial(ask, name), with_kwargs=True) for name, unit in units}
     try:
         with torch.no_grad(), route.Block("eager"):
-            functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (x,))
+            functional_call(
+                model, {name: buffer.clone() for name, buffer in model.named_buffers()}, arguments, keywords
+            )
     finally:
         for hook in hooks.values():
             hook.remove()

@@ -21,7 +21,27 @@ DTYPES = (torch.bfloat16, torch.float16)
 _OPTIONS = (int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.memory_format)
 
 
-class Frozen:
+# What to do instead of asking a frozen model for these; {} is the name of the attribute.
+_MOVE = "move or cast the model, then call refresh()"
+_ASK = "ask the model: .model.{}"
+_INSTEAD = {
+    **dict.fromkeys(("to", "cuda", "cpu", "half", "bfloat16", "float", "double"), _MOVE),
+    **dict.fromkeys(("eval", "train", "requires_grad_"), "it is in eval mode and gives no gradients; train the model"),
+    "load_state_dict": "load into the model, then call refresh()",
+}
+
+
+class ForInference:
+    """The base of `Frozen` and `Graphed`. Asking them for what nn.Module has is an error that says what to do."""
+
+    def __getattr__(self, name: str) -> Any:
+        kind = type(self).__name__
+        if name.startswith("_") or not (hasattr(nn.Module, name) or name == "training"):
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+        raise AttributeError(f"a {kind} is no nn.Module and has no {name!r}: {_INSTEAD.get(name, _ASK).format(name)}")
+
+
+class Frozen(ForInference):
     """A model for inference, called like the model itself. Made by `freeze`.
 
     Outputs need no gradient. `refresh()` takes the model's weights and options again; until then changes to the model
@@ -48,8 +68,8 @@ class Frozen:
         """Take the model's weights and buffers again, into the memory that holds them now.
 
         Returns:
-            False if more than the numbers has changed, and the model was therefore copied again: a device, dtype,
-            shape or module, or an option of a module, such as a stride, a padding, an eps, a slope or a function.
+            True if that was enough. False if the model was copied again, because more than its numbers has changed: a
+            device, dtype, shape or module, or an option of a module, such as a stride, an eps, a slope or a function.
         """
         structure = _structure(self._model)
         if structure != self._structure:
@@ -67,7 +87,7 @@ class Frozen:
         return freeze, (self._model, self._dtype)
 
     def __repr__(self) -> str:
-        return f"frozen ({self._dtype or 'its own dtype'}) {self._copy!r}"
+        return f"Frozen({type(self._model).__name__}, dtype={self._dtype})"
 
     def _precision(self) -> AbstractContextManager[object]:
         if self._dtype is None:

@@ -3,57 +3,80 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._torch import tree_map_only
-from .frozen import freeze
+from ._torch import tree_flatten, tree_leaves, tree_map_only
+from .frozen import ForInference, freeze
 
 WARM_UP_CALLS = 3  # what torch's own documentation asks for before a capture
 
 
-class Graphed:
+class Graphed(ForInference):
     """A frozen model replayed from a CUDA graph, called like the model. Made by `graphed`.
 
-    An input of the sample's shape, dtype and device is copied in, the graph is replayed, and the output is copied out,
-    or, with borrow=True, is the graph's own memory, which the next call overwrites. Any other input runs ungraphed.
-    Calls share that memory: one at a time, on one stream. `refresh()` takes the model's weights again.
+    Arguments like the sample's are copied in, the graph is replayed, and the output is copied out, or, with
+    borrow=True, is the graph's own memory, which the next call overwrites. Arguments are like the sample's if they have
+    the same structure, their tensors the same shape, dtype and device, and all else the same value. Any other call runs
+    ungraphed. Calls share that memory: one at a time, on one stream. `refresh()` takes the model's weights again.
     """
 
-    @torch.inference_mode(False)  # the input is written to at every call, in inference mode or not
+    @torch.inference_mode(False)  # the inputs are written to at every call, in inference mode or not
     @torch.no_grad()
-    def __init__(self, model: nn.Module, sample: Tensor, dtype: torch.dtype | None, borrow: bool) -> None:
+    def __init__(
+        self, model: nn.Module, arguments: Sequence[Any], keywords: dict[str, Any], dtype: torch.dtype | None,
+        borrow: bool,
+    ) -> None:  # fmt: skip
         self._frozen, self._dtype, self._borrow = freeze(model, dtype), dtype, borrow
-        self._input = sample.detach().clone()
+        self._arguments, self._keywords = tree_map_only(Tensor, _copied, (tuple(arguments), keywords))
+        self._inputs, self._structure = tree_flatten((self._arguments, self._keywords))
         self._record()
 
-    def __call__(self, x: Tensor) -> Any:
-        """What the frozen model gives for x."""
-        own = self._input
-        if x.shape != own.shape or x.dtype != own.dtype or x.device != own.device:
-            return self._frozen(x)
+    @property
+    def model(self) -> nn.Module:
+        """The model whose weights these are."""
+        return self._frozen.model
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """What the frozen model gives for these arguments."""
+        given, structure = tree_flatten((arguments, keywords))
+        if structure != self._structure or not all(map(_alike, given, self._inputs)):
+            return self._frozen(*arguments, **keywords)
         with torch.no_grad():
-            own.copy_(x)
+            for value, own in zip(given, self._inputs, strict=True):
+                if isinstance(own, Tensor):
+                    own.copy_(value)
             self._replay()
             return self._output if self._borrow else tree_map_only(Tensor, Tensor.clone, self._output)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Take the model's weights again. The graph is recorded again only if more than its numbers has changed."""
-        if not self._frozen.refresh():
+    def refresh(self) -> bool:
+        """Take the model's weights and buffers again, into the memory that the graph reads.
+
+        Returns:
+            True if that was enough. False if the graph was recorded again, for the reasons of `Frozen.refresh`.
+        """
+        enough = self._frozen.refresh()
+        if not enough:
             self._record()
+        return enough
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remade, (self._frozen.model, self._input, self._dtype, self._borrow)
+        return Graphed, (self.model, self._arguments, self._keywords, self._dtype, self._borrow)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(tuple(value.shape)) for value in self._inputs if isinstance(value, Tensor))
+        return f"Graphed({type(self.model).__name__}, dtype={self._dtype}, shapes=[{shapes}])"
 
     def _record(self) -> None:
+        device = _tensors(self._inputs)[0].device
         try:
-            self._replay, self._output = record(lambda: self._frozen(self._input), self._input.device)
+            self._replay, self._output = record(lambda: self._frozen(*self._arguments, **self._keywords), device)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -97,35 +120,66 @@ def synchronizing_raises() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def graphed(model: nn.Module, sample: Tensor, dtype: torch.dtype | None = None, *, borrow: bool = False) -> Graphed:
-    """`freeze(model, dtype)`, replayed from a CUDA graph for inputs like `sample`.
+def graphed(
+    model: nn.Module,
+    sample: Any,
+    dtype: torch.dtype | None = None,
+    *,
+    keywords: Mapping[str, Any] | None = None,
+    borrow: bool = False,
+) -> Graphed:
+    """`freeze(model, dtype)`, replayed from a CUDA graph for arguments like `sample`.
 
-    Pays where the launches take longer than the kernels: small batches. The graph holds one input, one output and the
+        fast = fastenc.graphed(net.eval(), x)
+        y = fast(x)
+
+    Pays where the launches take longer than the kernels: small batches. The graph holds its inputs, one output and the
     volumes between them, beside the frozen weights.
 
     Args:
         model: in eval mode, on the GPU.
-        sample: an input of the shape, dtype and device that the graph is for; its numbers do not matter.
+        sample: the model's argument, a tensor, or a tuple of its arguments, of the shape, dtype and device that the
+            graph is for. The numbers in tensors do not matter.
         dtype: as for `freeze`.
+        keywords: the model's keyword arguments, if it takes any.
         borrow: return the graph's own output, valid until the next call, instead of a copy.
 
     Raises:
-        TypeError: model is no nn.Module, sample no tensor.
-        ValueError: model is in training mode; sample requires a gradient or is not on a CUDA device.
+        TypeError: model is no nn.Module; sample is neither a tensor nor a tuple.
+        ValueError: model is in training mode; there is no tensor among the arguments, or one requires a gradient or is
+            not on a CUDA device.
         RuntimeError: the model cannot be captured; it stays usable.
     """
-    if not isinstance(sample, Tensor):
-        raise TypeError(f"sample must be a torch.Tensor, got {type(sample).__name__}")
+    if not isinstance(sample, (Tensor, tuple)):
+        raise TypeError(f"sample must be a torch.Tensor, or a tuple of arguments, got {type(sample).__name__}")
     if isinstance(model, nn.Module) and model.training:
         raise ValueError("model is in training mode and a graph is for inference; call model.eval() first")
-    if sample.requires_grad:
+    arguments = sample if isinstance(sample, tuple) else (sample,)
+    tensors = _tensors((arguments, dict(keywords or {})))
+    if not tensors:
+        raise ValueError("sample holds no tensor, so there is nothing to replay a graph for")
+    if any(tensor.requires_grad for tensor in tensors):
         raise ValueError("sample requires a gradient, which a replayed graph cannot give; pass sample.detach()")
-    if not sample.is_cuda:
+    if elsewhere := [str(tensor.device) for tensor in tensors if not tensor.is_cuda]:
         raise ValueError(
-            f"sample must be on a CUDA device, got {sample.device}; elsewhere use fastenc.freeze, which needs no graph"
+            f"sample must be on a CUDA device, got {elsewhere[0]}; elsewhere use fastenc.freeze, which needs no graph"
         )
-    return Graphed(model, sample, dtype, borrow)
+    return Graphed(model, arguments, dict(keywords or {}), dtype, borrow)
 
 
-def _remade(model: nn.Module, sample: Tensor, dtype: torch.dtype | None, borrow: bool) -> Graphed:
-    return graphed(model, sample, dtype, borrow=borrow)
+def _tensors(arguments: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+def _alike(given: Any, own: Any) -> bool:
+    """Whether a graph recorded for own serves for given."""
+    if isinstance(own, Tensor):
+        return (
+            isinstance(given, Tensor)
+            and given.shape == own.shape and given.dtype == own.dtype and given.device == own.device
+        )  # fmt: skip
+    return given is own or bool(type(given) is type(own) and given == own)

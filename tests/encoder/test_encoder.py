@@ -66,6 +66,11 @@ def test_the_representation_of_the_pool(order: int) -> None:
     assert repr(ENCODER[order](2, [1, 1]).netbody[4]) == f"AdaptiveAvgPool{order}d(output_size={(1,) * order})"
 
 
+def test_the_representation_shows_recompute() -> None:
+    lines = [repr(EncoderNet3d(2, [1, 1], recompute=recompute)).splitlines() for recompute in (False, True)]
+    assert [line for line in lines[1] if line not in lines[0]] == ["  recompute=True"]
+
+
 def test_widths_and_depths() -> None:
     net = EncoderNet3d(3, [1, 2, 3])
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv3d)]

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -140,7 +141,7 @@ def test_any_module_and_tied_weights() -> None:
     x = torch.randn(5, 3)
     assert torch.equal(frozen(x), model.eval()(x).detach())
     assert frozen._copy[0] is frozen._copy[3]
-    assert "Linear" in repr(frozen)
+    assert repr(frozen) == "Frozen(Sequential, dtype=None)"
 
 
 @pytest.mark.parametrize("model", [None, lambda x: x, torch.nn.Conv3d])
@@ -280,3 +281,18 @@ def test_a_float64_model_stays_float64(dtype: torch.dtype | None, route: str) ->
         frozen = freeze(net, dtype)
         assert {p.dtype for p in frozen._copy.parameters()} == {torch.float64}
         assert_near(frozen(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("to", "refresh()"), ("cuda", "refresh()"), ("half", "refresh()"), ("eval", "in eval mode"),
+        ("train", "in eval mode"), ("training", ".model.training"), ("state_dict", ".model.state_dict"),
+        ("parameters", ".model.parameters"), ("load_state_dict", "refresh()"), ("register_forward_hook", ".model."),
+    ],
+)  # fmt: skip
+def test_what_a_module_has_and_a_frozen_model_lacks(name: str, remedy: str) -> None:
+    frozen = fastenc.freeze(nn.Linear(2, 3))
+    with pytest.raises(AttributeError, match=f"a Frozen is no nn.Module and has no '{name}'.*{re.escape(remedy)}"):
+        getattr(frozen, name)
+    assert not hasattr(frozen, "nothing_of_this_name")

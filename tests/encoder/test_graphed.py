@@ -48,7 +48,7 @@ def model_and_sample() -> tuple[nn.Module, Tensor]:
 
 
 def made(model: nn.Module, sample: Tensor, borrow: bool = False) -> Graphed:
-    return Graphed(model, sample, None, borrow)
+    return Graphed(model, (sample,), {}, None, borrow)
 
 
 def test_inputs_like_the_sample_are_replayed(recording: Recording) -> None:
@@ -154,8 +154,7 @@ def test_out_of_memory_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None
         made(*model_and_sample())
 
 
-def test_a_copy_is_made_anew_from_a_copy_of_the_model(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "graphed", lambda model, sample, dtype, borrow: Graphed(model, sample, dtype, borrow))
+def test_a_copy_is_recorded_from_a_copy_of_the_model(recording: Recording) -> None:
     model, sample = model_and_sample()
     run = made(model, sample)
     twin = copy.deepcopy(run)
@@ -177,7 +176,41 @@ def test_bad_arguments_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"sample requires a gradient.*sample\.detach\(\)"):
         graphed(model, sample.requires_grad_())
     with pytest.raises(TypeError, match=r"sample.*list"):
-        graphed(model, [1, 2])  # type: ignore[arg-type]
+        graphed(model, [1, 2])
+    with pytest.raises(ValueError, match="sample holds no tensor"):
+        graphed(model, (1, 2))
+
+
+class TwoInputs(nn.Module):
+    """Two tensors, one of them by keyword, and an option."""
+
+    def forward(self, x: Tensor, scales: dict[str, Tensor], *, shift: Tensor, negative: bool = False) -> Tensor:
+        y = x * scales["all"] + shift
+        return -y if negative else y
+
+
+def test_several_tensors_and_keywords(recording: Recording) -> None:
+    model = TwoInputs().eval()
+    x, scale, shift = torch.randn(3, 2, 4).unbind()
+    run = Graphed(model, (x, {"all": scale}), {"shift": shift}, None, False)
+    for values in torch.randn(2, 3, 2, 4):
+        x, scale, shift = values.unbind()
+        assert torch.equal(run(x, {"all": scale}, shift=shift), x * scale + shift)
+    assert recording.replays == 2
+    for arguments, keywords in (
+        ((x, {"all": scale}), {"shift": shift, "negative": True}),
+        ((x, {"all": scale}), {"shift": shift[:1]}),
+        ((x, {"all": scale.double()}), {"shift": shift}),
+        ((x, {"all": scale, "other": scale}), {"shift": shift}),
+    ):
+        assert torch.equal(run(*arguments, **keywords), model(*arguments, **keywords))
+    assert recording.replays == 2
+    other = Graphed(model, (x, {"all": scale}), {"shift": shift, "negative": True}, None, False)
+    assert torch.equal(other(x, {"all": scale}, shift=shift, negative=True), -(x * scale + shift))
+    assert recording.replays == 3
+    assert torch.equal(other(x, {"all": scale}, shift=shift, negative=False), x * scale + shift)
+    assert recording.replays == 3
+    assert repr(other) == "Graphed(TwoInputs, dtype=None, shapes=[(2, 4), (2, 4), (2, 4)])"
 
 
 @pytest.mark.parametrize("refreshed_in", [torch.no_grad, torch.inference_mode])
@@ -204,7 +237,8 @@ def test_inference_mode(made_in: Any, called: Any, refreshed_in: Any, recording:
 def test_a_changed_option_is_recorded_again(recording: Recording) -> None:
     model, sample = model_and_sample()
     run = made(model, sample)
+    assert run.refresh()
     model.netbody[1].conv_scale.mconv[0].eps = 0.5
-    run.refresh()
+    assert not run.refresh()
     assert recording.recordings == 2
     assert torch.equal(run(sample), model(sample).detach())

@@ -67,6 +67,26 @@ def test_explained_and_not_accelerated_again() -> None:
     assert "fuse already" in norm.detail
 
 
+class Gated(nn.Module):
+    """Two tensors, one of them by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = MODULE[3](4, nn.ReLU()), MODULE[3](4, nn.PReLU())
+
+    def forward(self, x: Tensor, *, gate: Tensor) -> Tensor:
+        return self.left(x) * self.right(gate)
+
+
+def test_explained_with_several_tensors_and_keywords() -> None:
+    x, gate = torch.randn(2, 4, 3, 3, 3), torch.randn(2, 4, 3, 3, 3)
+    with taken("fused"):
+        rows = list(fastenc.explain(Gated(), x, gate=gate.double()))
+    assert [(row.name, row.route) for row in rows] == [("left", "triton"), ("right", "eager")]
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got Tensor"):
+        fastenc.explain(x, Gated())  # type: ignore[arg-type]
+
+
 def test_compiles() -> None:
     torch.compiler.reset()
     ours, pair, x = twins(nn.PReLU(4), 3, True)
