@@ -21,8 +21,8 @@ import torch
 
 from fastenc.commands.shell import file_problem, write_whole
 
+from ..console import Progress
 from ..engine.machine import commit
-from ..progress import Progress
 from ..proofs.audit.cases import ITEMSIZE, Case, cases, residual_shapes, shapes
 from ..proofs.audit.rows import Row, variant_violations, violations
 from ..proofs.audit.table import print_table, summary

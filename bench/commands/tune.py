@@ -18,10 +18,12 @@ import torch
 from fastenc.kernels import launch, plan
 from fastenc.kernels.layout import MEMORY_FORMAT
 
+from ..console import Progress, tables
 from ..engine.timing import Work, calls_per_sample, sample
 
 PURPOSE = "sweep the constants of the launch plans on this GPU and print the ones it would choose; changes nothing"
 SAMPLES = 5
+DTYPES = (torch.bfloat16, torch.float32)
 Shape = tuple[int, int, int]  # N, C, S
 
 # Rows that are split, and short rows held on chip: where each constant decides something.
@@ -102,11 +104,7 @@ def sweep(
     for value in constant.values:
         with held_at(constant, value):
             try:
-                logs = [
-                    math.log(measure(shape, dtype, constant.backward))
-                    for shape in shapes
-                    for dtype in (torch.bfloat16, torch.float32)
-                ]
+                logs = [math.log(measure(shape, dtype, constant.backward)) for shape in shapes for dtype in DTYPES]
                 found[value] = math.exp(sum(logs) / len(logs))
             except torch.OutOfMemoryError:
                 raise
@@ -146,18 +144,32 @@ def run(arguments: argparse.Namespace) -> int:
         print("interpreted on a CPU: these times say nothing of a GPU")
         mode = interpreted()
     begin = time.monotonic()
+    long, short = (LONG, SHORT) if on_gpu else (TINY_LONG, TINY_SHORT)
     with mode:
         for constant in CONSTANTS:
-            long, short = (LONG, SHORT) if on_gpu else (TINY_LONG, TINY_SHORT)
-            times = sweep(constant, long if constant.long_rows else short, partial(seconds, device=device))
+            shapes = long if constant.long_rows else short
+            with Progress(len(constant.values) * len(shapes) * len(DTYPES)) as progress:
+                times = sweep(constant, shapes, partial(_reported, progress, constant, device))
             _print(constant, times)
     print(f"{time.monotonic() - begin:.0f} s; kernels/plan.py is as it was")
     return 0
 
 
+def _reported(
+    progress: Progress, constant: Constant, device: torch.device, shape: Shape, dtype: torch.dtype, backward: bool
+) -> float:
+    """`seconds`, with its progress shown."""
+    progress.say(f"{constant} = {constant.now}", f"{'×'.join(map(str, shape))}, {dtype}")
+    taken = seconds(shape, dtype, backward, device)
+    progress.advance(1)
+    return taken
+
+
 def _print(constant: Constant, times: dict[Any, float]) -> None:
     best = min(times, key=lambda value: times[value])
     print(f"\n{constant}: now {constant.now}, best {best}", flush=True)
-    for value, taken in times.items():
-        note = "  <- now" if value == constant.now else ""
-        print(f"  {value!s:>12}  {'failed' if math.isinf(taken) else f'{taken * 1e6:.1f} µs'}{note}")
+    rows = [
+        (str(value), "failed" if math.isinf(taken) else f"{taken * 1e6:.1f}", "now" if value == constant.now else "")
+        for value, taken in times.items()
+    ]
+    print(*tables(("value", "µs", ""), [rows]))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..baselines.registry import EAGER, FASTENC, Candidate, Contest, Peer
-from ..progress import Progress
+from ..console import Progress
 from .agreement import distances, judge
 from .deadline import Deadline, OutOfTime, time_limit
 from .machine import settings

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from ..baselines.registry import FASTENC, contest_of
-from ..progress import Progress
+from ..console import Progress, wrapped
 from . import floor
 from .deadline import Deadline, OutOfTime, time_limit
 from .machine import commit, condition, copy_bandwidth, describe, matmul_rates, source
 from .measure import DeviceLost, Measurement
 from .record import GpuTests, MatmulRate, Record, Settings, Workload, load, write
-from .table import brief, heading, print_table
+from .table import LEGEND, brief, heading, text
 
 FIRST_GUESS = {
     "network": 12.0,
@@ -96,8 +96,7 @@ class Session:
             except KeyboardInterrupt:
                 status, note = 130, "stopped by Ctrl-C"
         self._save(complete=not note, note=note, after=condition(self._device))
-        print(heading(self.record))
-        print_table(self.record)
+        print(heading(self.record), text(self.record), wrapped(LEGEND), sep="\n\n")
         if len(self._measurements) > 1:
             print(brief(self.record))
         print(f"record: {self.path}", flush=True)

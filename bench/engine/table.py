@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
-
-from .. import columns
+from .. import console
 from ..baselines.registry import EAGER, FASTENC
 from .record import Record, Result, Workload
 from .summary import Ratio
 
 HEADINGS = (
-    "", "ms", "p20–p80", "× eager", "time ÷ fastenc's", "floor", "GB/s", "peak MB", "1st call s", "difference", "",
+    "", "ms", "p20–p80", "× eager", "time ÷ fastenc's", "floor", "GB/s", "peak MB", "1st call s", "difference",
 )  # fmt: skip
 LEGEND = (
     "× eager: eager's time over the peer's, above 1 is faster. time ÷ fastenc's: the peer's time over fastenc's, with "
@@ -18,21 +16,6 @@ LEGEND = (
     "the share of the physical floor that is reached. GB/s: bytes that cannot be avoided, read and written. 1st call: "
     "with all compiling. difference: relative L2 from the exact run, the output or gradient nearest its tolerance."
 )
-
-
-def rows(record: Record) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Every workload that was reached in words, with a row of cells, as in HEADINGS, for every peer."""
-    return [
-        (title(workload), [cells(workload, result) for result in workload.results])
-        for workload in record.workloads
-        if workload.reached()
-    ]
-
-
-def not_reached(record: Record) -> str:
-    """The workloads that the run never came to, in a line; empty if there are none."""
-    left = [str(workload) for workload in record.workloads if not workload.reached()]
-    return f"not reached: {'; '.join(left)}" if left else ""
 
 
 def title(workload: Workload) -> str:
@@ -81,33 +64,24 @@ def cells(workload: Workload, result: Result) -> tuple[str, ...]:
         "" if result.peak_memory is None else megabytes(result.peak_memory),
         "" if result.first_call is None else f"{result.first_call:.1f}",
         "" if result.difference is None else f"{result.difference:.1e}",
-        ": ".join(filter(None, ["" if result.status == "ok" else result.status, result.note])),
     )
 
 
 def text(record: Record) -> str:
-    """The table as plain text, in as many parts as the terminal's width takes."""
-    groups = rows(record)
-    shown = [i for i in range(len(HEADINGS) - 1) if any(row[i] for _, group in groups for row in group)]
-    lines = [[row[i] for i in shown] for row in (HEADINGS, *(row for _, group in groups for row in group))]
-    wide = columns.widths(lines)
-    body = []
-    for name, group in groups:
-        body += textwrap.wrap(name, columns.terminal())
-        for part in columns.parts(wide, 1, columns.terminal()):
-            for row in (HEADINGS, *group):
-                body.append(columns.aligned([row[i] for i in shown], wide, part, right=True))
-            body.append("")
-        for note in dict.fromkeys(row[-1] for row in group if row[-1]):
-            names = ", ".join(row[0] for row in group if row[-1] == note)
-            body += textwrap.wrap(f"{names}: {note}", columns.terminal())
-        body.append("")
-    return "\n".join([*body, *textwrap.wrap(not_reached(record), columns.terminal())]).rstrip("\n")
-
-
-def print_table(record: Record) -> None:
-    """Print the table and its legend."""
-    print("", text(record), "", *textwrap.wrap(LEGEND, columns.terminal()), sep="\n")
+    """A table for each workload that the run reached, with notes below it, then the workloads that it did not reach."""
+    reached = [workload for workload in record.workloads if workload.reached()]
+    groups = [[cells(workload, result) for result in workload.results] for workload in reached]
+    blocks = []
+    for workload, table in zip(reached, console.tables(HEADINGS, groups), strict=True):
+        lines = [console.wrapped(title(workload)), table]
+        notes: dict[str, list[str]] = {}
+        for result in workload.results:
+            note = ": ".join(filter(None, ["" if result.status == "ok" else result.status, result.note]))
+            notes.setdefault(note, []).append(result.peer)
+        lines += [console.wrapped(f"{', '.join(names)}: {note}") for note, names in notes.items() if note]
+        blocks.append("\n".join(lines))
+    left = [str(workload) for workload in record.workloads if not workload.reached()]
+    return "\n\n".join(blocks + ([console.wrapped(f"not reached: {'; '.join(left)}")] if left else []))
 
 
 def brief(record: Record) -> str:

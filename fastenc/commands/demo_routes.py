@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -133,9 +133,17 @@ class Row:
 
 
 def encode(
-    available: Sequence[Route], arguments: dict[str, Any], x: Tensor, device: torch.device, seed: int
+    available: Sequence[Route],
+    arguments: dict[str, Any],
+    x: Tensor,
+    device: torch.device,
+    seed: int,
+    on_call: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
-    """Encode x (N, in_planes, 31, 32, 30) by each route with the same parameters; the first route is the measure."""
+    """Encode x (N, in_planes, 31, 32, 30) by each route, with the same parameters.
+
+    The first route is the one that the others are compared with. on_call gets a route's name before each of its calls.
+    """
     torch.manual_seed(seed)
     parameters = fastenc.EncoderNet3d(**arguments).to(device).state_dict()
     calls: dict[str, Callable[[], Tensor]] = {}
@@ -146,6 +154,7 @@ def encode(
             network = PlainEncoder(**arguments) if route.backend is None else fastenc.EncoderNet3d(**arguments)
         network.load_state_dict(parameters, assign=True)
         call = _inference(route, route.place(network, device), route.place(x, device))
+        on_call(route.name)
         try:
             outputs[route.name] = call()
         except Exception as error:  # what stops one route is its row of the table, not the end of the others
@@ -155,7 +164,7 @@ def encode(
         else:
             calls[route.name] = call
     expected = outputs[available[0].name]
-    seconds = _take_turns(list(calls.values()), device)
+    seconds = _take_turns(calls, device, on_call)
     rows = []
     for (name, call), samples in zip(calls.items(), seconds, strict=True):
         difference = max(map(distance, outputs[name], expected))
@@ -176,14 +185,17 @@ def _inference(route: Route, network: nn.Module, x: Tensor) -> Callable[[], Tens
     return call
 
 
-def _take_turns(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> list[list[float]]:
-    """Seconds of each call, round by round, so that what else the machine does meets all of them alike."""
+def _take_turns(
+    calls: Mapping[str, Callable[[], Tensor]], device: torch.device, on_call: Callable[[str], None]
+) -> list[list[float]]:
+    """Seconds of each call, round by round, so that other work of the machine disturbs all of them alike."""
     seconds: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     for done in range(MOST_ROUNDS):
         if done >= LEAST_ROUNDS and time.perf_counter() - start > ENOUGH_SECONDS:
             break
-        for call, samples in zip(calls, seconds, strict=True):
+        for (name, call), samples in zip(calls.items(), seconds, strict=True):
+            on_call(name)
             synchronize(device)
             begin = time.perf_counter()
             call()

@@ -18,11 +18,11 @@ import fastenc
 from fastenc.bench.baselines import encoder, op
 from fastenc.bench.baselines.registry import Candidate, Peer, contest_of
 from fastenc.bench.commands import gpu
+from fastenc.bench.console import Progress
 from fastenc.bench.engine import agreement, floor, measure
 from fastenc.bench.engine.deadline import Deadline, OutOfTime, time_limit
 from fastenc.bench.engine.record import Network, Result, Workload
 from fastenc.bench.engine.timing import Work
-from fastenc.bench.progress import Progress
 
 CPU = torch.device("cpu")
 TINY = Network(4, (2, 1), 3, 5)

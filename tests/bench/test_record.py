@@ -81,13 +81,10 @@ def test_a_record_comes_back_as_it_was(sample: Path) -> None:
     assert first.workloads[0].results[0].time == Summary(1.0, 0.9, 1.1, 7)
 
 
-def test_a_table_says_what_a_record_holds(
-    sample: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_says_what_a_record_holds(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     loaded = record.load(sample)
-    table.print_table(loaded)
-    printed = capsys.readouterr().out
+    printed = table.text(loaded)
     for text in ("1000", "900.0–1100", "1.50 (1.40–1.60)", "50 %", "floor 500.0 ms", "noise ×1.02", "a note"):
         assert text in printed, text
     assert "out of memory" in printed

@@ -57,7 +57,10 @@ def test_a_short_run_writes_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(record["training"]["routes"]) == 2
     assert all(len(result["loss"]) == 3 for result in record["training"]["routes"])
     assert (tmp_path / demo.FIGURE).read_bytes().startswith(b"\x89PNG")
-    assert "plain PyTorch" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "plain PyTorch" in printed.out
+    assert "encoding: plain PyTorch" in printed.err
+    assert "training, fastenc, eager: step 1 of 3, loss " in printed.err
 
 
 def test_tissue_fractions_are_learned(volumes: np.ndarray) -> None:

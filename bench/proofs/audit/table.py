@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ... import columns
+from ... import console
 from ..ceilings import SHARED_BYTES
 from .cases import direction, layout
 from .rows import Row, violations
@@ -20,7 +20,6 @@ HEADINGS = (
     "registers", "spills", "16-byte", "shared",
 )  # fmt: skip
 KEYS = 4  # columns that say which row it is
-BROKEN = " !"  # behind a row that breaks a ceiling
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -47,17 +46,11 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print the rows under where their shape is met, in as many tables as the terminal's width takes."""
-    lines = [HEADINGS, *map(cells, rows)]
-    wide = columns.widths(lines)
-    for origin, group in groupby(rows, lambda row: row.case.origin):
-        chosen = list(group)
-        print(f"{origin}:")
-        for part in columns.parts(wide, KEYS, columns.terminal() - len(BROKEN)):
-            print(columns.aligned(HEADINGS, wide, part))
-            for row in chosen:
-                print(columns.aligned(cells(row), wide, part) + (BROKEN if violations(row) else ""))
-            print()
+    """Print a table for each origin of the shapes, with "!" behind a row that breaks a ceiling."""
+    groups = {origin: list(group) for origin, group in groupby(rows, lambda row: row.case.origin)}
+    marked = [[(*cells(row), "!" if violations(row) else "") for row in group] for group in groups.values()]
+    for origin, table in zip(groups, console.tables((*HEADINGS, ""), marked, KEYS), strict=True):
+        print(f"{origin}:", table, "", sep="\n")
 
 
 def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[str]) -> list[str]:
