@@ -18,7 +18,7 @@ import fastenc.route
 from ..engine.agreement import OUTPUT
 from ..engine.record import Network, Workload
 from ..engine.timing import Work
-from .registry import EAGER, FASTENC, Candidate, Contest, Peer, anywhere
+from .suite import EAGER, FASTENC, Candidate, Contest, Peer, anywhere
 
 LEARNING_RATE = 1e-6  # every step is a whole AdamW step, and the network stays near where all peers began
 COMPILED = "_orig_mod."  # what torch.compile puts before the names of the network it wraps

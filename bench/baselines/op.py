@@ -18,7 +18,7 @@ import fastenc.route
 from ..engine.agreement import OUTPUT
 from ..engine.record import Workload
 from ..engine.timing import Work
-from .registry import EAGER, FASTENC, Candidate, Contest, Peer
+from .suite import EAGER, FASTENC, Candidate, Contest, Peer
 
 EPS = 1e-5
 COLD_BYTES = 256 << 20  # several times the L2 cache of any GPU: inputs that rotate over this much come from memory

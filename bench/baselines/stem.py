@@ -13,7 +13,7 @@ from ..engine.agreement import OUTPUT
 from ..engine.floor import convolutions
 from ..engine.record import Workload
 from ..engine.timing import Work
-from .registry import EAGER, Candidate, Contest, Peer
+from .suite import EAGER, Candidate, Contest, Peer
 
 Stem = Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
 

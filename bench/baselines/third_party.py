@@ -14,7 +14,7 @@ from fastenc.fusion import Summary
 
 from ..engine.record import Workload
 from . import encoder, third_party_networks
-from .registry import EAGER, FASTENC, Candidate, Contest, Peer
+from .suite import EAGER, FASTENC, Candidate, Contest, Peer
 
 
 class Subject(encoder.Subject):

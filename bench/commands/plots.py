@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from ..baselines.registry import EAGER
+from ..baselines.suite import EAGER
 from ..engine.floor import ITEMSIZE
 from ..engine.record import Record, Result, Workload
 from ..engine.session import bare

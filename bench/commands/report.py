@@ -13,7 +13,7 @@ from pathlib import Path
 from fastenc.commands.shell import write_whole
 
 from .. import arguments as options
-from ..baselines.registry import EAGER, FASTENC
+from ..baselines.suite import EAGER, FASTENC
 from ..engine.machine import CHECKOUT
 from ..engine.record import Record, Result, Workload, load
 from ..engine.table import against, milliseconds

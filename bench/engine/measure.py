@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..baselines.registry import EAGER, FASTENC, Candidate, Contest, Peer
+from ..baselines.suite import EAGER, FASTENC, Candidate, Contest, Peer
 from ..console import Progress
 from .agreement import distances, judge
 from .deadline import Deadline, OutOfTime, time_limit

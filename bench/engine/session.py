@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..baselines.registry import FASTENC, contest_of
+from ..baselines.registry import contest_of
+from ..baselines.suite import FASTENC
 from ..console import Progress, wrapped
 from . import floor
 from .deadline import Deadline, OutOfTime, time_limit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import console
-from ..baselines.registry import EAGER, FASTENC
+from ..baselines.suite import EAGER, FASTENC
 from .record import Record, Result, Workload
 from .summary import Ratio
 

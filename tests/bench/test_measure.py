@@ -16,7 +16,8 @@ from torch import Tensor
 
 import fastenc
 from fastenc.bench.baselines import encoder, op
-from fastenc.bench.baselines.registry import Candidate, Peer, contest_of
+from fastenc.bench.baselines.registry import contest_of
+from fastenc.bench.baselines.suite import Candidate, Peer
 from fastenc.bench.commands import gpu
 from fastenc.bench.console import Progress
 from fastenc.bench.engine import agreement, floor, measure
