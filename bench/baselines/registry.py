@@ -1,18 +1,18 @@
-"""Which contest each kind of workload belongs to."""
+"""The suite of each kind of workload."""
 
 from __future__ import annotations
 
 from ..engine.record import Workload
 from . import encoder, op, stem, third_party
-from .suite import Contest
+from .suite import Suite
 
 
-def contest_of(workload: Workload) -> Contest:
-    """What a workload is timed with, `eager` first."""
+def suite_of(workload: Workload) -> Suite:
+    """The suite that times `workload`. Its first baseline is "eager"."""
     return {
-        "network": encoder.CONTEST,
-        "client": third_party.CONTEST,
-        "instance_norm_prelu": op.CONTEST,
-        "instance_norm_add_prelu": op.CONTEST,
-        "stem": stem.CONTEST,
+        "network": encoder.SUITE,
+        "client": third_party.SUITE,
+        "instance_norm_prelu": op.SUITE,
+        "instance_norm_add_prelu": op.SUITE,
+        "stem": stem.SUITE,
     }[workload.kind]

@@ -1,4 +1,4 @@
-"""The peers: what a user could run instead of fastenc, and fastenc, each as one candidate for one workload."""
+"""A suite times one kind of workload: each of its baselines makes a runner from the same inputs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ EAGER, FASTENC = "eager", "fastenc"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One peer, ready to run one workload.
+class Runner:
+    """One baseline, ready to run one workload.
 
-    `numbers()` runs it once and gives the output and, where the mode has a backward, every gradient by name.
-    `held()`, asked after the first call, is what it keeps between calls: parameters, inputs, optimizer state, copies of
-    weights. `note()`, asked then too, is what a reader of the result should know: fastenc's route, for one, which a
-    machine's fault may have changed in that call.
+    numbers: runs it once and returns the output and, if the mode has a backward, every gradient, by name.
+    work: what is timed.
+    held: called after the first run, returns what stays in memory between calls: parameters, inputs, optimizer state,
+        copies of weights.
+    note: called after the first run, returns what a reader of the result should know, such as fastenc's route.
     """
 
     numbers: Callable[[], dict[str, Tensor]]
@@ -33,30 +34,36 @@ class Candidate:
 
 
 def anywhere(workload: Workload, device: torch.device) -> None:
-    """Of a peer that every machine has for every workload of its kind."""
+    """`Baseline.absent` of a baseline that exists on every machine, for every workload of its suite."""
 
 
 @dataclass(frozen=True)
-class Peer:
-    """How a candidate is made of a workload's subject.
+class Baseline:
+    """One way to run a workload: a user's alternative to fastenc, or fastenc itself.
 
-    compiles: its first call compiles for tens of seconds. absent: why the peer does not exist for this workload on this
-    device, in words; None where it does. graphs: it holds memory of its own in CUDA graphs, which the allocator counts
-    as reserved.
+    make: makes the runner from the suite's inputs.
+    compiles: the first call compiles, which takes tens of seconds.
+    absent: returns why this baseline does not exist for a workload on a device, or None if it does.
+    graphs: it keeps its own memory in CUDA graphs, which the allocator counts as reserved.
     """
 
-    make: Callable[[Any], Candidate]
+    make: Callable[[Any], Runner]
     compiles: bool = False
     absent: Callable[[Workload, torch.device], str | None] = anywhere
     graphs: bool = False
 
 
 @dataclass(frozen=True)
-class Contest:
-    """One kind of workload: its subject, made once and shared by all peers; the peers; plain PyTorch one precision up,
-    which `agreement` measures by and which runs without TF32; and what the work cannot do without, None if unknown."""
+class Suite:
+    """How one kind of workload is timed.
 
-    subject: Callable[[Workload, torch.device], Any]
-    peers: Mapping[str, Peer]
-    exact: Callable[[Any], Candidate]
+    inputs: makes what all baselines share, once for each workload.
+    baselines: by name.
+    exact: makes plain PyTorch at a higher precision and without TF32, which `agreement` compares with.
+    cost: the least operations and bytes that the workload needs, or None if unknown.
+    """
+
+    inputs: Callable[[Workload, torch.device], Any]
+    baselines: Mapping[str, Baseline]
+    exact: Callable[[Any], Runner]
     cost: Callable[[Workload], Cost | None] = cost

@@ -1,4 +1,4 @@
-"""`report`: from the committed records to README's tables and pictures. A figure without a record cannot get there."""
+"""`report`: write README's tables and pictures from records. Every figure there comes from a record."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..engine.machine import CHECKOUT
 from ..engine.record import Record, Result, Workload, load
 from ..engine.table import against, milliseconds
 
-PURPOSE = "write README's tables and pictures from the records; refuses where there is none"
-MOST_ROWS = 8  # of networks: a record begins with what matters most, and the pictures have the rest
+PURPOSE = "write README's tables and pictures from records"
+MOST_ROWS = 8  # networks in a table; a record begins with the most important workloads
 BENCH = CHECKOUT / "bench"
 NO_GPU = """\
 No GPU record exists yet: nothing here has been timed on a GPU, and this README claims no speed there. On a GPU machine,
@@ -31,11 +31,11 @@ python3 -m fastenc bench gpu --out bench-out --minutes 8
 """
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 ALT = {
-    "speedup": "Speed-up over eager PyTorch of every peer, with the physical floor",
-    "clients": "Speed-up of nnU-Net's and MONAI's U-Nets over themselves untouched, of every peer",
-    "roofline": "Fraction of the copy bandwidth that the fused operation and its peers reach, over tensor size",
-    "memory": "Peak memory of every peer",
-    "batch": "Time over batch size",
+    "speedup": "Speed-up of EncoderNet3d over eager PyTorch, for every baseline",
+    "clients": "Speed-up of nnU-Net's and MONAI's U-Nets over the unchanged networks, for every baseline",
+    "roofline": "Fraction of copy bandwidth that the fused operation and its baselines reach, over the size of x",
+    "memory": "Peak memory of EncoderNet3d, for every baseline",
+    "batch": "Time of EncoderNet3d over batch size, for every baseline",
 }
 
 
@@ -50,9 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--readme", type=Path, default=CHECKOUT / "README.md", metavar="FILE",
-        help="the file with the markers between which the tables go (default: the checkout's README.md)",
+        help="write the tables between the markers of this file (default: the checkout's README.md)",
     )  # fmt: skip
-    parser.epilog = "exit status: 0 done; 2 no record, one that cannot be read, no markers, or nowhere to write"
+    parser.epilog = (
+        "exit status: 0 done; 2 no record, an unreadable record, no markers, or a folder that cannot be written"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -87,7 +89,7 @@ def _refuse(why: str) -> int:
 
 
 def read(paths: Sequence[Path]) -> list[Record]:
-    """The records at `paths`, files or folders; ValueError where there is none, or none with a time."""
+    """The records at `paths`, which are files or folders. Raises ValueError if none of them has a time."""
     files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     records = [load(file) for file in files]
     if not any(result.time for record in records for each in record.workloads for result in each.results):
@@ -97,14 +99,17 @@ def read(paths: Sequence[Path]) -> list[Record]:
 
 
 def slug(name: str) -> str:
-    """A machine's name as part of a file's."""
+    """A machine's name in the form used in file names."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def figures(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
-    """What stands between README's markers: a section for every machine, GPUs first.
+    """The text between README's markers: a section for each machine, GPUs first.
 
-    pictures: those that were drawn of the records; their links are relative to the folder `readme`.
+    Args:
+        records: of any machines.
+        pictures: drawn from these records.
+        readme: README's folder, to which links are relative.
     """
     from . import plots
 
@@ -119,16 +124,16 @@ def figures(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
 
 
 def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
-    """One machine: what it is, its pictures, its tables."""
+    """The section of one machine: its name and software, its pictures and its tables."""
     from . import plots
 
     newest = max(records, key=lambda record: record.date)
     machine = newest.machine
     ((_, workloads),) = plots.latest(records).items()
-    text = [f"**{machine.name}**{_software(newest)}. {_sources(records, workloads)}\n"]
+    text = [f"**{machine.label}**{_software(newest)}. {_sources(records, workloads)}\n"]
     lights = {path.stem.split("-")[-2]: path for path in pictures if path.stem.endswith("-light")}
     for name, light in ((name, lights[name]) for name in ALT if name in lights):
-        dark, alt = light.with_name(light.name.replace("-light.png", "-dark.png")), ALT[name]
+        dark, alt = light.with_name(light.name.replace("-light.png", "-dark.png")), f"{ALT[name]}; {machine.label}"
         here, there = (Path(os.path.relpath(path, readme)).as_posix() for path in (light, dark))
         text.append(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{there}">'
@@ -138,7 +143,7 @@ def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
     networks = [each for each in workloads if each.kind == "network"][:MOST_ROWS]
     text += [_network_table(networks)] if networks else []
     clients = [each for each in workloads if each.kind == "client"]
-    text += [_client_table(clients)] if clients else []
+    text += [_third_party_table(clients)] if clients else []
     ops = [each for each in workloads if each.network is None and each.client is None]
     text += [_op_table(ops)] if ops else []
     return "\n".join(text) + "\n"
@@ -166,7 +171,7 @@ def _sources(records: Sequence[Record], workloads: Sequence[Workload]) -> str:
 
 
 def _network_table(networks: Sequence[Workload]) -> str:
-    """A row for every network."""
+    """A table with a row for each EncoderNet3d."""
     lines = [
         "| network | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile | of the floor "
         "| peak memory ÷ eager's | fastest of fastenc |",
@@ -185,8 +190,8 @@ def _network_table(networks: Sequence[Workload]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _client_table(clients: Sequence[Workload]) -> str:
-    """A row for every network of somebody else's; it is compared with the faster of the two untouched layouts."""
+def _third_party_table(clients: Sequence[Workload]) -> str:
+    """A table with a row for each third-party model, compared with the faster of its two unchanged layouts."""
     lines = [
         "| accelerated | eager ms | channels_last_3d ms | best torch.compile ms | fastenc ms | × best untouched "
         "| × best torch.compile | of the floor | peak memory ÷ eager's | fastest of fastenc |",
@@ -196,7 +201,7 @@ def _client_table(clients: Sequence[Workload]) -> str:
         assert workload.client is not None
         size = "×".join(map(str, workload.shape[1:]))
         what = f"{workload.client.name}, {size}, batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
-        untouched = [workload.timed(peer) for peer in (EAGER, "eager channels_last_3d")]
+        untouched = [workload.timed(baseline) for baseline in (EAGER, "eager channels_last_3d")]
         compiled = workload.fastest("torch.compile")
         times = (*untouched, compiled, workload.timed(FASTENC))
         columns = _columns(workload, times, (workload.fastest(EAGER), compiled))
@@ -205,7 +210,7 @@ def _client_table(clients: Sequence[Workload]) -> str:
 
 
 def _op_table(ops: Sequence[Workload]) -> str:
-    """A row for every direction and layout of the largest tensor, without and with a residual; a picture has more."""
+    """A table with a row for each direction and layout of the largest tensor. The pictures show the others."""
     largest = {each.kind: prod(each.shape) for each in sorted(ops, key=lambda each: prod(each.shape))}
     lines = [
         "| instance_norm_prelu | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile "
@@ -222,7 +227,7 @@ def _op_table(ops: Sequence[Workload]) -> str:
 
 
 def _columns(workload: Workload, times: Sequence[Result | None], rivals: Sequence[Result | None]) -> str:
-    """Times, what fastenc gains over its rivals, and fastenc's share of the floor, as cells."""
+    """Cells: times, fastenc's gain over `rivals`, and the floor over fastenc's time."""
     cells = ["–" if one is None or one.time is None else milliseconds(one.time.median) for one in times]
     cells += ["–" if one is None else against(workload, one.over_fastenc) or "–" for one in rivals]
     fused, share = workload.timed(FASTENC), "–"
@@ -232,7 +237,7 @@ def _columns(workload: Workload, times: Sequence[Result | None], rivals: Sequenc
 
 
 def _memory_and_fastest(workload: Workload) -> str:
-    """fastenc's peak memory over eager's, and the fastest way to run it, as cells."""
+    """Cells: fastenc's peak memory over eager's, and the fastest form of fastenc."""
     eager, fused, best = workload.timed(EAGER), workload.timed(FASTENC), workload.fastest(FASTENC)
     smaller = "" if eager is None or fused is None else _quotient(fused.peak_memory, eager.peak_memory)
     fastest = "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"

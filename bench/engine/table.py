@@ -1,4 +1,4 @@
-"""A record as a table."""
+"""A record as text: heading, tables, and one line per workload."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ HEADINGS = (
     "", "ms", "p20–p80", "× eager", "time ÷ fastenc's", "floor", "GB/s", "peak MB", "1st call s", "difference",
 )  # fmt: skip
 LEGEND = (
-    "× eager: eager's time over the peer's, above 1 is faster. time ÷ fastenc's: the peer's time over fastenc's, with "
-    "p20–p80 of the rounds; ≈ 1: within the noise of two runs of the same version, stated beside each workload. floor: "
-    "the share of the physical floor that is reached. GB/s: bytes that cannot be avoided, read and written. 1st call: "
-    "with all compiling. difference: relative L2 from the exact run, the output or gradient nearest its tolerance."
+    "× eager: eager's time over the baseline's; above 1 the baseline is faster. time ÷ fastenc's: the baseline's time "
+    "over fastenc's, with p20–p80 of the rounds; ≈ 1: within the noise between two runs of the same version, given for "
+    "each workload. floor: the physical floor over the time. GB/s: the least bytes that must be read and written, over "
+    "the time. 1st call: includes all compilation. difference: the relative L2 distance from the exact run, of the "
+    "output or gradient that is nearest to its tolerance."
 )
 
 
 def title(workload: Workload) -> str:
-    """The workload, its floor and its noise."""
+    """The workload with its floor and its noise."""
     floor = "" if workload.floor is None else f", floor {milliseconds(workload.floor)} ms"
     noise = "" if workload.noise is None else f", noise ×{workload.noise:.3g}"
     return f"{workload}{floor}{noise}"
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds with four digits."""
+    """Seconds as text in milliseconds, with four digits."""
     return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:#.4g}".rstrip(".")
 
 
 def megabytes(count: int) -> str:
-    """Bytes as megabytes, with at least three digits."""
+    """Bytes as text in megabytes, with at least three digits."""
     return f"{count / 1e6:.0f}" if count >= 1e8 else f"{count / 1e6:.3g}"
 
 
 def against(workload: Workload, ratio: Ratio | None) -> str:
-    """A ratio with its spread, said to be noise where it is."""
+    """A ratio with p20–p80 as text, marked "≈ 1" if it is within the noise."""
     if ratio is None:
         return ""
     text = f"{ratio.median:.2f} ({ratio.p20:.2f}–{ratio.p80:.2f})"
@@ -44,7 +45,7 @@ def against(workload: Workload, ratio: Ratio | None) -> str:
 
 
 def cells(workload: Workload, result: Result) -> tuple[str, ...]:
-    """One peer's row."""
+    """The cells of one baseline, as in HEADINGS."""
     median = spread = floor = rate = ""
     if result.time is not None:
         median = milliseconds(result.time.median)
@@ -85,7 +86,7 @@ def text(record: Record) -> str:
 
 
 def brief(record: Record) -> str:
-    """A line for each workload with a time: fastenc against the fastest eager and the fastest torch.compile."""
+    """One line per timed workload: fastenc, the fastest eager, the fastest torch.compile, and the fastest of all."""
     lines = []
     for workload in record.workloads:
         best, fused = workload.fastest(), workload.timed(FASTENC)
@@ -106,19 +107,19 @@ def brief(record: Record) -> str:
 
 
 def heading(record: Record) -> str:
-    """What the run was made on and under which settings, in a few lines."""
+    """The run's machine, settings, tests and ceilings, in a few lines."""
     machine, settings, tests = record.machine, record.settings, record.tests
     software = {"driver": machine.driver, "CUDA": machine.cuda, "cuDNN": machine.cudnn, "triton": machine.triton}
     versions = ", ".join(f"{name} {version}" for name, version in software.items() if version is not None)
     on = {True: "on", False: "off"}
-    lines = [f"{machine.name}: Python {machine.python}, torch {machine.torch}" + (f", {versions}" if versions else "")]
+    lines = [f"{machine.label}: Python {machine.python}, torch {machine.torch}" + (f", {versions}" if versions else "")]
     if machine.device == "cuda":
         lines.append(
             f"convolution TF32 {on[settings.cudnn_allow_tf32]}, matrix product TF32 {on[settings.matmul_allow_tf32]}, "
-            f"cudnn.benchmark {on[settings.cudnn_benchmark]}, the same for every peer"
+            f"cudnn.benchmark {on[settings.cudnn_benchmark]}, the same for all baselines"
         )
     else:
-        lines.append(f"{settings.threads} threads, the same for every peer")
+        lines.append(f"{settings.threads} threads, the same for all baselines")
     if tests.status != "not run":
         lines.append(
             f"tests/gpu {tests.status}: {tests.passed} passed, {tests.failed} failed, {tests.errors} errors, "

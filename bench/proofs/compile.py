@@ -1,8 +1,8 @@
-"""Compile the kernels that the real launchers would launch, for GPUs that are not here, and read the machine code.
+"""Compile the kernels that the real launchers would launch, for any GPU, and read the machine code.
 
-recorded(90)          inside the block launchers run on CPU tensors; nothing is launched, every launch is recorded
+recorded(90)          inside the block, launchers run on CPU tensors; launches are recorded instead of executed
 resources(cubin)      registers, stack and shared memory, as the driver would report them
-instructions(cubin)   counts of the instructions that decide speed
+instructions(cubin)   counts of the instructions that matter for speed
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from .interpret import kernel_modules
 
-SHARED_BYTES = 232448  # of a block on sm_90, the most that any target here offers
+SHARED_BYTES = 232448  # of a block on sm_90, the largest of all targets here
 
 PATTERNS = {
     "load": re.compile(r"\bLDG\."),
@@ -39,7 +39,7 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that would have been made: the kernel's name, its grid, and what it compiled to."""
+    """A recorded launch: the kernel's name, its grid, and the compiled kernel."""
 
     name: str
     grid: tuple[int, int, int]
@@ -55,7 +55,7 @@ class Launch:
 
     @property
     def ttir(self) -> str:
-        """Triton's own intermediate code."""
+        """The kernel in Triton's intermediate representation."""
         return self.compiled.asm["ttir"]
 
     @property
@@ -64,14 +64,14 @@ class Launch:
 
 
 def target(architecture: int | str) -> GPUTarget:
-    """80, 90, 100, … for CUDA; "gfx942" and the like for ROCm."""
+    """The target of an architecture: 80, 90, 100, … for CUDA, or a name such as "gfx942" for ROCm."""
     if isinstance(architecture, int):
         return GPUTarget("cuda", architecture, 32)
     return GPUTarget("hip", architecture, 64)
 
 
 class _RecordingDriver:
-    """Stands in for triton's GPU driver: claims a target, compiles for it, launches nothing."""
+    """Replaces triton's GPU driver: reports a target to compile for, and launches nothing."""
 
     def __init__(self, architecture: int | str) -> None:
         self.target = target(architecture)
@@ -108,7 +108,7 @@ class _RecordingDriver:
 
 @contextmanager
 def recorded(architecture: int | str, *modules: ModuleType) -> Iterator[list[Launch]]:
-    """Let launchers run on CPU tensors and compile for `architecture`; yields the list of launches, in order."""
+    """Inside the block, launchers run on CPU tensors and compile for `architecture`. Yields the launches, in order."""
     launches: list[Launch] = []
     before = driver._active
     driver.set_active(_RecordingDriver(architecture))
@@ -148,12 +148,12 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """REG (registers per thread), STACK and LOCAL (bytes, where spills live), SHARED (bytes)."""
+    """REG (registers per thread), STACK and LOCAL (bytes, including spills) and SHARED (bytes)."""
     report = _cuobjdump("-res-usage", cubin)
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
 
 
 def instructions(cubin: bytes) -> Counter[str]:
-    """Occurrences of each of PATTERNS in the machine code."""
+    """How often each of PATTERNS occurs in the machine code."""
     sass = _cuobjdump("-sass", cubin)
     return Counter({name: len(pattern.findall(sass)) for name, pattern in PATTERNS.items()})

@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with settings(tf32=False, benchmark=False) as used:
         machine = describe(device)
-        print(f"{machine.name}, torch {machine.torch}, float32 without TF32", flush=True)
+        print(f"{machine.label}, torch {machine.torch}, float32 without TF32", flush=True)
         routes, missing = available(device)
         with console.Progress(len(routes) * (ENCODING_STEPS + arguments.steps)) as progress:
             rows = encode(routes, EXAMPLE_1, encoded.volumes, device, SEED, lambda step: progress.say("encoding", step))
@@ -154,8 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
         },
     }
     write_whole(arguments.out / RECORD, json.dumps(record, indent=1))
-    machine_name = f"{machine.name} ({'CPU' if device.type == 'cpu' else 'GPU'}), torch {machine.torch}, float32"
-    title = f"fastenc demo on {machine_name}, batch {arguments.batch}"
+    title = f"fastenc demo on {machine.label}, torch {machine.torch}, float32, batch {arguments.batch}"
     _plot(arguments.out / FIGURE, title, rows, learned, held_out.fractions, demo_data.TISSUES)
     print(f"Wrote {FIGURE} and {RECORD} to {arguments.out.resolve()}")
     if not agree:

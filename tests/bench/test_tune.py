@@ -32,7 +32,7 @@ def test_every_value_reaches_the_plans_and_none_stays(constant: tune.Constant) -
     assert constant.now == before
 
 
-def test_the_fastest_wins_and_a_failure_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fastest_wins_and_a_failure_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     constant = tune.CONSTANTS[-1]
     cost = {8: 3.0, 16: 2.0}
 

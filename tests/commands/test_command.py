@@ -72,7 +72,7 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     assert "BrokenPipe" not in done.stderr
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "missing" / "x.md"
     assert file_problem(path, "--out") is None
     assert not path.exists(), "nothing is written before the work"

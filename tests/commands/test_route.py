@@ -399,7 +399,7 @@ def test_explain_leaves_the_running_statistics() -> None:
     assert all(torch.equal(value, before[key]) for key, value in unit.state_dict().items())
 
 
-def test_explain_a_model_that_calls_a_unit_by_keyword() -> None:
+def test_explain_a_model_that_calls_a_layer_by_keyword() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()

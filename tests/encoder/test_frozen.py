@@ -17,7 +17,7 @@ either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 @either_route
-def test_the_models_numbers_to_the_bit(route: str) -> None:
+def test_bitwise_the_models_numbers(route: str) -> None:
     with taken(route), torch.no_grad():
         net, plain = small_twins(torch.float32)
         x = volume(dtype=torch.float32)
@@ -64,7 +64,7 @@ def test_refresh_takes_new_weights_and_nothing_else_does(route: str) -> None:
         assert memory == {name: p.data_ptr() for name, p in frozen._copy.named_parameters()}
 
 
-def test_a_model_that_changed_its_dtype_or_shape_is_copied_anew() -> None:
+def test_a_model_that_changed_its_dtype_or_shape_is_copied_again() -> None:
     net, _ = small_twins(torch.float32)
     frozen = freeze(net)
     net.fc = nn.Linear(4, 7)
@@ -121,7 +121,7 @@ def test_a_copy_is_frozen_from_a_copy_of_the_model(travel: Any) -> None:
     assert not torch.equal(frozen(x), y)
 
 
-def test_training_goes_on_beside_it() -> None:
+def test_training_continues_after_freezing() -> None:
     net, _ = small_twins(torch.float32)
     frozen = freeze(net.train())
     x = volume(dtype=torch.float32)

@@ -121,7 +121,7 @@ def test_an_error_inside_the_capture_leaves_the_model_usable(monkeypatch: pytest
     assert torch.equal(model(sample).detach(), expected)
 
 
-def test_what_waits_for_the_gpu_is_found_ahead_of_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronizing_calls_are_found_before_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture that fails breaks more than itself, so that none must begin."""
     cuda = mock.MagicMock()
     modes: list[object] = [1]
@@ -154,7 +154,7 @@ def test_out_of_memory_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None
         made(*model_and_sample())
 
 
-def test_a_copy_is_made_anew_from_a_copy_of_the_model(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_made_again_from_a_copy_of_the_model(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "graphed", lambda model, sample, dtype, borrow: Graphed(model, sample, dtype, borrow))
     model, sample = model_and_sample()
     run = made(model, sample)

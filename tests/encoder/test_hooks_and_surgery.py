@@ -180,7 +180,7 @@ def test_global_hook(kind: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["netbody.0", "netbody.3", "netbody.4", "fc", "netbody.1", MIDDLE])
-def test_hook_beside_the_norms_leaves_the_units_fused(place: str) -> None:
+def test_a_hook_on_other_modules_leaves_the_layers_fused(place: str) -> None:
     net, plain = network_twins()
     log: list[str] = []
     net.get_submodule(place).register_forward_hook(logged(log, place))
@@ -290,7 +290,7 @@ TAMPERED: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("name", TAMPERED)
-def test_tampered_unit_runs_its_submodules(name: str) -> None:
+def test_a_tampered_layer_runs_its_submodules(name: str) -> None:
     net, plain = network_twins()
     for network in (net, plain):
         TAMPERED[name](network.get_submodule(MIDDLE))
@@ -341,7 +341,7 @@ CHANGED: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_changed_unit_gives_the_changed_result(name: str) -> None:
+def test_a_changed_layer_gives_the_changed_result(name: str) -> None:
     """Whether such a unit stays fused, in part or whole, is its own business; its result is not."""
     net, plain = network_twins()
     for network in (net, plain):
@@ -363,7 +363,7 @@ REPLACED: dict[str, Callable[[nn.Module], None]] = {
 
 
 @pytest.mark.parametrize("name", REPLACED)
-def test_replaced_around_the_units(name: str) -> None:
+def test_modules_replaced_around_the_layers(name: str) -> None:
     net, plain = network_twins()
     for network in (net, plain):
         torch.manual_seed(5)
@@ -388,7 +388,7 @@ def test_a_part_compiled_by_itself_is_called(place: str) -> None:
     assert graphs
 
 
-def test_one_unit_used_alone() -> None:
+def test_one_layer_used_alone() -> None:
     net, plain = network_twins()
     x = torch.randn(2, 2, 6, 5, 7)
     with taken("fused"), eager_norms() as calls:

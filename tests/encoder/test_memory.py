@@ -39,7 +39,7 @@ def saved_bytes(net: nn.Module, x: Tensor) -> int:
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in parameters)
 
 
-def test_volumes_saved_for_the_backward(example_1: tuple[nn.Module, nn.Module]) -> None:
+def test_tensors_saved_for_the_backward(example_1: tuple[nn.Module, nn.Module]) -> None:
     """Eager keeps three volumes of a unit, fastenc two, and one with recompute."""
     net, plain = example_1
     x = torch.randn(2, 3, *SIZE)
@@ -98,7 +98,7 @@ def test_what_a_hook_saw_stays_as_it_was(place: str, kind: str) -> None:
         assert torch.equal(tensor, copied)
 
 
-def test_a_unit_called_alone_leaves_its_input() -> None:
+def test_a_layer_called_alone_leaves_its_input() -> None:
     unit = fastenc.ConvModern3d(2, 3)
     x = torch.randn(2, 2, 4, 5, 3)
     before = x.clone()
@@ -141,7 +141,7 @@ def results(net: EncoderNet3d, x: Tensor, recompute: bool) -> list[Tensor]:
 @pytest.mark.usefixtures("no_onednn")
 @pytest.mark.parametrize("size", [(6, 5, 7), (4, 4, 4), (40, 30, 30)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_recompute_is_the_same_to_the_bit(size: tuple[int, ...], autocast: bool) -> None:
+def test_recompute_is_bitwise_equal(size: tuple[int, ...], autocast: bool) -> None:
     """Rows that fit on chip, live taps, and rows that are split."""
     net, _ = small_twins(torch.float32, channel=1)
     x = volume(size, batch=1 if size[0] == 40 else 2, dtype=torch.float32)
@@ -207,7 +207,7 @@ def test_recompute_of_a_tied_parameter(twice: bool) -> None:
 
 @pytest.mark.usefixtures("no_onednn")
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_float32_volume_under_autocast(recompute: bool) -> None:
+def test_a_float32_input_under_autocast(recompute: bool) -> None:
     """The activation is where autocast lowers the precision; 2 ULP of bfloat16 in the largest of each sum."""
     unit = fastenc.ConvModern3d(2, 3)
     unit.recompute = recompute

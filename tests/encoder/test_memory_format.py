@@ -97,7 +97,7 @@ def test_every_convolution_sees_and_makes_channels_last(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_is_cast_and_laid_out_in_one_op(dtype: torch.dtype) -> None:
+def test_a_weight_is_cast_and_converted_in_one_op(dtype: torch.dtype) -> None:
     layer = nn.Conv3d(4, 4, 3, padding=1)
     x = torch.randn(2, 4, *SIZE, dtype=dtype).contiguous(memory_format=LAST)
     way = convolution.way_of(x.shape, layer.weight.shape, (1,) * 3, (1,) * 3, (1,) * 3, 1, True, "cuda", True)
@@ -130,7 +130,7 @@ def _do_nothing_backward(dy: Tensor, x: Tensor, *parameters: Any, **options: Any
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_no_volume_is_copied_between_the_convolutions(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_is_copied_between_the_convolutions(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trace of forward and backward, the launches left out: no clone, copy or contiguous of a volume's size.
 
     Between the stem and the last convolution: these two lay out the input and what the pool gives back.
@@ -197,7 +197,7 @@ def assert_laid_out(y: Tensor, layout: str, expected: Tensor) -> None:
 @pytest.mark.parametrize("layer_order", ["new", "old"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_a_units_map_is_laid_out_as_its_input(order: int, layout: str, layer_order: str, recompute: bool) -> None:
+def test_a_layers_map_has_its_inputs_layout(order: int, layout: str, layer_order: str, recompute: bool) -> None:
     unit = getattr(fastenc, f"ConvModern{order}d")(3, 4, layer_order=layer_order)
     unit.recompute = recompute
     x = given(layout, order, 3)
@@ -209,7 +209,7 @@ def test_a_units_map_is_laid_out_as_its_input(order: int, layout: str, layer_ord
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_a_networks_map_is_laid_out_as_its_input(order: int, layout: str) -> None:
+def test_a_networks_map_has_its_inputs_layout(order: int, layout: str) -> None:
     net, plain = twins(4, [1, 1], 3, 3, None, order=order, dtype=torch.float32)
     x = given(layout, order, 3)
     with taken("fused"):

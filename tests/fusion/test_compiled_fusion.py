@@ -110,7 +110,7 @@ class Tapped(nn.Sequential):
         return self[2](z), z
 
 
-def test_a_sequential_with_a_forward_of_its_own() -> None:
+def test_a_sequential_with_its_own_forward() -> None:
     net, untouched = twins(Tapped(*stack(nn.LeakyReLU(0.1))[:3]))
     x = volume()
     with taken("fused"):
@@ -127,7 +127,7 @@ class Backwards(nn.Sequential):
         return reversed(self._modules.values())  # type: ignore[arg-type]
 
 
-def test_a_sequential_with_an_order_of_its_own() -> None:
+def test_a_sequential_with_its_own_order() -> None:
     net, untouched = twins(Backwards(*reversed(stack(nn.PReLU(4)))))
     x = volume()
     with taken("fused"), torch.no_grad():
@@ -148,7 +148,7 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("part", ["", "pair"])
-def test_undone_and_done_anew_after_compiling(part: str) -> None:
+def test_undone_and_repeated_after_compiling(part: str) -> None:
     """What was compiled runs the forward of now. torch itself does not compile the forward of a plain nn.Sequential."""
     net, untouched = twins(Wrapped())
     x = volume()
@@ -200,7 +200,7 @@ def test_half_a_pair_of_parameters(missing: str) -> None:
     assert compiled.graphs == [1, 1]
 
 
-def test_volumes_go_channels_last() -> None:
+def test_inputs_are_converted_to_channels_last() -> None:
     net, _ = twins(stack(nn.PReLU(4)))
     seen: list[Tensor] = []
 

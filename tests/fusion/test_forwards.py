@@ -117,7 +117,7 @@ def test_numbers_of_the_untouched_network(name: str) -> None:
 
 
 @torch.no_grad()
-def test_copies_of_what_waits() -> None:
+def test_copies_of_deferred_outputs() -> None:
     net, untouched = twins(
         lambda net, x: [z := net.z(x), copy.deepcopy(z), torch.tensor(z.tolist()), net.activation(z)]
     )
@@ -130,7 +130,7 @@ def test_copies_of_what_waits() -> None:
         assert net(x) != 0, "what a kernel of somebody else reads"
 
 
-def test_too_late() -> None:
+def test_hook_after_fusion_raises() -> None:
     """Where the untouched network's gradient would go another way, it is an error, not another number."""
     x = volume().requires_grad_()
 
@@ -185,7 +185,7 @@ class Direct(nn.Module):
         return self.net.forward(x)
 
 
-def test_view_of_a_volume() -> None:
+def test_view_of_a_tensor() -> None:
     """A channels-last volume has none: said once, and volumes stay contiguous, whichever layout they come in."""
     net, untouched = twins(lambda net, x: net.activation(net.z(x)).view(len(x), -1))
     x = volume()

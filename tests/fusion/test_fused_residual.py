@@ -121,7 +121,7 @@ LOOKS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("add", ["z + r", "r + z"])
-def test_looked_at(add: str, look: str) -> None:
+def test_unfused_when_norm_output_is_read(add: str, look: str) -> None:
     net, untouched = twins(add)
     net.look = untouched.look = LOOKS[look]
     check(net, untouched)

@@ -21,7 +21,7 @@ import fastenc
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_eager_route_to_the_bit(activation: str, order: int) -> None:
+def test_eager_route_is_bitwise_equal(activation: str, order: int) -> None:
     net, untouched = twins(stack(ACTIVATIONS[activation](), order=order))
     x = volume(order)
     for found, expected in zip(gradients(net, x), gradients(untouched, x), strict=True):
@@ -207,7 +207,7 @@ def test_functional_transforms() -> None:
 # The layout.
 
 
-def test_volumes_go_channels_last() -> None:
+def test_inputs_are_converted_to_channels_last() -> None:
     net = fastenc.accelerate(stack(nn.PReLU(4))[:3])
     seen: list[Tensor] = []
     net[0].register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))

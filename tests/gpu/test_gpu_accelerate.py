@@ -94,7 +94,7 @@ def test_as_near_as_torch(twins: tuple[nn.Module, nn.Module]) -> None:
         assert (mine - value).norm() <= limit
 
 
-def test_volumes_stay_channels_last(twins: tuple[nn.Module, nn.Module]) -> None:
+def test_tensors_stay_channels_last(twins: tuple[nn.Module, nn.Module]) -> None:
     net, _ = twins
     seen: list[Tensor] = []
     convolutions = [module for module in net.modules() if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d))]

@@ -110,7 +110,7 @@ def test_layout_of_the_input_does_not_matter(layout: torch.memory_format, fused:
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
-def test_every_unit_takes_the_triton_route(autocast: bool, fused: nn.Module) -> None:
+def test_every_layer_takes_the_triton_route(autocast: bool, fused: nn.Module) -> None:
     x, _ = batch(1)
     with fastenc.backend("auto"), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         rows = list(fastenc.explain(fused, x))
@@ -119,7 +119,7 @@ def test_every_unit_takes_the_triton_route(autocast: bool, fused: nn.Module) -> 
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_deterministic_algorithms_repeat_bit_for_bit(fused: nn.Module) -> None:
+def test_deterministic_algorithms_repeat_bitwise(fused: nn.Module) -> None:
     x, dy = batch(2)
     first = numbers(fused, x, dy)
     for _ in range(5):

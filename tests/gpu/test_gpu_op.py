@@ -357,7 +357,7 @@ def test_one_gradient_alone_is_the_same(wanted: str, S: int, layout: str) -> Non
         (4, 64, 29760, True),
     ],
 )  # fmt: skip
-def test_bit_for_bit_over_100_runs(N: int, C: int, S: int, residual: bool, dtype: torch.dtype, layout: str) -> None:
+def test_bitwise_equal_over_100_runs(N: int, C: int, S: int, residual: bool, dtype: torch.dtype, layout: str) -> None:
     problem = random_problem((N, C, *SPATIAL[S]), dtype, layout, residual=residual)
     first = run(fastenc.instance_norm_prelu, problem)
     for _ in range(99):

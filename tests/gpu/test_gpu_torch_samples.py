@@ -30,7 +30,7 @@ def test_kernels_by_the_rule(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NORMS[:3])
-def test_units(name: str, training: bool) -> None:
+def test_layers(name: str, training: bool) -> None:
     """Running statistics and inputs without a batch among them: the same numbers or the same kind of error."""
     torch.manual_seed(0)
     for unit, twin, x in units(name, "cuda", torch.float32, training):

@@ -73,9 +73,7 @@ def test_no_kernel_converts_a_layout(
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
-def test_recompute_is_the_same_to_the_bit(
-    autocast: bool, net: fastenc.EncoderNet3d, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recompute_is_bitwise_equal(autocast: bool, net: fastenc.EncoderNet3d, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     x = volume()
     kept = gradients(net, x, autocast)

@@ -159,7 +159,7 @@ def test_another_backend_compiles_again() -> None:
     assert compiled.graphs == [3, 0]
 
 
-def test_asked_for_triton_in_vain() -> None:
+def test_triton_backend_raises_with_reason() -> None:
     net, _ = small_twins(torch.float64)
     with taken("triton"), pytest.raises(RuntimeError, match="float64"):
         Compiled(net, fullgraph=False)(volume())

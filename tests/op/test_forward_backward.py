@@ -72,7 +72,7 @@ def test_parameters_in_low_precision(N: int, layout: str, dtype: torch.dtype) ->
     check(x, weight.to(dtype), bias.to(dtype), slope.to(dtype), dy)
 
 
-def test_a_shared_slope_in_float32_beside_parameters_in_low_precision() -> None:
+def test_a_shared_slope_in_float32_with_parameters_in_low_precision() -> None:
     """Its gradient is as near as float32 is, which torch's is not."""
     x, weight, bias, slope, dy = arguments(2, 24, 120, "channels_last", torch.bfloat16)
     given = x, weight.bfloat16(), bias.bfloat16(), slope[:1], 1e-5

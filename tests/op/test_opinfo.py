@@ -19,7 +19,7 @@ def results(y: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_eager_is_torchs_composition_to_the_bit(name: str, dtype: torch.dtype) -> None:
+def test_eager_is_bitwise_torchs_composition(name: str, dtype: torch.dtype) -> None:
     samples = list(calls(name, "cpu", dtype))
     assert samples
     for call in samples:
@@ -83,7 +83,7 @@ def test_samples_that_are_refused(backend: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NORMS[:3])
 @pytest.mark.parametrize("route", ["auto", "fused"])
-def test_units(route: str, name: str, training: bool) -> None:
+def test_layers(route: str, name: str, training: bool) -> None:
     """Running statistics and inputs without a batch among them: the same numbers or the same kind of error."""
     with taken(route) as dtype:
         for unit, twin, x in units(name, "cpu", dtype, training):
@@ -95,7 +95,7 @@ def test_units(route: str, name: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("route", ["auto", "fused"])
-def test_units_with_the_error_inputs_of_prelu(route: str) -> None:
+def test_layers_with_the_error_inputs_of_prelu(route: str) -> None:
     entry = information()["nn.functional.prelu"]
     with taken(route):
         for error in entry.error_inputs_func(entry, "cpu"):

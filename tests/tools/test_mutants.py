@@ -32,7 +32,7 @@ def test_a_line_that_is_gone_is_named() -> None:
         gone.made_of("")
 
 
-def test_what_nobody_tests_survives(tmp_path, capsys) -> None:
+def test_a_mutant_that_no_test_covers_survives(tmp_path, capsys) -> None:
     (tmp_path / "test_nothing.py").write_text("def test_nothing():\n    pass\n")
     assert outcome(tmp_path, ["test_nothing.py"])[0] == 0
     (tmp_path / "test_nothing.py").write_text("def test_nothing():\n    assert False\n")
