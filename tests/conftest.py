@@ -1,4 +1,4 @@
-"""What every test may rely on: one torch thread (tests run in parallel), and a seed of its own.
+"""What every test can rely on: one torch thread (tests run in parallel), and its own seed.
 
 The seed depends on the test's name, not on its file. FASTENC_TEST_SEED=1 (or any other text) draws other numbers for
 every test: a test that then fails passes by luck.

@@ -99,12 +99,12 @@ def test_figures_pictures_and_sources_of_every_machine(tmp_path: Path) -> None:
     assert "| 2×8×5×4×3 channels_last, float32, backward | 4000 |" in text
     row = "| MONAI UNet, 1×8×8×8, batch 2, bfloat16 autocast, training step | 4000 | 3000 | 2000 | 1000 | 3.00 (3.00"
     assert row in text, "against the faster of the two untouched layouts"
-    assert "2×1×8×8×8" not in text, "in a table of its own"
+    assert "2×1×8×8×8" not in text, "in its own table"
     added = "2×4×5×4×3 contiguous, float32, forward, with a residual |"
     assert text.count("2×4×5×4×3") == text.count(added) > 0, "of operations the largest only"
     pictures = {path.name for path in (tmp_path / "plots").iterdir()}
     names = product(("a-gpu", "a-cpu"), plots.PICTURES, plots.THEMES)
-    assert (tmp_path / "plots" / "holiday.png").read_bytes() == b"mine", "somebody else's"
+    assert (tmp_path / "plots" / "holiday.png").read_bytes() == b"mine", "a third-party file"
     assert pictures - {"holiday.png"} == {f"{machine}-{picture}-{theme}.png" for machine, picture, theme in names}
     assert all(f'"plots/{name}"' in text for name in pictures - {"holiday.png"})
     assert text.count('; CPU, A CPU"></picture>') == text.count('; GPU, A GPU"></picture>') == len(plots.PICTURES)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.backends import taken
-from support.plain import assert_all_near, assert_same, small_twins, volume
+from support.plain import assert_all_near, assert_same, small_input, small_twins
 from torch import Tensor, nn
 
 import fastenc
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 
 
 def alive(size: int, kernel: int, stride: int, padding: int) -> list[int]:
-    """The taps that meet the volume, by walking over it."""
+    """The taps that read input, found by visiting every position."""
     outputs = (size + 2 * padding - kernel) // stride + 1
     return sorted({k for k in range(kernel) for o in range(outputs) if 0 <= o * stride - padding + k < size})
 
@@ -262,7 +262,7 @@ def test_a_network_whose_deep_maps_are_small(
     monkeypatch.setattr(convolution, "forward", lambda *a, **k: (ways.append(a[3]), forward(*a, **k))[1])
     with taken(route) as dtype:
         net, plain = small_twins(dtype, layers=[1, 2])
-        assert_same(net, plain, volume(size, dtype=dtype))
+        assert_same(net, plain, small_input(size, dtype=dtype))
     assert any(way.product_forward for way in ways)
 
 
@@ -322,7 +322,7 @@ def test_options_that_torch_refuses(name: str, value: Any, fused: bool) -> None:
 
 @pytest.mark.parametrize("route", ["auto", "fused"])
 def test_options_inside_a_network(route: str) -> None:
-    """Stem, a unit's convolution and the last one; explain and a frozen copy run them as well."""
+    """The stem, a layer's convolution and the last convolution. explain and a frozen copy run them too."""
     with taken(route) as dtype:
         net, plain = small_twins(dtype, layers=[1, 1])
         for network in (net, plain):
@@ -331,7 +331,7 @@ def test_options_inside_a_network(route: str) -> None:
             network.netbody[1].conv_scale.mconv[2].stride = 2
             network.netbody[2].conv_scale.mconv[2].stride = [1, 2, 1]
             network.netbody[3].dilation = 1
-        x = volume(dtype=dtype)
+        x = small_input(dtype=dtype)
         assert_same(net, plain, x)
         with torch.no_grad():
             assert torch.equal(fastenc.freeze(net)(x), net(x))

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.plain import small_twins, volume
+from support.plain import small_input, small_twins
 from torch import Tensor, nn
 
 from fastenc.graphed import Graphed, graphed
@@ -44,7 +44,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 
 def model_and_sample() -> tuple[nn.Module, Tensor]:
-    return small_twins(torch.float32)[0].eval(), volume(dtype=torch.float32)
+    return small_twins(torch.float32)[0].eval(), small_input(dtype=torch.float32)
 
 
 def made(model: nn.Module, sample: Tensor, borrow: bool = False) -> Graphed:
@@ -187,8 +187,8 @@ def test_inference_mode(made_in: Any, called: Any, refreshed_in: Any, recording:
     """Its memory is written to at every call and refresh, in inference mode and outside."""
     model, _ = model_and_sample()
     with made_in():
-        run = made(model, volume(dtype=torch.float32))
-    x = torch.randn_like(volume(dtype=torch.float32))
+        run = made(model, small_input(dtype=torch.float32))
+    x = torch.randn_like(small_input(dtype=torch.float32))
     for _ in range(2):
         with called():
             run(x)

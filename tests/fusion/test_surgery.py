@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.backends import taken
 from support.plain import assert_near
-from support.small_models import Changes, assert_like_untouched, stack, twins, volume
+from support.small_models import Changes, assert_like_untouched, small_input, stack, twins
 from torch import Tensor, nn
 
 import fastenc
@@ -119,10 +119,10 @@ def test_surgery(surgery: Callable[[nn.Sequential], nn.Module]) -> None:
     net, untouched = twins(stack(nn.LeakyReLU(0.1)))
     net, untouched = surgery(net), surgery(untouched)
     with taken("fused"):
-        assert type(net(volume())) is Tensor, "nothing deferred gets out"
-        assert_like_untouched(net, untouched, volume())
+        assert type(net(small_input())) is Tensor, "nothing deferred gets out"
+        assert_like_untouched(net, untouched, small_input())
         with torch.no_grad():
-            x = volume()
+            x = small_input()
             assert_near(net(x), untouched(x).double())
 
 
@@ -130,7 +130,7 @@ def test_hook_on_an_activation_in_place() -> None:
     """By the time a forward hook runs, the activation's input is its output."""
     net, untouched = twins(stack(nn.LeakyReLU(0.1, inplace=True)))
     with taken("fused"):
-        assert_like_untouched(activation_hook(net), activation_hook(untouched), volume())
+        assert_like_untouched(activation_hook(net), activation_hook(untouched), small_input())
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -141,7 +141,7 @@ def test_hook_that_keeps_the_norms_output(inplace: bool) -> None:
     kept: list[Tensor] = []
     for model in net, untouched:
         model[0].register_forward_hook(lambda module, args, output: kept.append(output))
-    x = volume()
+    x = small_input()
     with taken("fused"):
         assert_near(net(x), untouched(x).double())
         with torch.no_grad():
@@ -156,9 +156,9 @@ def test_a_forward_that_becomes_another_one(then: str) -> None:
     net, untouched = twins(Changes())
     net.then = untouched.then = then
     with taken("fused"):
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
         with torch.no_grad():
-            x = volume()
+            x = small_input()
             assert_near(net(x), untouched(x).double())
 
 
@@ -166,7 +166,7 @@ def test_a_forward_that_becomes_another_one(then: str) -> None:
 def test_input_overwritten_before_the_activation() -> None:
     net, untouched = twins(Changes("overwrite the input"))
     assert [norm.detail for norm in net.accelerated] == ["its input is used again before the activation"]
-    x = volume()
+    x = small_input()
     with taken("fused"):
         assert_near(net(x), untouched(x).double())
         net = fastenc.accelerate(Changes())
@@ -190,7 +190,7 @@ def test_gradient_modes_that_change_in_between() -> None:
                 return self.act(z)
 
     net, untouched = twins(Modes())
-    x = volume()
+    x = small_input()
     with taken("fused"):
         assert not net(x).requires_grad
         for model in net, untouched:

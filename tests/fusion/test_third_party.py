@@ -193,7 +193,7 @@ def test_the_committed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["accelerate", "--out", str(tmp_path / "table.md")]) == 0
     kept = KEPT.read_text(encoding="utf-8")
     assert kept == capsys.readouterr().out == (tmp_path / "table.md").read_text(encoding="utf-8"), (
-        f"python -m fastenc accelerate --out bench/{KEPT.name} writes it anew"
+        f"python -m fastenc accelerate --out bench/{KEPT.name} writes it again"
     )
     for name, (fused, alone) in COUNTS.items():
         assert f"| {name} | {fused + alone} | {fused} | {alone} | 0 |" in kept

@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class ResidualBlock(Block):
-    """The second norm's output and a normalised skip are added ahead of the last activation."""
+    """The second norm's output and a normalised skip are added before the last activation."""
 
     def __init__(self, in_planes: int, out_planes: int, stride: int) -> None:
         super().__init__(in_planes, out_planes, stride)

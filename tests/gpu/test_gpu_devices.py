@@ -81,19 +81,19 @@ def test_training_on_a_side_stream(recompute: bool, deterministic: None) -> None
 @recomputing
 def test_a_parameter_elsewhere_gives_the_error_that_torch_gives(name: str, recompute: bool) -> None:
     x = torch.randn(2, 8, 6, 6, 6, device="cuda")
-    unit = fastenc.ConvModern3d(8, 8).cuda()
-    unit.recompute = recompute
+    layer = fastenc.ConvModern3d(8, 8).cuda()
+    layer.recompute = recompute
     owner, _, attribute = name.rpartition(".")
-    setattr(unit.get_submodule(owner), attribute, nn.Parameter(unit.get_parameter(name).cpu()))
+    setattr(layer.get_submodule(owner), attribute, nn.Parameter(layer.get_parameter(name).cpu()))
     with pytest.raises(RuntimeError) as expected:
-        nn.Sequential(*unit.mconv)(x)
+        nn.Sequential(*layer.mconv)(x)
     with pytest.raises(RuntimeError) as found:
-        unit(x)
+        layer(x)
     assert str(found.value) == str(expected.value)
 
 
 def test_an_error_of_earlier_work_is_raised_as_it_is() -> None:
-    """An illegal access breaks the context for good, so a process of its own meets it."""
+    """An illegal access breaks the context permanently, so it happens in a separate process."""
     code = """
 import warnings, torch, fastenc
 from fastenc import route

@@ -26,7 +26,7 @@ CASES = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
 
 @pytest.fixture(scope="module")
 def plain() -> nn.Module:
-    """PyTorch's own Example 1, no parameter at a value where a wrong formula could hide."""
+    """EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3), Example 1, in PyTorch. No parameter hides a wrong formula."""
     torch.manual_seed(0)
     with torch.device("cuda"):
         network = plain_encoder(EXAMPLE_1)

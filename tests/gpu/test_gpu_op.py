@@ -6,7 +6,7 @@ few roundings of the result's dtype, plus what float32 statistics cannot avoid. 
 and a sum of M terms in float32 by a few 2⁻²⁴ of the sum of their sizes when it is taken in blocks.
 
 Where z is within that of 0 its sign, and with it the branch of PReLU, is not determined: dy is 0 there. With a residual
-r, PyTorch rounds z to its dtype ahead of the sum z + r, which takes z's place: that much more is not determined.
+r, PyTorch rounds z to its dtype before the sum z + r, which takes z's place: that much more is not determined.
 """
 
 from collections.abc import Callable
@@ -136,8 +136,8 @@ def plain(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The PyTorch lines that the op replaces; torch.prelu wants slope in x's dtype, and cuDNN five axes at most."""
-    volume = x if x.dim() <= 5 else x.flatten(2)
-    z = F.instance_norm(volume, weight=weight, bias=bias, eps=eps).view_as(x)
+    tensor = x if x.dim() <= 5 else x.flatten(2)
+    z = F.instance_norm(tensor, weight=weight, bias=bias, eps=eps).view_as(x)
     z = z if residual is None else z + residual
     return F.prelu(z, slope.to(z.dtype)) if isinstance(slope, Tensor) else F.leaky_relu(z, slope)
 
@@ -388,7 +388,7 @@ def test_input_is_not_changed() -> None:
 
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 def test_beyond_two_to_the_31_elements(layout: str) -> None:
-    """The first and the last row of a volume of more than 2³¹ elements are what they are alone."""
+    """The first and the last row of a tensor of more than 2³¹ elements are what they are alone."""
     shape = (2, 520, 128, 128, 128)
     needed = 14 * 2 * shape[1] * 2**21
     if torch.cuda.mem_get_info()[0] < needed:

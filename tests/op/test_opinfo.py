@@ -1,11 +1,11 @@
-"""PyTorch's own sample inputs of InstanceNorm, PReLU and LeakyReLU, through the fused operation and through units."""
+"""PyTorch's own sample inputs of InstanceNorm, PReLU and LeakyReLU, through the fused operation and through layers."""
 
 from unittest import mock
 
 import pytest
 import torch
 from support.backends import launches_replaced, taken
-from support.opinfo import ACTIVATIONS, NORMS, SOURCES, activations, calls, distinct_calls, information, outcome, units
+from support.opinfo import ACTIVATIONS, NORMS, SOURCES, activations, calls, distinct_calls, information, layers, outcome
 from support.plain import assert_all_near
 from test_forward_backward import check
 from torch import Tensor, nn
@@ -86,8 +86,8 @@ def test_samples_that_are_refused(backend: str) -> None:
 def test_layers(route: str, name: str, training: bool) -> None:
     """Running statistics and inputs without a batch among them: the same numbers or the same kind of error."""
     with taken(route) as dtype:
-        for unit, twin, x in units(name, "cpu", dtype, training):
-            found, expected = outcome(unit, x), outcome(twin, x)
+        for layer, twin, x in layers(name, "cpu", dtype, training):
+            found, expected = outcome(layer, x), outcome(twin, x)
             if isinstance(expected, type):
                 assert found is expected
             else:
@@ -100,8 +100,8 @@ def test_layers_with_the_error_inputs_of_prelu(route: str) -> None:
     with taken(route):
         for error in entry.error_inputs_func(entry, "cpu"):
             x, slope = error.sample_input.input, error.sample_input.kwargs["weight"]
-            unit = fastenc.ConvModern1d(8, 2)
-            unit.mconv[1].weight = nn.Parameter(slope)
-            found, expected = outcome(unit, x), outcome(unit.mconv, x)
+            layer = fastenc.ConvModern1d(8, 2)
+            layer.mconv[1].weight = nn.Parameter(slope)
+            found, expected = outcome(layer, x), outcome(layer.mconv, x)
             assert isinstance(expected, type)
             assert found is expected

@@ -87,7 +87,7 @@ def test_prediction_is_within_a_percent_of_the_count(N: int, C: int, S: int, res
 
 def test_counting_says_how_many_programs_were_interpreted() -> None:
     case = Case("", 8, 64, 3840, "float32", False, False)  # a program for each of 512 rows, all alike
-    assert findings.count_cases([case]) == [Count(2 * case.volume + 512 * 5 * 32, 1, 512)]
+    assert findings.count_cases([case]) == [Count(2 * case.x_bytes + 512 * 5 * 32, 1, 512)]
 
 
 def test_a_grid_that_the_plan_does_not_explain_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def a_row(
     residual: bool = False,
 ) -> Row:
     case = Case("", 2, C, S, "bfloat16", channels_last, backward, residual)
-    moved = round(bytes_over_x * case.volume)
+    moved = round(bytes_over_x * case.x_bytes)
     return Row.of(case, one_pass, moved, Count(moved, 1, 1), {"sm_80": GOOD, "sm_90": compiled, "gfx942": Compiled()})
 
 
@@ -228,7 +228,7 @@ def a_row(
     ],
 )  # fmt: skip
 def test_ceilings_are_the_designs(S: int, backward: bool, split: bool, ceiling: float) -> None:
-    row = (44 + 12 / 4 if backward else 20) / (S / 4)  # N = 4, itemsize 1: the volume has S bytes
+    row = (44 + 12 / 4 if backward else 20) / (S / 4)  # N = 4, itemsize 1: x has S bytes
     assert ceilings.traffic_ceiling(4, 1, S // 4, 1, backward, split) == pytest.approx(ceiling + row, rel=1e-5)
     added = ceilings.traffic_ceiling(4, 1, S // 4, 1, backward, split, residual=True) - ceiling - row
     assert added == pytest.approx(2 if backward else 1, rel=1e-4)  # r read; backward r read, dr written

@@ -1,4 +1,4 @@
-"""That `make mutants` has work to do: its entries still fit the product. Whether each is caught is a run of its own."""
+"""The entries of mutants.toml still apply to the product. `make mutants` checks that each is caught."""
 
 from collections import Counter
 

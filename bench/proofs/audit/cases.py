@@ -45,7 +45,7 @@ class Case:
         return ITEMSIZE[self.dtype]
 
     @property
-    def volume(self) -> int:
+    def x_bytes(self) -> int:
         """Bytes of x."""
         return self.N * self.C * self.S * self.itemsize
 

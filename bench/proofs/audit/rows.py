@@ -44,8 +44,8 @@ class Row:
         return cls(
             case=case,
             one_pass=one_pass,
-            moved=(predicted if count is None else count.bytes) / case.volume,
-            predicted=predicted / case.volume,
+            moved=(predicted if count is None else count.bytes) / case.x_bytes,
+            predicted=predicted / case.x_bytes,
             ceiling=ceilings.traffic_ceiling(*shape, case.itemsize, case.backward, not one_pass, case.residual),
             interpreted=0 if count is None else count.interpreted,
             programs=0 if count is None else count.programs,
