@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,8 +32,12 @@ def minutes(text: str) -> float:
     return found
 
 
-def add_run(parser: argparse.ArgumentParser, default_minutes: float) -> None:
-    """Add --device, --out and --minutes."""
+def add_run(parser: argparse.ArgumentParser, baselines: Iterable[str], dtype: str) -> None:
+    """Add --dtype with its default, --peers with the names of all baselines, --device, --out and --minutes."""
+    parser.add_argument("--dtype", choices=PRECISIONS, nargs="+", default=[dtype], help=f"one or more ({dtype})")
+    names = list(baselines)
+    only = f"only these of: {', '.join(names)}"
+    parser.add_argument("--peers", choices=names, nargs="+", metavar="BASELINE", help=only)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA if available")
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="DIR", help="folder for the record and pictures (default: %(default)s)"
@@ -41,7 +45,7 @@ def add_run(parser: argparse.ArgumentParser, default_minutes: float) -> None:
     parser.add_argument(
         "--minutes",
         type=minutes,
-        default=default_minutes,
+        default=60,
         metavar="M",
         help="stop within M minutes and keep the results so far (default: %(default)g)",
     )

@@ -36,19 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out-length", type=int, metavar="N", default=32, help="0: return the last map (%(default)s)")
     whole("--size", nargs=3, default=[31, 32, 30], help="spatial shape of the input (31 32 30)")
     whole("--batch", nargs="+", default=[2], help="one or more (2)")
-    parser.add_argument("--dtype", choices=options.PRECISIONS, nargs="+", default=["fp32"], help="one or more (fp32)")
     parser.add_argument(
         "--mode", choices=MODES, nargs="+", default=["infer"],
         help="infer: forward; gradients: forward and backward; train: with a fused AdamW step; one or more (infer)",
     )  # fmt: skip
-    parser.add_argument(
-        "--peers",
-        choices=SUITE.baselines,
-        nargs="+",
-        metavar="BASELINE",
-        help=f"only these of: {', '.join(SUITE.baselines)}",
-    )
-    options.add_run(parser, 60)
+    options.add_run(parser, SUITE.baselines, "fp32")
     parser.epilog = (
         "The default network is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3). bf16 and fp16 run under autocast. "
         "exit status: 0 done; 1 fastenc failed or disagreed with eager; 2 the arguments cannot be used; 130 stopped by "

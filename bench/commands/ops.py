@@ -16,12 +16,9 @@ PURPOSE = "time the fused operation and its baselines on the shapes of a network
 SIZE = (31, 32, 30)
 # Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3).
 DEPTHS = {
-    "example1": (3, 3, 3, 3, 3),
-    "encnet12": (2, 2, 2, 2, 2),
-    "encnet15": (2, 2, 3, 3, 3),
-    "encnet17": (3, 3, 3, 3, 3),
+    "example1": (3, 3, 3, 3, 3), "encnet12": (2, 2, 2, 2, 2), "encnet15": (2, 2, 3, 3, 3), "encnet17": (3, 3, 3, 3, 3),
     "encnet22": (4, 4, 4, 4, 4),
-}
+}  # fmt: skip
 NETWORKS = {name: (Network(64, depths, 3, 32), SIZE) for name, depths in DEPTHS.items()}
 NETWORKS["volume128"] = (Network(32, (2, 2, 2, 2, 2), 1, 2), (128, 128, 128))
 
@@ -48,18 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=options.positive, default=2, metavar="N", help="batch size of the network (%(default)s)"
     )
-    parser.add_argument("--dtype", choices=options.PRECISIONS, nargs="+", default=["fp32"], help="one or more (fp32)")
     parser.add_argument(
         "--layout", choices=get_args(Layout), nargs="+", default=list(get_args(Layout)), help="one or both (both)"
     )
-    parser.add_argument(
-        "--peers",
-        choices=SUITE.baselines,
-        nargs="+",
-        metavar="BASELINE",
-        help=f"only these of: {', '.join(SUITE.baselines)}",
-    )
-    options.add_run(parser, 60)
+    options.add_run(parser, SUITE.baselines, "fp32")
     parser.epilog = (
         "GB/s counts x and y for the forward, and x, dy and dx for the backward; with a residual also r, and dr for "
         "the backward. On a GPU the inputs rotate over more than the L2 cache. exit status: 0 done; 1 fastenc failed "

@@ -225,47 +225,58 @@ def memory(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | Non
     return figure
 
 
+def _grid(count: int, height: float, **options: Any) -> tuple[Figure, list[Any]]:
+    """A figure with `count` panels, two side by side, each `height` inches high."""
+    rows = ceil(count / 2)
+    figure = Figure(figsize=(WIDTH, height * rows + 0.6), layout="constrained")
+    panels = list(figure.subplots(rows, min(2, count), squeeze=False, **options).flat)
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    return figure, panels[:count]
+
+
+def _curves(
+    panel: Any, workloads: Sequence[Workload], baselines: Sequence[str], point: Callable[[Workload, float], Any]
+) -> None:
+    """Draw a line for each baseline through point(workload, seconds) of the workloads."""
+    for baseline, marker in zip(baselines, cycle(MARKERS)):
+        results = ((each, each.timed(baseline)) for each in workloads)
+        points = sorted(point(each, found.time.median) for each, found in results if found is not None and found.time)
+        if points:
+            style = {"color": colour(baseline), "markersize": 4, "label": _short(baseline)}
+            panel.plot(*zip(*points, strict=True), marker + "-", **style)
+
+
+def _legend(figure: Figure, panels: Sequence[Any]) -> None:
+    """One legend below the panels, for all their lines."""
+    handles = {text: line for panel in panels for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
+
+
 def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
     """The fraction of copy bandwidth that the operation reaches, over the size of x."""
     ops = [each for each in workloads if each.kind == "instance_norm_prelu" and each.floor is not None]
     if not ops:
         return None
-    panels = Counter((each.dtype, each.mode != "forward", each.layout) for each in ops)
-    most = max(panels.values())
-    chosen = sorted(panel for panel, sizes in panels.items() if sizes > 1 or most == 1)
-    rows = ceil(len(chosen) / 2)
-    figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
-    baselines = _baselines(ops)
-    marks = dict(zip(baselines, cycle(MARKERS)))
-    for panel, (dtype, backward, layout) in zip(axes.flat, chosen, strict=False):
+    sizes = Counter((each.dtype, each.mode != "forward", each.layout) for each in ops)
+    most = max(sizes.values())
+    chosen = sorted(panel for panel, count in sizes.items() if count > 1 or most == 1)
+    figure, panels = _grid(len(chosen), 2.5, sharex=True, sharey=True)
+
+    def point(workload: Workload, seconds: float) -> tuple[float, float]:
+        return prod(workload.shape) * ITEMSIZE[workload.dtype] / 1e6, (workload.floor or 0.0) / seconds
+
+    for panel, (dtype, backward, layout) in zip(panels, chosen, strict=True):
         here = [e for e in ops if (e.dtype, e.mode != "forward", e.layout) == (dtype, backward, layout)]
-        for baseline in baselines:
-            points = sorted(
-                (prod(each.shape) * ITEMSIZE[each.dtype] / 1e6, (each.floor or 0.0) / result.time.median)
-                for each in here
-                for result in timed(each)
-                if result.peer == baseline and result.time is not None
-            )
-            if points:
-                panel.plot(
-                    *zip(*points, strict=True),
-                    marks[baseline] + "-",
-                    color=colour(baseline),
-                    markersize=4,
-                    label=_short(baseline),
-                )
+        _curves(panel, here, _baselines(ops), point)
         panel.axhline(1, color=theme["ink"], linewidth=1, linestyle=DASHES)
         panel.set_title(f"{'backward' if backward else 'forward'}, {layout}, {dtype}")
         panel.set_xscale("log")
         panel.set_ylim(bottom=0)
         panel.grid()
-    for panel in axes.flat[len(chosen) :]:
-        panel.set_axis_off()
     figure.supxlabel("MB of x", fontsize=9)
     figure.supylabel("fraction of copy bandwidth", fontsize=9)
-    handles = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
+    _legend(figure, panels)
     return figure
 
 
@@ -280,27 +291,10 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
     found = [group for group in found if len({each.shape[0] for each in group}) > 1]
     if not found:
         return None
-    rows = ceil(len(found) / 2)
-    figure = Figure(figsize=(WIDTH, 3.0 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, min(2, len(found)), squeeze=False)
+    figure, panels = _grid(len(found), 3.0)
     baselines = _baselines(each for group in found for each in group)
-    marks = dict(zip(baselines, cycle(MARKERS)))
-    for panel, group in zip(axes.flat, found, strict=False):
-        for baseline in baselines:
-            points = sorted(
-                (each.shape[0], 1e3 * result.time.median)
-                for each in group
-                for result in timed(each)
-                if result.peer == baseline and result.time is not None
-            )
-            if points:
-                panel.plot(
-                    *zip(*points, strict=True),
-                    marks[baseline] + "-",
-                    color=colour(baseline),
-                    markersize=4,
-                    label=_short(baseline),
-                )
+    for panel, group in zip(panels, found, strict=True):
+        _curves(panel, group, baselines, lambda workload, seconds: (workload.shape[0], 1e3 * seconds))
         floors = sorted((each.shape[0], 1e3 * each.floor) for each in group if each.floor is not None)
         if floors:
             panel.plot(*zip(*floors, strict=True), color=theme["ink"], linestyle=DASHES, linewidth=1, label="floor")
@@ -315,10 +309,7 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
         panel.set_ylabel("ms")
         panel.set_title(f"{group[0].mode}\n{_title(group[0]).split(chr(10), 1)[1]}")
         panel.grid()
-    for panel in axes.flat[len(found) :]:
-        panel.set_axis_off()
-    handles = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
+    _legend(figure, panels)
     return figure
 
 

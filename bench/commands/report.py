@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fastenc.commands.shell import write_whole
 from .. import arguments as options
 from ..baselines.suite import EAGER, FASTENC
 from ..engine.machine import CHECKOUT
-from ..engine.record import Record, Result, Workload, load
+from ..engine.record import Record, Workload, load
 from ..engine.table import against, milliseconds
 
 PURPOSE = "write README's tables and pictures from records"
@@ -29,6 +29,7 @@ from a checkout, this measures it (tests first, then timings; one JSON record, o
 python3 -m fastenc bench gpu --out bench-out --minutes 8
 ```
 """
+FASTEST = "fastest of fastenc"
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 ALT = {
     "speedup": "Speed-up of EncoderNet3d over eager PyTorch, for every baseline",
@@ -170,78 +171,73 @@ def _sources(records: Sequence[Record], workloads: Sequence[Workload]) -> str:
     return f"From {commands}."
 
 
+def _table(first: str, times: Sequence[str], rest: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table. first: the first heading. times: the headings of the times. rest: the last headings."""
+    headings = [first, *(f"{name} ms" for name in times), *rest]
+    rule = ["---" if text in (first, FASTEST) else "---:" for text in headings]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (headings, rule, *rows))
+
+
 def _network_table(networks: Sequence[Workload]) -> str:
     """A table with a row for each EncoderNet3d."""
-    lines = [
-        "| network | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile | of the floor "
-        "| peak memory ÷ eager's | fastest of fastenc |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
-    for workload in networks:
-        assert workload.network is not None
-        size = "×".join(map(str, workload.shape[1:]))
-        what = (
-            f"channel {workload.network.channel}, layers {' '.join(map(str, workload.network.layers))}, {size}, "
-            f"batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
-        )
-        eager, compiled = workload.timed(EAGER), workload.fastest("torch.compile")
-        columns = _columns(workload, (eager, compiled, workload.timed(FASTENC)), (eager, compiled))
-        lines.append(f"| {what} | {columns} | {_memory_and_fastest(workload)} |")
-    return "\n".join(lines) + "\n"
+    rows = [[_network(each), *_times(each, (EAGER,)), *_memory_and_fastest(each)] for each in networks]
+    rest = ("× eager", "× best torch.compile", "of the floor", "peak memory ÷ eager's", FASTEST)
+    return _table("network", ("eager", "best torch.compile", "fastenc"), rest, rows)
 
 
-def _third_party_table(clients: Sequence[Workload]) -> str:
+def _third_party_table(workloads: Sequence[Workload]) -> str:
     """A table with a row for each third-party model, compared with the faster of its two unchanged layouts."""
-    lines = [
-        "| accelerated | eager ms | channels_last_3d ms | best torch.compile ms | fastenc ms | × best untouched "
-        "| × best torch.compile | of the floor | peak memory ÷ eager's | fastest of fastenc |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
-    for workload in clients:
-        assert workload.client is not None
-        size = "×".join(map(str, workload.shape[1:]))
-        what = f"{workload.client.name}, {size}, batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
-        untouched = [workload.timed(baseline) for baseline in (EAGER, "eager channels_last_3d")]
-        compiled = workload.fastest("torch.compile")
-        times = (*untouched, compiled, workload.timed(FASTENC))
-        columns = _columns(workload, times, (workload.fastest(EAGER), compiled))
-        lines.append(f"| {what} | {columns} | {_memory_and_fastest(workload)} |")
-    return "\n".join(lines) + "\n"
+    unchanged = (EAGER, "eager channels_last_3d")
+    rows = [[_network(each), *_times(each, unchanged), *_memory_and_fastest(each)] for each in workloads]
+    rest = ("× best untouched", "× best torch.compile", "of the floor", "peak memory ÷ eager's", FASTEST)
+    return _table("accelerated", ("eager", "channels_last_3d", "best torch.compile", "fastenc"), rest, rows)
 
 
 def _op_table(ops: Sequence[Workload]) -> str:
     """A table with a row for each direction and layout of the largest tensor. The pictures show the others."""
     largest = {each.kind: prod(each.shape) for each in sorted(ops, key=lambda each: prod(each.shape))}
-    lines = [
-        "| instance_norm_prelu | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile "
-        "| of copy bandwidth |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+    rows = [
+        [
+            f"{'×'.join(map(str, each.shape))} {each.layout}, {each.precision}, {each.mode}"
+            + (", with a residual" if each.kind == "instance_norm_add_prelu" else ""),
+            *_times(each, (EAGER,)),
+        ]
+        for each in ops
+        if prod(each.shape) == largest[each.kind]
     ]
-    for workload in (each for each in ops if prod(each.shape) == largest[each.kind]):
-        what = f"{'×'.join(map(str, workload.shape))} {workload.layout}, {workload.precision}, {workload.mode}"
-        what += ", with a residual" if workload.kind == "instance_norm_add_prelu" else ""
-        eager, compiled = workload.timed(EAGER), workload.fastest("torch.compile")
-        columns = _columns(workload, (eager, compiled, workload.timed(FASTENC)), (eager, compiled))
-        lines.append(f"| {what} | {columns} |")
-    return "\n".join(lines) + "\n"
+    rest = ("× eager", "× best torch.compile", "of copy bandwidth")
+    return _table("instance_norm_prelu", ("eager", "best torch.compile", "fastenc"), rest, rows)
 
 
-def _columns(workload: Workload, times: Sequence[Result | None], rivals: Sequence[Result | None]) -> str:
-    """Cells: times, fastenc's gain over `rivals`, and the floor over fastenc's time."""
-    cells = ["–" if one is None or one.time is None else milliseconds(one.time.median) for one in times]
+def _network(workload: Workload) -> str:
+    """A network, the shape of its input, and how it runs, as a cell."""
+    name = "" if workload.client is None else str(workload.client.name)
+    if workload.network is not None:
+        name = f"channel {workload.network.channel}, layers {' '.join(map(str, workload.network.layers))}"
+    size = "×".join(map(str, workload.shape[1:]))
+    return f"{name}, {size}, batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
+
+
+def _times(workload: Workload, unchanged: Sequence[str]) -> list[str]:
+    """Cells: the times of `unchanged`, torch.compile and fastenc, fastenc's gains, and the floor over its time."""
+    plain, fused = [workload.timed(name) for name in unchanged], workload.timed(FASTENC)
+    compiled = workload.fastest("torch.compile")
+    rivals = [plain[0] if len(plain) == 1 else workload.fastest(EAGER), compiled]
+    cells = [
+        "–" if one is None or one.time is None else milliseconds(one.time.median) for one in (*plain, compiled, fused)
+    ]
     cells += ["–" if one is None else against(workload, one.over_fastenc) or "–" for one in rivals]
-    fused, share = workload.timed(FASTENC), "–"
+    share = "–"
     if workload.floor is not None and fused is not None and fused.time is not None:
         share = f"{100 * workload.floor / fused.time.median:.0f} %"
-    return " | ".join([*cells, share])
+    return [*cells, share]
 
 
-def _memory_and_fastest(workload: Workload) -> str:
+def _memory_and_fastest(workload: Workload) -> list[str]:
     """Cells: fastenc's peak memory over eager's, and the fastest form of fastenc."""
     eager, fused, best = workload.timed(EAGER), workload.timed(FASTENC), workload.fastest(FASTENC)
     smaller = "" if eager is None or fused is None else _quotient(fused.peak_memory, eager.peak_memory)
-    fastest = "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"
-    return f"{smaller} | {fastest}"
+    return [smaller, "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"]
 
 
 def _quotient(above: int | None, below: int | None) -> str:

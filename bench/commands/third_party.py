@@ -32,16 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="spatial shape of the input (128 128 128)",
     )
     parser.add_argument("--batch", type=options.positive, nargs="+", default=[2], metavar="N", help="one or more (2)")
-    parser.add_argument("--dtype", choices=options.PRECISIONS, nargs="+", default=["bf16"], help="one or more (bf16)")
     parser.add_argument("--mode", choices=MODES, nargs="+", default=["train"], help="one or more (train)")
-    parser.add_argument(
-        "--peers",
-        choices=SUITE.baselines,
-        nargs="+",
-        metavar="BASELINE",
-        help=f"only these of: {', '.join(SUITE.baselines)}",
-    )
-    options.add_run(parser, 60)
+    options.add_run(parser, SUITE.baselines, "bf16")
     parser.epilog = (
         "bf16 and fp16 run under autocast. exit status: 0 done; 1 fastenc failed or disagreed with eager; "
         "2 the arguments cannot be used or a package is missing; 130 stopped by Ctrl-C"

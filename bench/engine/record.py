@@ -35,14 +35,6 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class MatmulRate:
-    """Operations per second of a large matrix product; float32 uses TF32 if the run's convolutions may."""
-
-    dtype: DType
-    rate: float
-
-
-@dataclass(frozen=True)
 class Machine:
     """The device, its software and its measured ceilings. `copy_bandwidth` counts bytes read and bytes written."""
 
@@ -239,6 +231,14 @@ class Record:
     after: Condition | None = None
     note: str = ""
     schema: str = SCHEMA
+
+
+@dataclass(frozen=True)
+class MatmulRate:
+    """Operations per second of a large matrix product; float32 uses TF32 if the run's convolutions may."""
+
+    dtype: DType
+    rate: float
 
 
 def write(record: Record, path: Path) -> None:

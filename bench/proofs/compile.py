@@ -14,18 +14,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
-import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from .driver import StandInDriver
 from .interpret import kernel_modules
-
-SHARED_BYTES = 232448  # of a block on sm_90, the largest of all targets here
 
 PATTERNS = {
     "load": re.compile(r"\bLDG\."),
@@ -63,47 +60,14 @@ class Launch:
         return self.compiled.metadata.num_warps
 
 
-def target(architecture: int | str) -> GPUTarget:
-    """The target of an architecture: 80, 90, 100, … for CUDA, or a name such as "gfx942" for ROCm."""
-    if isinstance(architecture, int):
-        return GPUTarget("cuda", architecture, 32)
-    return GPUTarget("hip", architecture, 64)
-
-
-class _RecordingDriver:
-    """Replaces triton's GPU driver: reports a target to compile for, and launches nothing."""
+class _RecordingDriver(StandInDriver):
+    """Launches nothing."""
 
     def __init__(self, architecture: int | str) -> None:
-        self.target = target(architecture)
-        properties = {
-            "max_shared_mem": SHARED_BYTES,
-            "multiprocessor_count": 132,
-            "max_num_regs": 65536,
-            "warpSize": 32,
-        }
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties,
-            load_binary=lambda *arguments: (object(), object(), 0, 0, 1024),
-            unload_module=lambda module: None,
-        )
+        super().__init__(architecture, lambda *arguments: (object(), object(), 0, 0, 1024))
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         return lambda *arguments: None
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def set_current_device(self, device: int) -> None:
-        pass
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 @contextmanager
