@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import taken
+from support.backends import either_route, taken
 from support.plain import assert_near, small_input, small_twins
 from torch import Tensor, nn
 
 import fastenc
 from fastenc import freeze
-
-either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 @either_route

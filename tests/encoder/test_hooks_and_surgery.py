@@ -8,6 +8,7 @@ import re
 import types
 import warnings
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def rows(net: nn.Module) -> dict[str, Any]:
     return {row.name: row for row in explain(net, small_input())}
 
 
-def assert_only_the_middle_unit_is_eager(net: nn.Module) -> None:
+def assert_only_the_middle_layer_is_eager(net: nn.Module) -> None:
     found = rows(net)
     assert list(found) == LAYERS
     for name, row in found.items():
@@ -96,7 +97,7 @@ def test_hook_on_a_submodule(kind: str, place: str) -> None:
             logs.append(log)
         assert logs == [[place], [place]]
         assert_all_near(*outcomes)
-        assert_only_the_middle_unit_is_eager(net)
+        assert_only_the_middle_layer_is_eager(net)
 
         handles[0].remove()
         logs[0].clear()
@@ -107,33 +108,23 @@ def test_hook_on_a_submodule(kind: str, place: str) -> None:
         assert {row.route for row in rows(net).values()} == {"triton"}
 
 
-@pytest.mark.parametrize("place", ["mconv.0", "mconv.1", "mconv.2", "mconv", ""])
-def test_hook_that_changes_the_output(place: str) -> None:
+CHANGES: dict[str, tuple[str, Callable[..., object]]] = {
+    "output": ("register_forward_hook", lambda module, args, y: 2 * y + 1),
+    "input": ("register_forward_pre_hook", lambda module, args: (args[0] * 3 - 1,)),
+    "gradient": ("register_full_backward_hook", lambda module, grad_input, grad_output: (grad_input[0] * 3,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "place"),
+    [*product(CHANGES, ["mconv.0", "mconv.1", "mconv.2"]), ("output", "mconv"), ("output", "")],
+)
+def test_hook_that_changes_the_result(changed: str, place: str) -> None:
     net, plain = network_twins()
+    register, hook = CHANGES[changed]
     with taken("fused"):
         for network in (net, plain):
-            module = network.get_submodule(f"{MIDDLE}.{place}".rstrip("."))
-            module.register_forward_hook(lambda module, args, y: 2 * y + 1)
-        assert_all_near(results(net), results(plain))
-
-
-@pytest.mark.parametrize("place", ["mconv.0", "mconv.1", "mconv.2"])
-def test_pre_hook_that_changes_the_input(place: str) -> None:
-    net, plain = network_twins()
-    with taken("fused"):
-        for network in (net, plain):
-            module = network.get_submodule(f"{MIDDLE}.{place}")
-            module.register_forward_pre_hook(lambda module, args: (args[0] * 3 - 1,))
-        assert_all_near(results(net), results(plain))
-
-
-@pytest.mark.parametrize("place", ["mconv.0", "mconv.1", "mconv.2"])
-def test_backward_hook_that_changes_the_gradient(place: str) -> None:
-    net, plain = network_twins()
-    with taken("fused"):
-        for network in (net, plain):
-            module = network.get_submodule(f"{MIDDLE}.{place}")
-            module.register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * 3,))
+            getattr(network.get_submodule(f"{MIDDLE}.{place}".rstrip(".")), register)(hook)
         assert_all_near(results(net), results(plain))
 
 
@@ -179,16 +170,21 @@ def test_global_hook(kind: str) -> None:
         assert {row.route for row in rows(net).values()} == {"triton"}
 
 
+def results_without_eager_norms(net: nn.Module) -> list[Tensor]:
+    with taken("fused"), eager_norms() as calls:
+        found = results(net)
+    assert calls.call_count == 0
+    return found
+
+
 @pytest.mark.parametrize("place", ["netbody.0", "netbody.3", "netbody.4", "fc", "netbody.1", MIDDLE])
 def test_a_hook_on_other_modules_leaves_the_layers_fused(place: str) -> None:
     net, plain = network_twins()
     log: list[str] = []
     net.get_submodule(place).register_forward_hook(logged(log, place))
+    found = results_without_eager_norms(net)
+    assert log == [place]
     with taken("fused"):
-        with eager_norms() as calls:
-            found = results(net)
-        assert calls.call_count == 0
-        assert log == [place]
         assert_all_near(found, results(plain))
 
 
@@ -201,11 +197,9 @@ def test_hooks_on_a_parameter(name: str) -> None:
         parameter = network.get_parameter(f"{MIDDLE}.{name}")
         parameter.register_hook(lambda gradient: 5 * gradient)
     net.get_parameter(f"{MIDDLE}.{name}").register_post_accumulate_grad_hook(logged(log, name))
+    found = results_without_eager_norms(net)
+    assert log == [name]
     with taken("fused"):
-        with eager_norms() as calls:
-            found = results(net)
-        assert calls.call_count == 0
-        assert log == [name]
         assert_all_near(found, results(plain))
 
 
@@ -289,15 +283,22 @@ TAMPERED: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TAMPERED)
-def test_a_tampered_layer_runs_its_submodules(name: str) -> None:
+def checked_change(change: Callable[[nn.Module], Any]) -> nn.Module:
+    """The network with its middle layer changed, after a check that its results are those of its changed twin."""
     net, plain = network_twins()
     for network in (net, plain):
-        TAMPERED[name](network.get_submodule(MIDDLE))
+        change(network.get_submodule(MIDDLE))
     with taken("fused"):
         assert_all_near(results(net), results(plain))
         assert_all_near(results(net, training=False), results(plain, training=False))
-        assert_only_the_middle_unit_is_eager(net)
+    return net
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_tampered_layer_runs_its_submodules(name: str) -> None:
+    net = checked_change(TAMPERED[name])
+    with taken("fused"):
+        assert_only_the_middle_layer_is_eager(net)
     with taken("triton"):
         reason = rows(net)[MIDDLE].reason
         with pytest.raises(RuntimeError, match=re.escape(reason)):
@@ -310,10 +311,8 @@ def test_parametrization_removed_is_fused_again() -> None:
         norm = network.get_submodule(MIDDLE).mconv[0]
         parametrize.register_parametrization(norm, "weight", Doubled())
         parametrize.remove_parametrizations(norm, "weight")
+    found = results_without_eager_norms(net)
     with taken("fused"):
-        with eager_norms() as calls:
-            found = results(net)
-        assert calls.call_count == 0
         assert_all_near(found, results(plain))
 
 
@@ -343,12 +342,8 @@ CHANGED: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_changed_layer_gives_the_changed_result(name: str) -> None:
     """Such a layer may stay fused or not, but its result must be right."""
-    net, plain = network_twins()
-    for network in (net, plain):
-        CHANGED[name](network.get_submodule(MIDDLE))
+    net = checked_change(CHANGED[name])
     with taken("fused"):
-        assert_all_near(results(net), results(plain))
-        assert_all_near(results(net, training=False), results(plain, training=False))
         for layer in (LAYERS[0], LAYERS[2]):
             assert rows(net)[layer].route == "triton"
 

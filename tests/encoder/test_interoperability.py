@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from support.backends import taken
+from support.backends import either_route, taken
 from support.plain import (
     SMALL,
     PlainEncoder,
@@ -38,7 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastenc import EncoderNet3d
 
 pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
-either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 # Copies and files
@@ -285,6 +284,12 @@ def test_gradient_scaler(route: str) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=2**-10 * max(1.0, b.abs().max().item()))
 
 
+def sgd_step(network: nn.Module, x: Tensor) -> None:
+    network(x).square().mean().backward()
+    torch.optim.SGD(network.parameters(), lr=0.01).step()
+    network.zero_grad()
+
+
 @either_route
 def test_average_of_the_weights(route: str) -> None:
     """An exponential moving average is updated during training and evaluated between its steps."""
@@ -292,11 +297,8 @@ def test_average_of_the_weights(route: str) -> None:
         averages = []
         for network in small_twins(dtype):
             average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.8))
-            optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
             for _ in range(3):
-                network(small_input(dtype=dtype)).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                sgd_step(network, small_input(dtype=dtype))
                 average.update_parameters(network)
                 average(small_input(dtype=dtype))
             averages.append(average)
@@ -353,11 +355,8 @@ def test_convolutions_changed(change: Callable[[nn.Module], object], route: str)
             torch.manual_seed(0)  # of the vectors that a spectral norm starts from
             for layer in [m for m in network.modules() if isinstance(m, (nn.Conv3d, nn.Linear))]:
                 change(layer)
-            optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
             for _ in range(2):
-                network(small_input(dtype=dtype)).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                sgd_step(network, small_input(dtype=dtype))
             networks.append(network)
         assert_same(*networks, small_input(dtype=dtype))
         assert_same(*(network.eval() for network in networks), small_input(dtype=dtype))

@@ -16,14 +16,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from support.backends import taken
+from support.backends import either_route, taken
 from support.plain import assert_near, assert_same, small_input, small_twins
 from torch import fx
 
 pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 OTHER_SIZE = (9, 8, 11)
 vector_and_map = pytest.mark.parametrize("out_length", [2, None])
-either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 @either_route

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,18 +62,13 @@ def test_a_stream_of_another_gpu() -> None:
 
 
 @recomputing
-def test_training_on_a_side_stream(recompute: bool, deterministic: None) -> None:
+def test_training_on_a_side_stream(
+    recompute: bool, deterministic: None, on_a_side_stream: Callable[..., list[Tensor]]
+) -> None:
     """Forward and backward on a stream that is still busy making x."""
     net, x = network(recompute), torch.randn(SIZE, device="cuda")
     expected = results(net, x)
-    made = torch.zeros_like(x)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
-        made.copy_(x)
-        found = results(net, made)
-    stream.synchronize()
+    found = on_a_side_stream(lambda made: results(net, made), x)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
 

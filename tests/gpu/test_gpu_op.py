@@ -12,6 +12,7 @@ r, PyTorch rounds z to its dtype before the sum z + r, which takes z's place: th
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,15 +128,8 @@ def settle(problem: Problem) -> Problem:
     return replace(problem, dy=problem.dy.masked_fill(undetermined(problem), 0))
 
 
-def plain(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    eps: float,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The PyTorch lines that the op replaces; torch.prelu wants slope in x's dtype, and cuDNN five axes at most."""
+def plain(x: Tensor, weight: Any, bias: Any, slope: Any, eps: float, residual: Tensor | None = None) -> Tensor:
+    """The PyTorch lines that the operation replaces. torch.prelu needs slope in x's dtype, cuDNN at most five axes."""
     tensor = x if x.dim() <= 5 else x.flatten(2)
     z = F.instance_norm(tensor, weight=weight, bias=bias, eps=eps).view_as(x)
     z = z if residual is None else z + residual

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.backends import launches_replaced, taken
+from support.backends import either_route, launches_replaced, taken
 from support.plain import assert_all_near, assert_near, gradients, small_input, small_twins
 from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
@@ -20,7 +20,6 @@ from fastenc import explain
 from fastenc import route as routes
 
 pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
-either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 # Function transforms

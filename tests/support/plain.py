@@ -52,15 +52,9 @@ class PlainEncoder(nn.Module):
     """EncoderNet1d, 2d or 3d for order 1, 2 or 3."""
 
     def __init__(
-        self,
-        channel: int,
-        layers: Sequence[int],
-        kernel_size: int | Sequence[int] = 3,
-        in_planes: int = 1,
-        out_length: int | None = 2,
-        *,
+        self, channel: int, layers: Sequence[int], kernel_size: Any = 3, in_planes: int = 1, out_length: Any = 2, *,
         order: int = 3,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         asked = [kernel_size] * order if isinstance(kernel_size, int) else list(kernel_size)
         kernel = [k if k > 1 else 1 for k in asked]
