@@ -1,4 +1,4 @@
-"""`python -m fastenc bench SUBCOMMAND`: what fastenc costs and gains on this machine."""
+"""`python -m fastenc bench SUBCOMMAND`: measure fastenc and its baselines on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .commands import audit, compare, gpu, ops, report, third_party, tune
 
 @dataclass(frozen=True)
 class Subcommand:
-    """What one subcommand is for, its arguments, and its body, which returns the exit status."""
+    """A subcommand: its purpose for the help text, its arguments, and its body, which returns the exit status."""
 
     purpose: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -37,7 +37,7 @@ SUBCOMMANDS = {
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (by default the process's own) and return its exit status."""
+    """Run the command line `arguments` (by default those of the process) and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m fastenc bench", description=__doc__)
     parser.add_argument("--version", action="version", version=f"fastenc {__version__}")

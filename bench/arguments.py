@@ -1,11 +1,11 @@
-"""Arguments that the subcommands share, and what makes them unusable."""
+"""Arguments that the subcommands share, and the reasons why their values cannot be used."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,14 +15,14 @@ OUT = Path("bench-out")
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text}; a whole number of at least 1 is needed")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 
 def minutes(text: str) -> float:
-    """A number of minutes above 0."""
+    """Parse a positive number of minutes."""
     try:
         found = float(text)
     except ValueError:
@@ -32,39 +32,41 @@ def minutes(text: str) -> float:
     return found
 
 
-def add_run(parser: argparse.ArgumentParser, default_minutes: float) -> None:
-    """--device, --out and --minutes."""
-    parser.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA where there is one"
-    )
+def add_run(parser: argparse.ArgumentParser, baselines: Iterable[str], dtype: str) -> None:
+    """Add --dtype with its default, --peers with the names of all baselines, --device, --out and --minutes."""
+    parser.add_argument("--dtype", choices=PRECISIONS, nargs="+", default=[dtype], help=f"one or more ({dtype})")
+    names = list(baselines)
+    only = f"only these of: {', '.join(names)}"
+    parser.add_argument("--peers", choices=names, nargs="+", metavar="BASELINE", help=only)
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA if available")
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="DIR", help="folder for the record and pictures (default: %(default)s)"
     )
     parser.add_argument(
         "--minutes",
         type=minutes,
-        default=default_minutes,
+        default=60,
         metavar="M",
-        help="stop by itself within so many, and keep what was measured (default: %(default)g)",
+        help="stop within M minutes and keep the results so far (default: %(default)g)",
     )
 
 
 def device_problem(asked: str) -> str | None:
-    """Why the device that was asked for is not here; None if it is."""
+    """Why the requested device is not available, or None if it is."""
     if asked != "cuda" or torch.cuda.is_available():
         return None
     return f"--device cuda: torch {torch.__version__} sees no CUDA GPU here; --device cpu runs without one"
 
 
 def chosen_device(asked: str) -> torch.device:
-    """The device to run on."""
+    """The device for this value of --device."""
     if asked != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def folder_problem(folder: Path, option: str = "--out") -> str | None:
-    """Why `folder` cannot be written to; it is made where it is missing."""
+    """Why `folder` cannot be written to, or None if it can. Creates it if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -75,7 +77,7 @@ def folder_problem(folder: Path, option: str = "--out") -> str | None:
 
 
 def without_folder(arguments: Sequence[str]) -> list[str]:
-    """The command line without --out: a record does not say where it was put."""
+    """The command line without --out, because a record does not contain paths of its machine."""
     kept, skip = [], False
     for each in arguments:
         if not skip and each != "--out" and not each.startswith("--out="):

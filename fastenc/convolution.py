@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from fastenc.kernels.layout import MEMORY_FORMAT
 
 from . import route
-from .live_taps import Way, Window, way_of
+from .live_taps import ConvPlan, Window, plan_convolution
 from .saved import save, saved
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -66,7 +66,7 @@ def is_channels_last(x: Tensor) -> bool:
     return stride[0] > 0 and all(a <= b for a, b in pairwise(stride))
 
 
-def prepare(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, Way] | None:
+def plan_for(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, ConvPlan] | None:
     """weight, bias and way of layer for x; None where layer(x) is to be called: torch's own way, or its own error."""
     if is_compiling():  # a choice by the size would be baked in, and a graph must hold at every size
         return None
@@ -80,11 +80,11 @@ def prepare(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, 
     device = _device(x) if torch.are_deterministic_algorithms_enabled() else x.device.type
     rest = layer.groups, weight.is_contiguous(), device, fused, "cuts" in layer.__dict__
     try:
-        way = way_of(x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, *rest)
+        plan = plan_convolution(x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, *rest)
     except TypeError:  # an option was set to an int or a list, which torch takes too
         options = [_per_axis(option, x.dim() - 2) for option in (layer.stride, layer.padding, layer.dilation)]
-        way = None if None in options else way_of(x.shape, weight.shape, *options, *rest)
-    return None if way is None else (weight, bias, way)
+        plan = None if None in options else plan_convolution(x.shape, weight.shape, *options, *rest)
+    return None if plan is None else (weight, bias, plan)
 
 
 def _per_axis(option: Any, axes: int) -> tuple[int, ...] | None:
@@ -113,16 +113,16 @@ def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:
     A layer that is no plain nn.Conv1d, 2d or 3d is called. On the fused route x is channels-last where torch has such a
     layout, and so is the result.
     """
-    prepared = prepare(layer, x, fused)
+    prepared = plan_for(layer, x, fused)
     if prepared is None:
         return layer(x)
-    weight, bias, way = prepared
+    weight, bias, plan = prepared
     dtype = compute_dtype(x)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return Convolution.apply(x, weight, bias, way, dtype)
-    return forward(x, weight, bias, way, dtype, layer.__dict__.get("cuts"))
+        return Convolution.apply(x, weight, bias, plan, dtype)
+    return forward(x, weight, bias, plan, dtype, layer.__dict__.get("cuts"))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
@@ -138,49 +138,54 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, way: Way, dtype: torch.dtype | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: ConvPlan, dtype: torch.dtype | None
     ) -> Tensor:
         save(ctx, x, weight, bias)
-        ctx.way, ctx.dtype = way, dtype
-        return forward(x, weight, bias, way, dtype)
+        ctx.plan, ctx.dtype = plan, dtype
+        return forward(x, weight, bias, plan, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         x, weight, bias = saved(ctx)
-        gradients = backward(dy, x, weight, bias, ctx.way, ctx.dtype, ctx.needs_input_grad[:3])
+        gradients = backward(dy, x, weight, bias, ctx.plan, ctx.dtype, ctx.needs_input_grad[:3])
         return (*gradients, None, None)
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, way: Way, dtype: torch.dtype | None = None, cuts: Cuts | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: ConvPlan,
+    dtype: torch.dtype | None = None,
+    cuts: Cuts | None = None,
 ) -> Tensor:
-    """The convolution of x (N, in, *size) with weight (out, in, *kernel) by `way`, in `dtype` (x's where None).
+    """The convolution of x (N, in, *size) with weight (out, in, *kernel) by `plan`, in `dtype` (x's where None).
 
-    y is channels-last where `way` is fused, else in x's layout. cuts: where a frozen weight keeps its matrices.
+    y is channels-last where `plan` is fused, else in x's layout. cuts: where a frozen weight keeps its matrices.
     """
     if dtype is None:
         dtype = x.dtype
     else:
         x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    if not way.product_forward:
-        layout = _layout(x, way)
-        weight = _laid_out(weight, layout, way, dtype)
-        padding = way.cut_padding if way.cuts else way.padding
+    if not plan.product_forward:
+        layout = _layout(x, plan)
+        weight = _laid_out(weight, layout, plan, dtype)
+        padding = plan.cut_padding if plan.cuts else plan.padding
         y = torch.convolution(
-            x, weight, bias, way.stride, padding, way.dilation, False, (0,) * len(padding), way.groups
+            x, weight, bias, plan.stride, padding, plan.dilation, False, (0,) * len(padding), plan.groups
         )
         return y.contiguous(memory_format=layout)  # cuDNN's y is; some convolutions of a CPU know one layout only
-    window = way.window
+    window = plan.window
     assert window is not None
-    last = _channels_are_last(x, weight, way)
-    columns = _columns(x, window, way.stride, last)
+    last = _channels_are_last(x, weight, plan)
+    columns = _columns(x, window, plan.stride, last)
     make = _matrix if cuts is None else cuts.matrix
     matrix = make(weight, window, dtype, last)
     # A CPU reads the weight faster as the left factor: 11 ms instead of 17 for 1024×27648 by 16 columns on two cores.
     rows = torch.mm(matrix, columns.t()).t() if x.device.type == "cpu" else torch.mm(columns, matrix.t())
-    return _as_volume(rows if bias is None else rows + bias, x, way)
+    return _as_volume(rows if bias is None else rows + bias, x, plan)
 
 
 def backward(
@@ -188,7 +193,7 @@ def backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    way: Way,
+    plan: ConvPlan,
     dtype: torch.dtype | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -199,26 +204,26 @@ def backward(
     # Transformed, it is torch's own backward on all taps, which takes many gradients at once. What follows can be
     # differentiated as it stands.
     transformed = route.transformed(dy)
-    if way.product_backward and not transformed:
+    if plan.product_backward and not transformed:
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
-        return _product_backward(dy, x, weight, bias, way, dtype or x.dtype, needs)
+                return _product_backward(dy, x, weight, bias, plan, dtype or x.dtype, needs)
+        return _product_backward(dy, x, weight, bias, plan, dtype or x.dtype, needs)
     compute = dtype or x.dtype
-    cut = way.cuts and not transformed
-    laid_out = weight.to(compute) if transformed else _laid_out(weight, _layout(x, way), way, compute)
+    cut = plan.cuts and not transformed
+    laid_out = weight.to(compute) if transformed else _laid_out(weight, _layout(x, plan), plan, compute)
     operands = dy, x.to(compute), laid_out
     if compute is torch.bfloat16 and x.is_cpu and x.dim() == 5:
         # torch 2.13 leaves parts of a bfloat16 Conv3d's weight gradient unwritten on a CPU that multiplies bfloat16.
         operands = dy.float(), operands[1].float(), operands[2].float()
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        *operands, None if bias is None else list(bias.shape), way.stride,
-        way.cut_padding if cut else way.padding, way.dilation, False, (0,) * len(way.stride), way.groups, needs,
+        *operands, None if bias is None else list(bias.shape), plan.stride,
+        plan.cut_padding if cut else plan.padding, plan.dilation, False, (0,) * len(plan.stride), plan.groups, needs,
     )  # fmt: skip
     if needs[0]:
         dx = dx.to(x.dtype)
     if needs[1]:
-        dweight = dweight.to(weight.dtype) if transformed else _gradient(dweight, weight, way.window if cut else None)
+        dweight = dweight.to(weight.dtype) if transformed else _gradient(dweight, weight, plan.window if cut else None)
     return dx, dweight, dbias.to(bias.dtype) if needs[2] and bias is not None else None
 
 
@@ -227,20 +232,20 @@ def _product_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    way: Way,
+    plan: ConvPlan,
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    window = way.window
+    window = plan.window
     assert window is not None
     rows = dy.to(dtype).movedim(1, -1).reshape(-1, weight.shape[0])
-    last = _channels_are_last(x, weight, way)
+    last = _channels_are_last(x, weight, plan)
     dx = dweight = dbias = None
     if needs[0]:
         dcolumns = torch.mm(rows, _matrix(weight, window, dtype, last))
-        dx = _scattered(dcolumns, x, window, way.stride, last).to(x.dtype).contiguous(memory_format=_layout(x, way))
+        dx = _scattered(dcolumns, x, window, plan.stride, last).to(x.dtype).contiguous(memory_format=_layout(x, plan))
     if needs[1]:
-        dmatrix = torch.mm(rows.t(), _columns(x.to(dtype), window, way.stride, last))
+        dmatrix = torch.mm(rows.t(), _columns(x.to(dtype), window, plan.stride, last))
         taps = [high - low for low, high in zip(window.low, window.high, strict=True)]
         shape = [weight.shape[0], *taps, weight.shape[1]] if last else [*weight.shape[:2], *taps]
         dmatrix = dmatrix.view(shape)
@@ -250,22 +255,22 @@ def _product_backward(
     return dx, dweight, dbias
 
 
-def _laid_out(weight: Tensor, layout: torch.memory_format, way: Way, dtype: torch.dtype) -> Tensor:
+def _laid_out(weight: Tensor, layout: torch.memory_format, plan: ConvPlan, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`, cut to the window, and channels-last where x is: one copy at most."""
-    if way.cuts:
-        assert way.window is not None
-        weight = weight[way.window.slices]
-    if way.fused or way.cuts:
+    if plan.cuts:
+        assert plan.window is not None
+        weight = weight[plan.window.slices]
+    if plan.fused or plan.cuts:
         return weight.to(dtype, memory_format=layout)
     return weight.to(dtype)
 
 
-def _channels_are_last(x: Tensor, weight: Tensor, way: Way) -> bool:
+def _channels_are_last(x: Tensor, weight: Tensor, plan: ConvPlan) -> bool:
     """Whether a row of columns holds the channels of one tap beside each other, or the taps of one channel.
 
     The order that spares a copy of the weight; where it is copied anyway, the one that spares a copy of x.
     """
-    if weight.is_contiguous() and way.window is not None and way.window.taps == prod(weight.shape[2:]):
+    if weight.is_contiguous() and plan.window is not None and plan.window.taps == prod(weight.shape[2:]):
         return False
     return not weight.is_contiguous() or not x.is_contiguous()
 
@@ -309,22 +314,22 @@ def _scattered(dcolumns: Tensor, x: Tensor, window: Window, stride: tuple[int, .
     return d
 
 
-def _as_volume(rows: Tensor, x: Tensor, way: Way) -> Tensor:
+def _as_volume(rows: Tensor, x: Tensor, plan: ConvPlan) -> Tensor:
     """Rows [N·positions, out] as (N, out, *output)."""
-    assert way.window is not None
-    output = way.window.output
+    assert plan.window is not None
+    output = plan.window.output
     if prod(output) == 1:
         return rows.contiguous().view(*rows.shape, *output)
-    return rows.unflatten(0, (x.shape[0], *output)).movedim(-1, 1).contiguous(memory_format=_layout(x, way))
+    return rows.unflatten(0, (x.shape[0], *output)).movedim(-1, 1).contiguous(memory_format=_layout(x, plan))
 
 
-def _layout(x: Tensor, way: Way) -> torch.memory_format:
+def _layout(x: Tensor, plan: ConvPlan) -> torch.memory_format:
     """The memory format of all tensors of a convolution of x.
 
     On the eager route it is x's, but a single sample is contiguous: of a channels-last dy, torch's backward of
     instance_norm on a CPU makes a wrong dx, and torch's own convolution of such an x may return contiguous tensors.
     """
-    if way.fused or (x.shape[0] > 1 and is_channels_last(x)):
+    if plan.fused or (x.shape[0] > 1 and is_channels_last(x)):
         return MEMORY_FORMAT.get(x.dim(), torch.contiguous_format)
     return torch.contiguous_format
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import recompute, route
-from .convolution import CONVOLUTIONS, PLAIN, convolve, is_channels_last, prepare
+from .convolution import CONVOLUTIONS, PLAIN, convolve, is_channels_last, plan_for
 from .functional import fused, is_supported
 from .pair import INSTANCE_NORMS
 
@@ -178,7 +178,7 @@ class _ConvModernNd(nn.Module):
 
 def _recomputed(x: Tensor, norm: Any, slope: Tensor | float, layer: nn.Module) -> Tensor:
     """The three submodules of a unit as one operation that keeps x alone, where the third is a plain convolution."""
-    prepared = prepare(layer, x, True)
+    prepared = plan_for(layer, x, True)
     if prepared is None:
         return convolve(layer, fused(x, norm.weight, norm.bias, slope, norm.eps), True)
     return recompute.unit(x, norm.weight, norm.bias, slope, norm.eps, *prepared)

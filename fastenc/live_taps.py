@@ -65,7 +65,7 @@ def window_of(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int,
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class ConvPlan:
     """How one convolution is run: its own options, the window of taps it takes, and where it is a matrix product."""
 
     stride: tuple[int, ...]
@@ -85,7 +85,7 @@ class Way:
 
 
 @lru_cache(maxsize=4096)
-def way_of(
+def plan_convolution(
     x_shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
     stride: tuple[int, ...],
@@ -96,7 +96,7 @@ def way_of(
     device: str,
     fused: bool,
     frozen: bool = False,
-) -> Way | None:
+) -> ConvPlan | None:
     """How to run a convolution on the fused route, or, where `fused` is false, None for torch's own call.
 
     frozen: the cut weight is kept, so that cutting it costs nothing.
@@ -111,7 +111,7 @@ def way_of(
             raise TypeError(option)
     if min(*stride, *dilation) < 1 or min(padding) < 0:
         return None  # torch's own error
-    ordinary = Way(stride, padding, dilation, groups, fused) if fused else None
+    ordinary = ConvPlan(stride, padding, dilation, groups, fused) if fused else None
     live = None
     if groups == 1 and all(d == 1 for d in dilation) and device in MEASURED:
         live = window_of(size, kernel, stride, padding)
@@ -122,11 +122,11 @@ def way_of(
     if positions > MOST_POSITIONS:
         # A cut convolution pads both sides alike; it pays where a third of the taps or more is dead.
         if 3 * live.taps <= 2 * prod(kernel) and all(before == max(after, 0) >= 0 for before, after in live.padding):
-            return Way(stride, padding, dilation, groups, fused, live, cuts=True)
+            return ConvPlan(stride, padding, dilation, groups, fused, live, cuts=True)
         return ordinary
     if device == "cuda" or (frozen and positions == 1):
         # The weight's bytes are the cost here: dead taps are neither read nor cast.
-        return Way(stride, padding, dilation, groups, fused, live, True, True) if dead else ordinary
+        return ConvPlan(stride, padding, dilation, groups, fused, live, True, True) if dead else ordinary
     elements = prod(weight_shape)
     if positions == 1 and dead:
         if x_shape[0] < 2 or elements < CPU_ONE_POSITION:
@@ -138,4 +138,4 @@ def way_of(
         return ordinary
     cut = not weight_contiguous or live.taps <= CPU_CUT_TAPS
     window = live if cut else window_of(size, kernel, stride, padding, whole=True)
-    return Way(stride, padding, dilation, groups, fused, window, forward, backward)
+    return ConvPlan(stride, padding, dilation, groups, fused, window, forward, backward)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import convolution, reference, route
-from .convolution import Way
+from .convolution import ConvPlan
 from .functional import launchers, output_dtype
 from .saved import save, saved
 
@@ -26,11 +26,11 @@ def unit(
     eps: float,
     convolution_weight: Tensor,
     convolution_bias: Tensor | None,
-    way: Way,
+    plan: ConvPlan,
 ) -> Tensor:
-    """instance_norm_prelu(x, weight, bias, slope, eps), then the convolution by `way`, on the Triton route."""
+    """instance_norm_prelu(x, weight, bias, slope, eps), then the convolution by `plan`, on the Triton route."""
     dtypes = output_dtype(x, slope), convolution.compute_dtype(x)
-    return RecomputedUnit.apply(x, weight, bias, slope, eps, convolution_weight, convolution_bias, way, dtypes)
+    return RecomputedUnit.apply(x, weight, bias, slope, eps, convolution_weight, convolution_bias, plan, dtypes)
 
 
 class RecomputedUnit(torch.autograd.Function):
@@ -46,7 +46,7 @@ class RecomputedUnit(torch.autograd.Function):
         eps: float,
         convolution_weight: Tensor,
         convolution_bias: Tensor | None,
-        way: Way,
+        plan: ConvPlan,
         dtypes: tuple[torch.dtype | None, torch.dtype | None],
     ) -> Tensor:
         try:
@@ -56,8 +56,8 @@ class RecomputedUnit(torch.autograd.Function):
             y, statistics = reference.forward(x, weight, bias, slope, eps), None
         shared = slope if isinstance(slope, Tensor) else None
         save(ctx, x, weight, bias, shared, convolution_weight, convolution_bias, statistics)
-        ctx.slope, ctx.eps, ctx.way, ctx.dtypes = None if shared is not None else slope, eps, way, dtypes
-        return convolution.forward(y, convolution_weight, convolution_bias, way, dtypes[1])
+        ctx.slope, ctx.eps, ctx.plan, ctx.dtypes = None if shared is not None else slope, eps, plan, dtypes
+        return convolution.forward(y, convolution_weight, convolution_bias, plan, dtypes[1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,7 +71,7 @@ class RecomputedUnit(torch.autograd.Function):
 def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, slope, convolution_weight, convolution_bias = tensors
     slope = ctx.slope if slope is None else slope
-    way, (dtype, compute_dtype) = ctx.way, ctx.dtypes
+    plan, (dtype, compute_dtype) = ctx.plan, ctx.dtypes
     needs = ctx.needs_input_grad
     dweight = dbias = None
     # Only what launches is repeated by the formula: an error of the convolution is not the kernels'.
@@ -82,7 +82,7 @@ def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tens
             route.fall_back(error, x.device)
             return _by_the_formula(ctx, dout, tensors)
         _, dweight, dbias = convolution.backward(
-            dout, y, convolution_weight, convolution_bias, way, compute_dtype, (False, needs[5], needs[6])
+            dout, y, convolution_weight, convolution_bias, plan, compute_dtype, (False, needs[5], needs[6])
         )
         del y
     if not any(needs[:4]):
@@ -91,7 +91,7 @@ def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tens
     # but for a dtype that autocast gave to it.
     like = x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
     dy = convolution.backward(
-        dout, like, convolution_weight, convolution_bias, way, compute_dtype, (True, False, False)
+        dout, like, convolution_weight, convolution_bias, plan, compute_dtype, (True, False, False)
     )[0]
     try:
         gradients = launchers()[1](dy, x, weight, bias, slope, statistics, needs[:4], in_place=True)
@@ -105,12 +105,12 @@ def _by_the_formula(ctx: Any, dout: Tensor, tensors: list[Any]) -> tuple[Tensor 
     """The gradients by plain operations, which can be differentiated and vectorised in their turn."""
     x, weight, bias, slope, convolution_weight, convolution_bias = tensors
     slope = ctx.slope if slope is None else slope
-    way, (dtype, compute_dtype) = ctx.way, ctx.dtypes
+    plan, (dtype, compute_dtype) = ctx.plan, ctx.dtypes
     needs = ctx.needs_input_grad
     with torch.autocast(x.device.type, enabled=False):
         y = reference.forward(x, weight, bias, slope, ctx.eps)
         dy, dweight, dbias = convolution.backward(
-            dout, y if dtype is None else y.to(dtype), convolution_weight, convolution_bias, way, compute_dtype,
+            dout, y if dtype is None else y.to(dtype), convolution_weight, convolution_bias, plan, compute_dtype,
             (any(needs[:4]), needs[5], needs[6]),
         )  # fmt: skip
         gradients = (None,) * 4 if dy is None else reference.backward(dy, x, weight, bias, slope, ctx.eps)

@@ -1,4 +1,4 @@
-"""What every test may rely on: one torch thread (tests run in parallel), and a seed of its own.
+"""What every test can rely on: one torch thread (tests run in parallel), and its own seed.
 
 The seed depends on the test's name, not on its file. FASTENC_TEST_SEED=1 (or any other text) draws other numbers for
 every test: a test that then fails passes by luck.
@@ -42,6 +42,6 @@ def every_weight_is_big_enough(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """Tiny convolutions take every way that big ones take: on a CPU too, products on the live taps."""
     for name in ("CPU_ONE_POSITION", "CPU_FORWARD", "CPU_BACKWARD"):
         monkeypatch.setattr(live_taps, name, 0)
-    convolution.way_of.cache_clear()
+    convolution.plan_convolution.cache_clear()
     yield
-    convolution.way_of.cache_clear()
+    convolution.plan_convolution.cache_clear()

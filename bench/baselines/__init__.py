@@ -1,1 +1,1 @@
-"""What is timed: PyTorch's ways of running a workload, and fastenc's. `registry` names them for each kind."""
+"""The baselines that are timed: PyTorch's ways of running a workload, and fastenc's. `registry` finds the suite."""

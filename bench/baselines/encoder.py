@@ -1,4 +1,4 @@
-"""The whole network: plain PyTorch in both layouts, compiled in every mode, and fastenc as it can be run."""
+"""EncoderNet3d in plain PyTorch, in both layouts and compiled in every mode, and in all forms that fastenc offers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import fastenc.route
 from ..engine.agreement import OUTPUT
 from ..engine.record import Network, Workload
 from ..engine.timing import Work
-from .registry import EAGER, FASTENC, Candidate, Contest, Peer, anywhere
+from .suite import EAGER, FASTENC, Baseline, Runner, Suite, anywhere
 
-LEARNING_RATE = 1e-6  # every step is a whole AdamW step, and the network stays near where all peers began
-COMPILED = "_orig_mod."  # what torch.compile puts before the names of the network it wraps
+LEARNING_RATE = 1e-6  # small, so that training steps do not move the parameters that the baselines share
+COMPILED = "_orig_mod."  # the prefix that torch.compile adds to parameter names
 
 
 def plain_encoder(network: Network) -> nn.Sequential:
-    """EncoderNet3d as nested nn.Sequential: the same parameters under the same names."""
+    """EncoderNet3d as nested nn.Sequential, with the same parameters, names and initialization."""
 
     def convolution(
         wide_in: int, wide_out: int, kernel: tuple[int, ...], stride: int = 1, bias: bool = False
@@ -34,7 +34,7 @@ def plain_encoder(network: Network) -> nn.Sequential:
         padding = tuple(k // 2 if k > 1 else 0 for k in kernel)
         return nn.Conv3d(wide_in, wide_out, kernel, steps, padding, bias=bias)  # type: ignore[arg-type]
 
-    def unit(wide_in: int, wide_out: int, stride: int) -> nn.Sequential:
+    def layer(wide_in: int, wide_out: int, stride: int) -> nn.Sequential:
         pair = nn.InstanceNorm3d(wide_in, affine=True), nn.PReLU(wide_in)
         last = convolution(wide_in, wide_out, network.kernel_size, stride)
         return nn.Sequential(OrderedDict(mconv=nn.Sequential(*pair, last)))
@@ -45,7 +45,7 @@ def plain_encoder(network: Network) -> nn.Sequential:
     for i, depth in enumerate(network.layers):
         widths = [wide] + [network.channel * 2**i] * depth
         strides = [1] * (depth - 1) + [2]
-        *stack, scale = map(unit, widths[:-1], widths[1:], strides)
+        *stack, scale = map(layer, widths[:-1], widths[1:], strides)
         body.append(nn.Sequential(OrderedDict(conv_list=nn.Sequential(*stack), conv_scale=scale)))
         wide = widths[-1]
     body.append(convolution(wide, wide, network.kernel_size, bias=True))
@@ -57,18 +57,22 @@ def plain_encoder(network: Network) -> nn.Sequential:
 
 
 def fused_encoder(network: Network, **options: Any) -> nn.Module:
-    """fastenc's EncoderNet3d of these arguments."""
+    """fastenc's EncoderNet3d with these arguments."""
     return fastenc.EncoderNet3d(**dataclasses.asdict(network), **options)
 
 
-class Subject:
-    """What all peers of one workload share: parameters, input, the gradient of the output, and the optimizer.
+class Inputs:
+    """What all baselines of one workload share: parameters, x, the gradient of the output, and the optimizer.
 
-    Parameters are drawn from one seed, none of them 1 or 0, where a wrong formula could hide. Slopes are near 1, so
-    that a PReLU input that rounding moves across 0 moves the gradients little. x (N, in_planes, *spatial) and dy of the
-    output's shape, float32, contiguous.
+    No norm parameter is 1 or 0, because a wrong formula could go unnoticed there. Slopes are near 1, so that gradients
+    change little if rounding moves a PReLU input across 0.
 
-    Raises ValueError for a workload without a network.
+    Attributes:
+        x: (N, in_planes, *spatial), float32, contiguous.
+        dy: the gradient of the output, float32, contiguous.
+
+    Raises:
+        ValueError: the workload has no network.
     """
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
@@ -93,69 +97,74 @@ class Subject:
     def network(self) -> Network:
         """The arguments of EncoderNet3d."""
         if self.workload.network is None:
-            raise ValueError(f"workload: got {self.workload} without a network; its arguments are needed")
+            raise ValueError(f"workload must have a network, got {self.workload}")
         return self.workload.network
 
     def plain(self) -> nn.Module:
-        """The network in plain PyTorch, with parameters of its own."""
+        """The network in plain PyTorch, with its own parameters."""
         return plain_encoder(self.network)
 
     @cached_property
     def channels_last(self) -> dict[str, nn.Parameter]:
-        """Parameters of their own in channels_last_3d; what goes by two names stays one."""
+        """A copy of `parameters` in channels_last_3d. A parameter with two names is copied once."""
         copies = {
-            p: nn.Parameter(_laid_out(p.detach()).clone(memory_format=torch.preserve_format))
+            p: nn.Parameter(_channels_last(p.detach()).clone(memory_format=torch.preserve_format))
             for p in self.parameters.values()
         }
         return {name: copies[p] for name, p in self.parameters.items()}
 
     @cached_property
     def adamw(self) -> torch.optim.Optimizer:
-        """The optimizer of `parameters`."""
+        """The optimizer for `parameters`."""
         return torch.optim.AdamW(dict.fromkeys(self.parameters.values()), LEARNING_RATE, fused=True)
 
     @cached_property
     def adamw_channels_last(self) -> torch.optim.Optimizer:
-        """The optimizer of `channels_last`."""
+        """The optimizer for `channels_last`."""
         return torch.optim.AdamW(dict.fromkeys(self.channels_last.values()), LEARNING_RATE, fused=True)
 
     def holding(self, build: Callable[[], nn.Module], parameters: dict[str, nn.Parameter]) -> nn.Module:
-        """The network that `build` makes, with these very parameters."""
+        """The network that `build` makes, with `parameters` themselves instead of its own."""
         with torch.device("meta"):
             network = build()
         network.load_state_dict(parameters, assign=True)
         return network
 
     def autocast(self) -> torch.autocast:
-        """Autocast as the workload's precision says."""
+        """The autocast context of the workload's precision."""
         dtype = getattr(torch, self.workload.dtype)
         return torch.autocast(self.device.type, dtype, enabled=self.workload.precision.endswith(" autocast"))
 
 
-def _laid_out(tensor: Tensor) -> Tensor:
-    """A volume in channels_last_3d; anything else as it is."""
+def _channels_last(tensor: Tensor) -> Tensor:
+    """A 5-D tensor in channels_last_3d; any other tensor unchanged."""
     return tensor.contiguous(memory_format=torch.channels_last_3d) if tensor.dim() == 5 else tensor
 
 
-def candidate(
-    subject: Subject,
+def runner(
+    inputs: Inputs,
     network: nn.Module,
-    laid_out: bool = False,
+    channels_last: bool = False,
     exact: bool = False,
     begin: Callable[[], None] = lambda: None,
     note: Callable[[nn.Module, Tensor], str] = lambda network, x: "",
-) -> Candidate:
-    """A network as a candidate: `forward` under no_grad, or forward and backward, or these and an AdamW step.
+) -> Runner:
+    """A runner of a network: forward under no_grad, forward and backward, or both and an AdamW step.
 
-    laid_out: input, parameters and the gradient of a map in channels_last_3d. exact: without autocast. begin: called
-    ahead of each forward.
+    Args:
+        inputs: the workload's inputs.
+        network: called with x.
+        channels_last: convert x and the gradient of the output to channels_last_3d.
+        exact: run without autocast and without the optimizer.
+        begin: called before each forward.
+        note: describes the network's run on x.
     """
-    mode = subject.workload.mode
-    x, dy = (_laid_out(tensor) if laid_out else tensor for tensor in (subject.x, subject.dy))
-    autocast = torch.autocast(subject.device.type, enabled=False) if exact else subject.autocast()
+    mode = inputs.workload.mode
+    x, dy = (_channels_last(tensor) if channels_last else tensor for tensor in (inputs.x, inputs.dy))
+    autocast = torch.autocast(inputs.device.type, enabled=False) if exact else inputs.autocast()
     optimizer = None
     if mode == "training step" and not exact:
-        optimizer = subject.adamw_channels_last if laid_out else subject.adamw
+        optimizer = inputs.adamw_channels_last if channels_last else inputs.adamw
 
     def forward() -> Tensor:
         begin()
@@ -177,7 +186,7 @@ def candidate(
 
     def numbers() -> dict[str, Tensor]:
         if mode == "forward":
-            return {OUTPUT: forward().clone()}  # a replayed CUDA graph writes its next output over this one
+            return {OUTPUT: forward().clone()}  # a CUDA graph overwrites its output at the next replay
         y = forward_backward().clone()
         named = ((name.removeprefix(COMPILED), p.grad) for name, p in network.named_parameters())
         gradients = {name: gradient for name, gradient in named if gradient is not None}
@@ -193,105 +202,105 @@ def candidate(
         with torch.set_grad_enabled(mode != "forward"), autocast:
             return note(network, x)
 
-    return Candidate(numbers, Work(forward if mode == "forward" else step), held, described)
+    return Runner(numbers, Work(forward if mode == "forward" else step), held, described)
 
 
 # ------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-def eager(subject: Subject, laid_out: bool = False, exact: bool = False) -> Candidate:
+def eager(inputs: Inputs, channels_last: bool = False, exact: bool = False) -> Runner:
     """Plain PyTorch."""
-    network = subject.holding(subject.plain, subject.channels_last if laid_out else subject.parameters)
-    return candidate(subject, network, laid_out, exact)
+    network = inputs.holding(inputs.plain, inputs.channels_last if channels_last else inputs.parameters)
+    return runner(inputs, network, channels_last, exact)
 
 
-def compiled(subject: Subject, laid_out: bool = False, mode: str = "default") -> Candidate:
-    """Plain PyTorch under torch.compile in `mode`."""
-    network = subject.holding(subject.plain, subject.channels_last if laid_out else subject.parameters)
+def compiled(inputs: Inputs, channels_last: bool = False, mode: str = "default") -> Runner:
+    """Plain PyTorch under torch.compile with this `mode`."""
+    network = inputs.holding(inputs.plain, inputs.channels_last if channels_last else inputs.parameters)
     begin = torch.compiler.cudagraph_mark_step_begin if mode != "default" else lambda: None
     faster = cast(nn.Module, torch.compile(network, dynamic=False, mode=mode))
-    return candidate(subject, faster, laid_out, begin=begin)
+    return runner(inputs, faster, channels_last, begin=begin)
 
 
 def _mode_needs_cuda(workload: Workload, device: torch.device) -> str | None:
     if device.type == "cuda":
         return None
-    return "on a CPU this is torch.compile: what the mode adds for convolutions needs a CUDA GPU"
+    return "on a CPU this is the same as torch.compile: what the mode adds for convolutions needs a CUDA GPU"
 
 
 def layout_needs_cuda(workload: Workload, device: torch.device) -> str | None:
-    """Why torch.compile in channels_last_3d is no peer of its own."""
+    """Why torch.compile in channels_last_3d is not a separate baseline on `device`; None on CUDA."""
     if device.type == "cuda":
         return None
-    return "on a CPU this is torch.compile: oneDNN lays the volumes of a convolution out by itself"
+    return "on a CPU this is the same as torch.compile: oneDNN chooses the layout of a convolution's tensors itself"
 
 
-def _compiled_peers() -> Iterator[tuple[str, Peer]]:
-    """torch.compile in every mode, the layouts in turn: Inductor keeps a 3-D network in the layout that it is given."""
-    for mode in ("default", "reduce-overhead", "max-autotune"):  # the longest to compile last: time may end there
+def _compiled_baselines() -> Iterator[tuple[str, Baseline]]:
+    """torch.compile in every mode and both layouts, because Inductor does not change the layout of a 3-D network."""
+    for mode in ("default", "reduce-overhead", "max-autotune"):  # the slowest to compile comes last: time may run out
         for layout in ("", " channels_last_3d"):
             name = f"torch.compile{'' if mode == 'default' else f' {mode}'}{layout}"
             absent = _mode_needs_cuda if mode != "default" else layout_needs_cuda if layout else anywhere
-            make = partial(compiled, laid_out=bool(layout), mode=mode)
-            yield name, Peer(make, compiles=True, absent=absent, graphs=mode != "default")
+            make = partial(compiled, channels_last=bool(layout), mode=mode)
+            yield name, Baseline(make, compiles=True, absent=absent, graphs=mode != "default")
 
 
 # ------------------------------------------------------------------------------------------------------ fastenc
 
 
 def routes(network: nn.Module, x: Tensor) -> str:
-    """How many units take which route, and why not the other, in words."""
+    """The number of layers on each route, such as "15 layers eager (the reason)"."""
     rows = fastenc.explain(network, x[:1])
     taken = Counter(row.route if row.reason is None else f"{row.route} ({row.reason})" for row in rows)
-    return "; ".join(f"{count} units {route}" for route, count in taken.items())
+    return "; ".join(f"{count} layers {route}" for route, count in taken.items())
 
 
-def _fused(subject: Subject, recompute: bool = False) -> nn.Module:
-    return subject.holding(partial(fused_encoder, subject.network, recompute=recompute), subject.parameters)
+def _fused(inputs: Inputs, recompute: bool = False) -> nn.Module:
+    return inputs.holding(partial(fused_encoder, inputs.network, recompute=recompute), inputs.parameters)
 
 
-def _fastenc(subject: Subject, recompute: bool = False) -> Candidate:
-    return candidate(subject, _fused(subject, recompute), note=routes)
+def _fastenc(inputs: Inputs, recompute: bool = False) -> Runner:
+    return runner(inputs, _fused(inputs, recompute), note=routes)
 
 
-def _fastenc_compiled(subject: Subject) -> Candidate:
-    return candidate(subject, cast(nn.Module, torch.compile(_fused(subject), dynamic=False)))
+def _fastenc_compiled(inputs: Inputs) -> Runner:
+    return runner(inputs, cast(nn.Module, torch.compile(_fused(inputs), dynamic=False)))
 
 
-def _inference(subject: Subject, call: Callable[[Tensor], Tensor], held: Callable[[], list[Tensor]]) -> Candidate:
-    """A frozen or graphed network as a candidate: it sees to autocast and to no_grad by itself."""
+def _inference(inputs: Inputs, call: Callable[[Tensor], Tensor], held: Callable[[], list[Tensor]]) -> Runner:
+    """A runner of a frozen or graphed network, which applies autocast and no_grad itself."""
 
     def forward() -> Tensor:
-        return call(subject.x)
+        return call(inputs.x)
 
-    return Candidate(lambda: {OUTPUT: forward()}, Work(forward), held)
-
-
-def _dtype(subject: Subject) -> torch.dtype | None:
-    return None if subject.workload.precision == "float32" else getattr(torch, subject.workload.dtype)
+    return Runner(lambda: {OUTPUT: forward()}, Work(forward), held)
 
 
-def _frozen(subject: Subject) -> Candidate:
-    network = _fused(subject).eval()
-    frozen = fastenc.freeze(network, _dtype(subject))
+def _dtype(inputs: Inputs) -> torch.dtype | None:
+    return None if inputs.workload.precision == "float32" else getattr(torch, inputs.workload.dtype)
+
+
+def _frozen(inputs: Inputs) -> Runner:
+    network = _fused(inputs).eval()
+    frozen = fastenc.freeze(network, _dtype(inputs))
 
     def held() -> list[Tensor]:
         copied = frozen._copy
         cuts = (cut for module in copied.modules() for cut in module.__dict__.get("cuts", {}).values())
-        return [subject.x, *network.parameters(), *copied.parameters(), *cuts]
+        return [inputs.x, *network.parameters(), *copied.parameters(), *cuts]
 
-    return _inference(subject, frozen, held)
+    return _inference(inputs, frozen, held)
 
 
-def _graphed(subject: Subject) -> Candidate:
-    network = _fused(subject).eval()
-    graphed = fastenc.graphed(network, subject.x, _dtype(subject))
-    # What it holds besides was reserved while it was made, and `Peer.graphs` has that counted.
-    return _inference(subject, graphed, lambda: [subject.x, *network.parameters()])
+def _graphed(inputs: Inputs) -> Runner:
+    network = _fused(inputs).eval()
+    graphed = fastenc.graphed(network, inputs.x, _dtype(inputs))
+    # The graph's own memory was reserved when it was made. It is counted because of `Baseline.graphs`.
+    return _inference(inputs, graphed, lambda: [inputs.x, *network.parameters()])
 
 
 def _not_frozen(workload: Workload, device: torch.device) -> str | None:
-    return None if workload.mode == "forward" else "frozen weights are for inference"
+    return None if workload.mode == "forward" else "frozen weights are for inference only"
 
 
 def _not_graphed(workload: Workload, device: torch.device) -> str | None:
@@ -300,22 +309,22 @@ def _not_graphed(workload: Workload, device: torch.device) -> str | None:
 
 def _no_recompute(workload: Workload, device: torch.device) -> str | None:
     if workload.mode == "forward":
-        return "it changes what training saves, and nothing of inference"
+        return "it changes what training saves; inference is the same without it"
     reason = fastenc.route.device_reason(torch.empty(0, device=device))
     return None if reason is None else f"on the eager route it has no effect; {reason}"
 
 
-CONTEST = Contest(
-    subject=Subject,
-    peers={
-        EAGER: Peer(eager),
-        "eager channels_last_3d": Peer(partial(eager, laid_out=True)),
-        FASTENC: Peer(_fastenc),
-        "fastenc recompute": Peer(partial(_fastenc, recompute=True), absent=_no_recompute),
-        "fastenc frozen": Peer(_frozen, absent=_not_frozen),
-        "fastenc graphed": Peer(_graphed, absent=_not_graphed, graphs=True),
-        "fastenc torch.compile": Peer(_fastenc_compiled, compiles=True),
-        **dict(_compiled_peers()),
+SUITE = Suite(
+    inputs=Inputs,
+    baselines={
+        EAGER: Baseline(eager),
+        "eager channels_last_3d": Baseline(partial(eager, channels_last=True)),
+        FASTENC: Baseline(_fastenc),
+        "fastenc recompute": Baseline(partial(_fastenc, recompute=True), absent=_no_recompute),
+        "fastenc frozen": Baseline(_frozen, absent=_not_frozen),
+        "fastenc graphed": Baseline(_graphed, absent=_not_graphed, graphs=True),
+        "fastenc torch.compile": Baseline(_fastenc_compiled, compiles=True),
+        **dict(_compiled_baselines()),
     },
     exact=partial(eager, exact=True),
 )

@@ -1,5 +1,4 @@
-"""instance_norm_prelu alone, with a residual or without: the PyTorch lines that it replaces, what else does the same,
-and fastenc's kernels."""
+"""instance_norm_prelu with and without a residual: the PyTorch lines that it replaces, alternatives, and fastenc."""
 
 from __future__ import annotations
 
@@ -18,20 +17,23 @@ import fastenc.route
 from ..engine.agreement import OUTPUT
 from ..engine.record import Workload
 from ..engine.timing import Work
-from .registry import EAGER, FASTENC, Candidate, Contest, Peer
+from .suite import EAGER, FASTENC, Baseline, Runner, Suite
 
 EPS = 1e-5
-COLD_BYTES = 256 << 20  # several times the L2 cache of any GPU: inputs that rotate over this much come from memory
+COLD_BYTES = 256 << 20  # larger than any GPU's L2 cache: inputs that rotate over it are read from memory
 MEMORY_FORMAT = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
-Op = Callable[..., Tensor]  # of x, weight, bias, slope and, where there is one, the residual
+Op = Callable[..., Tensor]  # takes x, weight, bias, slope and possibly the residual
 
 
-class Subject:
-    """What all peers of one workload share: weight, bias, slope (C,), and as many volumes as keep the cache cold.
+class Inputs:
+    """What all baselines of one workload share. exact: the same values in float64.
 
-    The volumes are x, dy and, of an operation with one, the residual: (N, C, *spatial) in the workload's layout and
-    dtype; on a CPU one of each. `exact` is the same in float64.
+    Attributes:
+        leaves: weight, bias and slope, (C,).
+        x, dy: (N, C, *spatial), in the workload's layout and dtype.
+        residuals: empty, or one tensor like x.
+        copies: endless (x, dy, residuals); on a GPU so many different ones that the cache stays cold.
     """
 
     def __init__(self, workload: Workload, device: torch.device, exact: bool = False) -> None:
@@ -53,25 +55,25 @@ class Subject:
         self.residuals: list[Tensor] = []
         if workload.kind == "instance_norm_add_prelu":
             self.residuals = [random(workload.shape, 0, 1).contiguous(memory_format=memory_format)]
-        size = sum(volume.numel() * volume.element_size() for volume in self.volumes())
+        size = sum(tensor.nbytes for tensor in self.tensors())
         copies = 1 if exact or device.type != "cuda" else 1 + -(-COLD_BYTES // size)
-        self.inputs = itertools.cycle([self._copies() for _ in range(copies)])
+        self.copies = itertools.cycle([self._copy() for _ in range(copies)])
 
-    def volumes(self) -> list[Tensor]:
-        """What one call reads, besides the parameters."""
+    def tensors(self) -> list[Tensor]:
+        """What one call reads, without the parameters."""
         return [self.x, *self.residuals, *([self.dy] if self.backward else [])]
 
-    def _copies(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _copy(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         x, *residuals = (each.clone().requires_grad_(self.backward) for each in (self.x, *self.residuals))
         return x, self.dy.clone(), residuals
 
 
-def candidate(subject: Subject, op: Op, note: Callable[[Tensor], str] = lambda x: "") -> Candidate:
-    """instance_norm_prelu as a candidate: forward under no_grad, or backward alone, its forward off the clock."""
-    backward, leaves = subject.backward, subject.leaves
+def runner(inputs: Inputs, op: Op, note: Callable[[Tensor], str] = lambda x: "") -> Runner:
+    """A runner of `op`: forward under no_grad, or backward alone, whose forward is not timed."""
+    backward, leaves = inputs.backward, inputs.leaves
 
     def prepare() -> tuple[Any, ...]:
-        x, dy, residuals = next(subject.inputs)
+        x, dy, residuals = next(inputs.copies)
         return (op(x, *leaves, *residuals), dy, x, *residuals) if backward else (x, *residuals)
 
     def forward(x: Tensor, *residuals: Tensor) -> Tensor:
@@ -85,23 +87,23 @@ def candidate(subject: Subject, op: Op, note: Callable[[Tensor], str] = lambda x
         arguments = prepare()
         if not backward:
             return {OUTPUT: forward(*arguments)}
-        names = ["dx", "dweight", "dbias", "dslope", *("dr" for _ in subject.residuals)]
+        names = ["dx", "dweight", "dbias", "dslope", *("dr" for _ in inputs.residuals)]
         return {OUTPUT: arguments[0].detach(), **dict(zip(names, gradients(*arguments), strict=True))}
 
     def held() -> list[Tensor]:
-        return [*subject.volumes(), *leaves]
+        return [*inputs.tensors(), *leaves]
 
     work = Work(gradients if backward else forward, prepare, queued=True)
-    return Candidate(numbers, work, held, lambda: note(subject.x))
+    return Runner(numbers, work, held, lambda: note(inputs.x))
 
 
 def plain_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
-    """InstanceNorm, an addition and PReLU, the PyTorch lines that fastenc replaces."""
+    """InstanceNorm, the addition and PReLU: the PyTorch lines that fastenc replaces."""
     return _end(F.instance_norm(x, weight=weight, bias=bias, eps=EPS), slope, residual)
 
 
 def group_op(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
-    """The same by GroupNorm of one channel a group, which PyTorch runs in channels-last too."""
+    """`plain_op` with GroupNorm with one channel per group, which PyTorch also runs in channels-last."""
     return _end(F.group_norm(x, x.shape[1], weight, bias, EPS), slope, residual)
 
 
@@ -118,18 +120,16 @@ def _route(x: Tensor) -> str:
     return "triton" if reason is None else f"eager ({reason})"
 
 
-CONTEST = Contest(
-    subject=Subject,
-    peers={
-        EAGER: Peer(partial(candidate, op=plain_op)),
-        "GroupNorm(C, C)": Peer(partial(candidate, op=group_op)),
-        FASTENC: Peer(partial(candidate, op=_fused_op, note=_route)),
-        "torch.compile": Peer(
-            lambda subject: candidate(subject, torch.compile(plain_op, dynamic=False)), compiles=True
-        ),
-        "torch.compile GroupNorm(C, C)": Peer(
-            lambda subject: candidate(subject, torch.compile(group_op, dynamic=False)), compiles=True
+SUITE = Suite(
+    inputs=Inputs,
+    baselines={
+        EAGER: Baseline(partial(runner, op=plain_op)),
+        "GroupNorm(C, C)": Baseline(partial(runner, op=group_op)),
+        FASTENC: Baseline(partial(runner, op=_fused_op, note=_route)),
+        "torch.compile": Baseline(lambda inputs: runner(inputs, torch.compile(plain_op, dynamic=False)), compiles=True),
+        "torch.compile GroupNorm(C, C)": Baseline(
+            lambda inputs: runner(inputs, torch.compile(group_op, dynamic=False)), compiles=True
         ),
     },
-    exact=lambda subject: candidate(Subject(subject.workload, subject.device, exact=True), plain_op),
+    exact=lambda inputs: runner(Inputs(inputs.workload, inputs.device, exact=True), plain_op),
 )

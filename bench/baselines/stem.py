@@ -1,4 +1,4 @@
-"""The stem, a convolution of one or three channels with a 5³ kernel, in the ways of getting channels-last out of it."""
+"""The stem, a 5³ convolution of few channels, and several ways to make its output channels-last."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ from ..engine.agreement import OUTPUT
 from ..engine.floor import convolutions
 from ..engine.record import Workload
 from ..engine.timing import Work
-from .registry import EAGER, Candidate, Contest, Peer
+from .suite import EAGER, Baseline, Runner, Suite
 
 Stem = Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
 
 
-class Subject:
-    """x (N, in_planes, *spatial), the stem's weight, padding and dy of the output's shape; all contiguous.
+class Inputs:
+    """What all baselines of one workload share.
 
-    Raises ValueError for a workload without a network.
+    Attributes:
+        x: (N, in_planes, *spatial), float32, contiguous.
+        weight, padding: the stem's.
+        dy: the gradient of the output, float32, contiguous.
+
+    Raises:
+        ValueError: the workload has no network.
     """
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         if workload.network is None:
-            raise ValueError(f"workload: got {workload} without a network; its stem is needed")
+            raise ValueError(f"workload must have a network, got {workload}")
         self.workload, self.device = workload, device
         stem = convolutions(workload.network, workload.shape[2:])[0]
         generator = torch.Generator(device).manual_seed(3)
@@ -40,17 +46,17 @@ class Subject:
 
 
 def weight_scale(shape: tuple[int, ...]) -> float:
-    """√fan-in of a weight of this shape."""
+    """The square root of the fan-in of a weight of this shape."""
     return float(torch.Size(shape[1:]).numel()) ** 0.5
 
 
-def candidate(subject: Subject, stem: Stem, exact: bool = False) -> Candidate:
-    """A stem as a candidate: forward under no_grad, or forward and the gradient in the weight."""
-    x, weight, padding, dtype = subject.x, subject.weight, subject.padding, getattr(torch, subject.workload.dtype)
+def runner(inputs: Inputs, stem: Stem, exact: bool = False) -> Runner:
+    """A runner of `stem`: forward under no_grad, or forward and the gradient of the weight."""
+    x, weight, padding, dtype = inputs.x, inputs.weight, inputs.padding, getattr(torch, inputs.workload.dtype)
     autocast = torch.autocast(
-        subject.device.type, dtype, enabled=not exact and subject.workload.precision.endswith(" autocast")
+        inputs.device.type, dtype, enabled=not exact and inputs.workload.precision.endswith(" autocast")
     )
-    dy = subject.dy.contiguous(memory_format=torch.channels_last_3d)  # as the units after it hand it back
+    dy = inputs.dy.contiguous(memory_format=torch.channels_last_3d)  # the layout in which the next layer returns it
 
     def forward() -> Tensor:
         with torch.no_grad(), autocast:
@@ -63,28 +69,28 @@ def candidate(subject: Subject, stem: Stem, exact: bool = False) -> Candidate:
         return y.detach(), dweight
 
     def numbers() -> dict[str, Tensor]:
-        if subject.workload.mode == "forward":
+        if inputs.workload.mode == "forward":
             return {OUTPUT: forward()}
         y, dweight = forward_backward()
         return {OUTPUT: y, "dweight": dweight}
 
-    call = forward if subject.workload.mode == "forward" else forward_backward
-    return Candidate(numbers, Work(call, queued=True), lambda: [x, weight, dy])
+    call = forward if inputs.workload.mode == "forward" else forward_backward
+    return Runner(numbers, Work(call, queued=True), lambda: [x, weight, dy])
 
 
 def _contiguous(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Contiguous throughout, the output then laid out for what follows."""
+    """A contiguous convolution, whose output is then converted to channels-last."""
     return F.conv3d(x, weight, padding=padding).contiguous(memory_format=torch.channels_last_3d)
 
 
 def _channels_last(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Channels-last throughout."""
+    """A channels-last convolution."""
     x = x.contiguous(memory_format=torch.channels_last_3d)
     return F.conv3d(x, weight.contiguous(memory_format=torch.channels_last_3d), padding=padding)
 
 
 def _padded(x: Tensor, weight: Tensor, padding: tuple[int, ...], channels: int) -> Tensor:
-    """Channels-last throughout, with zero channels added up to `channels`."""
+    """A channels-last convolution after zero padding x to this many channels."""
     missing = channels - x.shape[1]
     wider = (0, 0, 0, 0, 0, 0, 0, missing)
     return _channels_last(F.pad(x, wider), F.pad(weight, wider), padding)
@@ -92,18 +98,18 @@ def _padded(x: Tensor, weight: Tensor, padding: tuple[int, ...], channels: int) 
 
 def _narrower_than(channels: int) -> Callable[[Workload, torch.device], str | None]:
     def absent(workload: Workload, device: torch.device) -> str | None:
-        return None if workload.shape[1] < channels else f"x has {workload.shape[1]} channels already"
+        return None if workload.shape[1] < channels else f"x already has {workload.shape[1]} channels"
 
     return absent
 
 
-CONTEST = Contest(
-    subject=Subject,
-    peers={
-        EAGER: Peer(partial(candidate, stem=_contiguous)),
-        "channels_last_3d": Peer(partial(candidate, stem=_channels_last)),
-        "padded to 4 channels": Peer(partial(candidate, stem=partial(_padded, channels=4)), absent=_narrower_than(4)),
-        "padded to 8 channels": Peer(partial(candidate, stem=partial(_padded, channels=8)), absent=_narrower_than(8)),
+SUITE = Suite(
+    inputs=Inputs,
+    baselines={
+        EAGER: Baseline(partial(runner, stem=_contiguous)),
+        "channels_last_3d": Baseline(partial(runner, stem=_channels_last)),
+        "padded to 4 channels": Baseline(partial(runner, stem=partial(_padded, channels=4)), absent=_narrower_than(4)),
+        "padded to 8 channels": Baseline(partial(runner, stem=partial(_padded, channels=8)), absent=_narrower_than(8)),
     },
-    exact=partial(candidate, stem=_contiguous, exact=True),
+    exact=partial(runner, stem=_contiguous, exact=True),
 )

@@ -1,4 +1,4 @@
-"""The audit: what the kernels cost for a grid of shapes, held against the ceilings, on a machine without a GPU."""
+"""`audit`: compare what the kernels cost, for many shapes, with the ceilings. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import torch
 
 from fastenc.commands.shell import file_problem, write_whole
 
+from ..console import Progress
 from ..engine.machine import commit
-from ..progress import Progress
 from ..proofs.audit.cases import ITEMSIZE, Case, cases, residual_shapes, shapes
 from ..proofs.audit.rows import Row, variant_violations, violations
 from ..proofs.audit.table import print_table, summary
@@ -30,19 +30,20 @@ from ..proofs.audit.table import print_table, summary
 if TYPE_CHECKING:
     from ..proofs.audit.findings import Compiled, Variants
 
-PURPOSE = "hold the kernels' bytes, registers, vector widths and variants against their ceilings, without a GPU"
+PURPOSE = "check the kernels' bytes, registers, vector widths and variants against their ceilings, without a GPU"
 SCHEMA = "fastenc-audit-1"
 TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
-EXAMPLES = tuple(product(ITEMSIZE, (True, False)))  # (precision, channels_last) in which Example 1's variants count
+# (precision, channels_last) in which the variants of Example 1, EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3), count.
+EXAMPLES = tuple(product(ITEMSIZE, (True, False)))
 MOST_PROCESSES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `audit`."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.epilog = (
-        "exit status: 0 every ceiling holds; 1 one is broken; 2 the audit cannot run, or FILE be written; "
-        "130 stopped by Ctrl-C"
+        "Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3). exit status: 0 every ceiling holds; 1 a ceiling "
+        "is broken; 2 the audit cannot run or FILE cannot be written; 130 stopped by Ctrl-C"
     )
 
 
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         return _refuse(f"needs triton and numpy: {error}")
     if knobs.runtime.interpret:
-        return _refuse("TRITON_INTERPRET is set, and then nothing compiles: unset it")
+        return _refuse("TRITON_INTERPRET is set, so nothing can be compiled: unset it")
     if arguments.json is not None:
         problem = file_problem(arguments.json, "--json")
         if problem is not None:
@@ -79,7 +80,7 @@ def _refuse(why: str) -> int:
 
 
 def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Variants]]:
-    """Find out everything about the cases, and the variants of EXAMPLES. A single process is this one."""
+    """The rows of these cases and the variants of EXAMPLES. With one process, everything runs in this one."""
     from ..proofs import interpret
     from ..proofs.audit import findings as find
 
@@ -110,7 +111,7 @@ def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Vari
 
 
 def _grouped(audited: Sequence[Case], key: Callable[[Case], Any]) -> list[list[Case]]:
-    """The cases in groups of the same key."""
+    """The cases, grouped by key."""
     groups: dict[Any, list[Case]] = {}
     for case in audited:
         groups.setdefault(key(case), []).append(case)
@@ -118,7 +119,7 @@ def _grouped(audited: Sequence[Case], key: Callable[[Case], Any]) -> list[list[C
 
 
 def _results(tasks: Sequence[Callable[[], Any]], processes: int) -> list[Any]:
-    """What the tasks return, in their order."""
+    """Run the tasks and return their results in order."""
     with Progress(len(tasks)) as progress:
 
         def advance(result: Any) -> Any:
@@ -131,7 +132,9 @@ def _results(tasks: Sequence[Callable[[], Any]], processes: int) -> list[Any]:
             return [advance(task()) for task in tasks]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
+            handler = signal.signal(
+                signal.SIGINT, signal.SIG_IGN
+            )  # inherited by the workers, so that only this process handles Ctrl-C
             try:
                 futures = [pool.submit(task) for task in tasks]
             finally:
@@ -148,7 +151,7 @@ def _results(tasks: Sequence[Callable[[], Any]], processes: int) -> list[Any]:
 
 
 def as_json(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[str]) -> str:
-    """Everything found, as JSON."""
+    """The whole audit as JSON."""
     import triton
 
     head, dirty = commit()

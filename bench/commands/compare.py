@@ -1,4 +1,4 @@
-"""`compare`: any EncoderNet3d, every way of running it, in one run."""
+"""`compare`: time an EncoderNet3d with all its baselines."""
 
 from __future__ import annotations
 
@@ -12,45 +12,44 @@ from typing import cast
 import torch
 
 from .. import arguments as options
-from ..baselines.encoder import CONTEST, fused_encoder, plain_encoder
+from ..baselines.encoder import SUITE, fused_encoder, plain_encoder
 from ..engine.deadline import Deadline
 from ..engine.machine import settings
 from ..engine.record import Mode, Network, Precision, Workload
 from ..engine.session import Session
 
-PURPOSE = "time an EncoderNet3d against every other way of running it; one record, one table, one picture"
+PURPOSE = "time an EncoderNet3d and its baselines; write a record, a table and pictures"
 MODES: dict[str, Mode] = {"infer": "forward", "gradients": "forward+backward", "train": "training step"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `compare`; by default the seed document's Example 1 with 3 input channels."""
+    """The arguments of `compare`. Default: Example 1, EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3)."""
     whole = partial(parser.add_argument, type=options.positive, metavar="N")
     whole("--channel", default=64, help="channels of the first block (%(default)s)")
     parser.add_argument(
         "--layers", type=int, nargs="+", metavar="N", default=[3] * 5, help="depth of each block (3 3 3 3 3)"
     )
-    parser.add_argument("--kernel-size", type=int, nargs="+", metavar="K", default=[3], help="one, or one per axis (3)")
+    parser.add_argument(
+        "--kernel-size", type=int, nargs="+", metavar="K", default=[3], help="one for all axes, or one per axis (3)"
+    )
     whole("--in-planes", default=3, help="channels of the input (%(default)s)")
-    parser.add_argument("--out-length", type=int, metavar="N", default=32, help="0 returns the last map (%(default)s)")
-    whole("--size", nargs=3, default=[31, 32, 30], help="the volume (31 32 30)")
+    parser.add_argument("--out-length", type=int, metavar="N", default=32, help="0: return the last map (%(default)s)")
+    whole("--size", nargs=3, default=[31, 32, 30], help="spatial shape of the input (31 32 30)")
     whole("--batch", nargs="+", default=[2], help="one or more (2)")
-    parser.add_argument("--dtype", choices=options.PRECISIONS, nargs="+", default=["fp32"], help="one or more (fp32)")
     parser.add_argument(
         "--mode", choices=MODES, nargs="+", default=["infer"],
         help="infer: forward; gradients: forward and backward; train: with a fused AdamW step; one or more (infer)",
     )  # fmt: skip
-    parser.add_argument(
-        "--peers", choices=CONTEST.peers, nargs="+", metavar="PEER", help=f"these only, of: {', '.join(CONTEST.peers)}"
-    )
-    options.add_run(parser, 60)
+    options.add_run(parser, SUITE.baselines, "fp32")
     parser.epilog = (
-        "bf16 and fp16 run under autocast. exit status: 0 done; 1 fastenc failed or disagreed with eager; "
-        "2 the arguments cannot be used; 130 stopped by Ctrl-C"
+        "The default network is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3). bf16 and fp16 run under autocast. "
+        "exit status: 0 done; 1 fastenc failed or disagreed with eager; 2 the arguments cannot be used; 130 stopped by "
+        "Ctrl-C"
     )
 
 
 def workloads(arguments: argparse.Namespace) -> list[Workload]:
-    """What the arguments ask for, small batches first."""
+    """The requested workloads, small batches first."""
     kernel = tuple(arguments.kernel_size * (3 if len(arguments.kernel_size) == 1 else 1))
     network = Network(arguments.channel, tuple(arguments.layers), arguments.in_planes, arguments.out_length, kernel)
     found = []
@@ -63,7 +62,7 @@ def workloads(arguments: argparse.Namespace) -> list[Workload]:
 
 
 def network_problem(workload: Workload) -> str | None:
-    """What the network itself says to this workload, without computing or allocating anything; None if it runs."""
+    """The network's own error for this workload, or None if it runs. Nothing is computed or allocated."""
     assert workload.network is not None
     try:
         with torch.device("meta"), torch.no_grad():
@@ -84,7 +83,10 @@ def measure(
     asked: Sequence[Workload],
     problem_of: Callable[[Workload], str | None] = lambda workload: None,
 ) -> int:
-    """Time what was asked for, unless one of it cannot be run; a line says why. Returns the exit status."""
+    """Time the requested workloads and return the exit status.
+
+    problem_of: returns why a workload cannot run, or None. If any cannot, one line says why and nothing is timed.
+    """
     deadline = Deadline(arguments.minutes * 60)
     problem = options.device_problem(arguments.device)
     problem = problem or next(filter(None, map(problem_of, asked)), None) or options.folder_problem(arguments.out)
@@ -100,7 +102,7 @@ def measure(
 
 
 def draw(session: Session) -> None:
-    """The record's pictures beside it; a line where matplotlib is missing."""
+    """Draw the record's pictures next to it, or print a line if matplotlib is missing."""
     try:
         from . import plots
     except ImportError:

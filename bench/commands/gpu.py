@@ -1,4 +1,4 @@
-"""The one command for a GPU machine: the tests that need a GPU, then the times, one record, one table."""
+"""`gpu`: the single command for a GPU machine. It runs the GPU tests and then the timings."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from ..engine.session import Session
 from . import gpu_tests, ops, third_party
 from .compare import draw
 
-PURPOSE = "run the GPU tests, time fastenc against its peers, write one JSON record and print one table"
-ENDING = 10.0  # seconds kept for importing torch before the clock runs and for ending after it
-TESTS_SHARE = 0.4  # of the minutes, at most
+PURPOSE = "run the GPU tests, time fastenc and its baselines, write a JSON record and print a table"
+ENDING = 10.0  # seconds for importing torch before the clock starts and for exiting after it stops
+TESTS_SHARE = 0.4  # largest share of the minutes
 
+# Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3).
 EXAMPLE_1, EXAMPLE_1_SIZE = ops.NETWORKS["example1"]
 VOLUME_128, VOLUME_128_SIZE = ops.NETWORKS["volume128"]
 TRAIN: Mode = "training step"
@@ -30,22 +31,21 @@ BF16: Precision = "bfloat16 autocast"
 def network(
     mode: Mode, precision: Precision, batch: int, net: Network = EXAMPLE_1, size: tuple[int, ...] = EXAMPLE_1_SIZE
 ) -> Workload:
-    """A network as a workload."""
+    """The workload of a network on an input with spatial shape `size`."""
     return Workload("network", mode, precision, (batch, net.in_planes, *size), network=net)
 
 
 def stems(precision: Precision, batch: int, in_planes: int, net: Network, size: tuple[int, ...]) -> list[Workload]:
-    """The stem of a network, forward and with its weight's gradient."""
+    """The workloads of a network's stem: forward, and forward with the gradient of the weight."""
     stem = Network(net.channel, net.layers, in_planes, net.out_length)
     modes: tuple[Mode, ...] = ("forward", "forward+backward")
     return [Workload("stem", mode, precision, (batch, in_planes, *size), network=stem) for mode in modes]
 
 
 def plan(device: torch.device) -> list[Workload]:
-    """The workloads, most valuable first; tiny on a CPU.
+    """The workloads, most valuable first. They are tiny on a CPU.
 
-    First the figures that the project promises, then the op over the layers, then the stem, then float32, then how cost
-    grows with the batch.
+    The order is: figures that the project promises, the operation on several layers, the stem, float32, batch sizes.
     """
     if device.type == "cpu":
         tiny = Network(4, (2, 1), 3, 32)
@@ -56,8 +56,8 @@ def plan(device: torch.device) -> list[Workload]:
             *stems("float32", 2, 3, tiny, (8, 7, 6)),
             *(third_party.workload(name, "train", "fp32", (2, 1, 16, 16, 16), (4, 8)) for name in third_party.NAMES),
         ]
-    volume = (2, 1, *VOLUME_128_SIZE)
-    plain, monai, residual = (third_party.workload(name, "train", "bf16", volume) for name in third_party.NAMES)
+    shape = (2, 1, *VOLUME_128_SIZE)
+    plain, monai, residual = (third_party.workload(name, "train", "bf16", shape) for name in third_party.NAMES)
     large, middle = (8, 64, 31, 32, 30), (8, 128, 16, 16, 15)
     return [
         network("forward", BF16, 32),
@@ -87,13 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gpu`."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the record and tests.log")
     parser.add_argument(
-        "--minutes", type=options.minutes, default=8.0, metavar="M", help="stop by itself within so many (%(default)g)"
+        "--minutes", type=options.minutes, default=8.0, metavar="M", help="stop within M minutes (%(default)g)"
     )
     parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu runs a tiny version of the same (default: cuda)"
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu runs a tiny version (default: cuda)"
     )
     parser.epilog = (
-        "Run it again with the same DIR to go on where the minutes ended. exit status: 0 done; 1 a test failed, or "
+        "Run it again with the same DIR to continue an unfinished run. exit status: 0 done; 1 a test failed, or "
         "fastenc failed or disagreed with eager; 2 no GPU, or DIR cannot be written; 130 stopped by Ctrl-C"
     )
 
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print(
             f"fastenc bench gpu: torch {torch.__version__} sees no CUDA GPU here; "
-            "--device cpu runs a tiny version of the same on the CPU",
+            "--device cpu runs a tiny version on the CPU",
             file=sys.stderr,
         )
         return 2
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     log = arguments.out / "tests.log"
     lacking = gpu_tests.lacking()
     if lacking is not None:
-        print(f"fastenc bench gpu: {gpu_tests.TESTS} does not run, timing does: {lacking}", file=sys.stderr)
+        print(f"fastenc bench gpu: only the timings run, {gpu_tests.TESTS} does not: {lacking}", file=sys.stderr)
 
     def tests(deadline: Deadline) -> GpuTests:
         return gpu_tests.run(log, min(TESTS_SHARE * (deadline.left() + ENDING), deadline.left()))

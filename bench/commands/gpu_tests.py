@@ -1,4 +1,4 @@
-"""Runs tests/gpu in processes of their own, so that a kernel that breaks its CUDA context breaks nothing else."""
+"""Runs tests/gpu in separate processes, so that a kernel that breaks its CUDA context breaks nothing else."""
 
 from __future__ import annotations
 
@@ -20,30 +20,29 @@ from ..engine.record import GpuTests, TestStatus
 
 OUTCOME = re.compile(r"^\S+::\S.* (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 TESTS = "tests/gpu"
-# The tests spend their time in compiling kernels, each on one core: they are dealt out to as many processes.
-MOST_PROCESSES = 8
-PART = "FASTENC_GPU_TESTS_PART"  # the environment variable that tells a process its part, "0/8" to "7/8"
-WRITING = 5.0  # seconds that a process is given to write, when it is stopped
-FAILURE = "FAILURE "  # how the line begins that tests/gpu/conftest.py writes of each failure
+MOST_PROCESSES = 8  # most of the tests' time is spent compiling kernels, on one core per process
+PART = "FASTENC_GPU_TESTS_PART"  # an environment variable, "0/8" to "7/8": the part of the tests that a process runs
+WRITING = 5.0  # seconds for a stopped process to write its output
+FAILURE = "FAILURE "  # tests/gpu/conftest.py writes a line with this prefix for each failure
 CRASHES = ("Fatal Python error", "ImportError while loading conftest")
-SHOWN, WIDTH = 20, 240  # failures that are listed, and characters of each
+SHOWN, WIDTH = 20, 240  # the number of failures listed, and the characters of each
 
 
 def command() -> list[str]:
-    """The pytest command: of the checkout's settings and plugins none applies, so that it runs wherever pytest does."""
+    """The pytest command, without the checkout's settings and plugins, so that it needs only pytest."""
     isolated = ["-c", os.devnull, "--rootdir", ".", "--confcutdir", TESTS, "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", "-v", "--color=no", *isolated, TESTS]
 
 
 def lacking() -> str | None:
-    """Why the tests cannot be run here; None where they can."""
+    """Why the tests cannot run here, or None if they can."""
     if not (CHECKOUT / TESTS).is_dir():
-        return f"an installed fastenc has no {TESTS}, a checkout has"
+        return f"an installed fastenc has no {TESTS}; a checkout has"
     return "pytest is not installed" if importlib.util.find_spec("pytest") is None else None
 
 
 def run(log: Path, seconds: float) -> GpuTests:
-    """Run the tests for at most `seconds`, their output going to `log`, and count the outcomes."""
+    """Run the tests for at most `seconds`, write their output to `log`, and count the outcomes."""
     if lacking() is not None:
         return GpuTests("not run")
     if seconds <= 0:
@@ -76,7 +75,7 @@ def _start(output: Path, part: str) -> subprocess.Popen[bytes]:
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End what still runs: asked to, pytest first writes the tracebacks of what failed."""
+    """Stop the processes that still run. pytest writes the tracebacks of failures when it gets SIGINT."""
     for process in processes:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -90,11 +89,11 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def outcome(log: str, code: int | None) -> GpuTests:
-    """The result of one process, from pytest's verbose output and exit status (None: it was stopped)."""
+    """The result of one process, from pytest's verbose output and exit status (None if it was stopped)."""
     counts = Counter(OUTCOME.findall(log))
     failed, errors = counts["FAILED"], counts["ERROR"]
     if code not in (0, None) and not failed:
-        errors = max(errors, 1)  # a collection error or a crash fails the run and has no test's name
+        errors = max(errors, 1)  # a collection error or a crash has no test name
     status: TestStatus
     if failed or errors:
         status = "failed"
@@ -104,7 +103,7 @@ def outcome(log: str, code: int | None) -> GpuTests:
 
 
 def total(parts: Sequence[GpuTests], seconds: float) -> GpuTests:
-    """The result of all processes: passed where every one did."""
+    """The result of all processes together: "passed" only if all passed."""
     statuses: tuple[TestStatus, ...] = ("failed", "stopped: no time left", "passed")
     status = next(status for status in statuses if any(part.status == status for part in parts))
     counts = ((part.passed, part.failed, part.errors, part.skipped) for part in parts)
@@ -113,7 +112,7 @@ def total(parts: Sequence[GpuTests], seconds: float) -> GpuTests:
 
 
 def failures(log: Path) -> list[str]:
-    """What failed in the tests that wrote `log`, a line of each, and how many more there are; none without a log."""
+    """One line for each failure in `log`, up to SHOWN, and the number of the others. Empty without a log."""
     if not log.is_file():
         return []
     lines = log.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""`ops`: instance_norm_prelu alone, forward and backward, in both layouts, over the layers of a network."""
+"""`ops`: time instance_norm_prelu alone, forward and backward, on the shapes of a network's layers."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from collections.abc import Sequence
 from typing import cast, get_args
 
 from .. import arguments as options
-from ..baselines.op import CONTEST
+from ..baselines.op import SUITE
 from ..engine.floor import norms
 from ..engine.record import Layout, Mode, Network, Precision, Workload
 from .compare import measure
 
-PURPOSE = "time the fused operation against what it replaces, over the layers of a network or given shapes"
+PURPOSE = "time the fused operation and its baselines on the shapes of a network's layers or on given shapes"
 SIZE = (31, 32, 30)
+# Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3).
 DEPTHS = {
-    "example1": (3, 3, 3, 3, 3),
-    "encnet12": (2, 2, 2, 2, 2),
-    "encnet15": (2, 2, 3, 3, 3),
-    "encnet17": (3, 3, 3, 3, 3),
+    "example1": (3, 3, 3, 3, 3), "encnet12": (2, 2, 2, 2, 2), "encnet15": (2, 2, 3, 3, 3), "encnet17": (3, 3, 3, 3, 3),
     "encnet22": (4, 4, 4, 4, 4),
-}
+}  # fmt: skip
 NETWORKS = {name: (Network(64, depths, 3, 32), SIZE) for name, depths in DEPTHS.items()}
 NETWORKS["volume128"] = (Network(32, (2, 2, 2, 2, 2), 1, 2), (128, 128, 128))
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """A shape written as 8x64x31x32x30."""
+    """Parse a shape such as 8x64x31x32x30."""
     parts = text.replace("×", "x").split("x")
     if len(parts) != 5 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"got {text}; five whole numbers are needed, as in 8x64x31x32x30")
@@ -39,22 +37,22 @@ def shape(text: str) -> tuple[int, ...]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ops`."""
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--network", choices=NETWORKS, default="example1", help="its layers (default: %(default)s)")
-    what.add_argument("--shapes", type=shape, nargs="+", metavar="NxCxDxHxW", help="these shapes instead")
-    parser.add_argument("--residual", action="store_true", help="PReLU(norm(x) + r), as at the end of a residual block")
-    parser.add_argument("--batch", type=options.positive, default=2, metavar="N", help="of the network (%(default)s)")
-    parser.add_argument("--dtype", choices=options.PRECISIONS, nargs="+", default=["fp32"], help="one or more (fp32)")
+    what.add_argument(
+        "--network", choices=NETWORKS, default="example1", help="use the shapes of its layers (default: %(default)s)"
+    )
+    what.add_argument("--shapes", type=shape, nargs="+", metavar="NxCxDxHxW", help="use these shapes instead")
+    parser.add_argument("--residual", action="store_true", help="time PReLU(norm(x) + r), the end of a residual block")
+    parser.add_argument(
+        "--batch", type=options.positive, default=2, metavar="N", help="batch size of the network (%(default)s)"
+    )
     parser.add_argument(
         "--layout", choices=get_args(Layout), nargs="+", default=list(get_args(Layout)), help="one or both (both)"
     )
-    parser.add_argument(
-        "--peers", choices=CONTEST.peers, nargs="+", metavar="PEER", help=f"these only, of: {', '.join(CONTEST.peers)}"
-    )
-    options.add_run(parser, 60)
+    options.add_run(parser, SUITE.baselines, "fp32")
     parser.epilog = (
-        "GB/s counts x and y once forward, x, dy and dx once backward; with a residual, r too, and dr backward; on a "
-        "GPU inputs rotate over more than the L2 cache. exit status: 0 done; 1 fastenc failed or disagreed with eager; "
-        "2 the folder cannot be written; 130 stopped by Ctrl-C"
+        "GB/s counts x and y for the forward, and x, dy and dx for the backward; with a residual also r, and dr for "
+        "the backward. On a GPU the inputs rotate over more than the L2 cache. exit status: 0 done; 1 fastenc failed "
+        "or disagreed with eager; 2 the folder cannot be written; 130 stopped by Ctrl-C"
     )
 
 
@@ -64,7 +62,7 @@ def workloads(
     layouts: Sequence[Layout] = get_args(Layout),
     residual: bool = False,
 ) -> list[Workload]:
-    """Forward and backward of each shape in each layout."""
+    """Workloads for the forward and backward of each shape in each layout."""
     modes: tuple[Mode, ...] = ("forward", "backward")
     return [
         Workload("instance_norm_add_prelu" if residual else "instance_norm_prelu", mode, precision, one, layout)

@@ -1,4 +1,4 @@
-"""Pictures of records by matplotlib, sized for a README column, in a light and a dark theme."""
+"""Pictures of records, drawn by matplotlib for the width of a README, in a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from ..baselines.registry import EAGER
+from ..baselines.suite import EAGER
 from ..engine.floor import ITEMSIZE
 from ..engine.record import Record, Result, Workload
 from ..engine.session import bare
 
-WIDTH = 8.3  # inches: a README column of 830 pixels shows a 9-point font at about 12 pixels
+WIDTH = 8.3  # inches: at a README width of 830 pixels, a 9-point font is about 12 pixels high
 DPI = 200
 THEMES = {
     "light": {"ink": "#1f2328", "paper": "#ffffff", "grid": "#d8dee4"},
     "dark": {"ink": "#e6edf3", "paper": "#0d1117", "grid": "#30363d"},
 }
-# One colour for each baseline, in every picture and on every machine.
+# Each baseline has the same colour in all pictures.
 COLOURS = {
     "eager": "#8c959f",
     "eager channels_last_3d": "#57606a",
@@ -44,19 +44,19 @@ COLOURS = {
     "torch.compile GroupNorm(C, C)": "#9a6700",
 }
 OTHER = "#8250df"
-MOST_PANELS = 6  # of bars: a record begins with what matters most
-FARTHEST_FLOOR = 2.5  # times the longest bar: a floor beyond that would squeeze the bars, and is left out
+MOST_PANELS = 6  # panels of bars in a picture; a record begins with the most important workloads
+FARTHEST_FLOOR = 2.5  # a floor beyond 2.5 times the longest bar is not drawn, because the bars would become too short
 MARKERS = "osD^vPX<>*"
 DASHES = (0, (4, 2))
 
 
-def colour(peer: str) -> str:
-    """The colour of a baseline: fastenc in orange and red, torch.compile in blue, GroupNorm in brown, eager in grey."""
-    return COLOURS.get(peer, OTHER)
+def colour(baseline: str) -> str:
+    """The baseline's colour: fastenc orange or red, torch.compile blue, GroupNorm brown, eager grey."""
+    return COLOURS.get(baseline, OTHER)
 
 
 def latest(records: Iterable[Record]) -> dict[str, list[Workload]]:
-    """By machine name: the newest measurement of every workload, GPUs first."""
+    """The newest measurement of each workload, by the machine's name. GPUs come first."""
     found: dict[str, dict[Workload, Workload]] = {}
     for record in sorted(records, key=lambda record: (record.machine.device == "cpu", record.date)):
         measured = (each for each in record.workloads if any(result.time is not None for result in each.results))
@@ -65,13 +65,15 @@ def latest(records: Iterable[Record]) -> dict[str, list[Workload]]:
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str, themes: Sequence[str] = ("light",)) -> list[Path]:
-    """Every picture that the records have figures for, as `{stem}-{picture}-{theme}.png` in `folder`.
+    """Draw every picture for which the records have figures, and return the files.
 
-    The records are of one machine.
+    Args:
+        records: all from one machine, which each picture names.
+        folder: where `{stem}-{picture}-{theme}.png` are written.
+        stem: the beginning of the files' names.
+        themes: keys of THEMES.
     """
-    ((machine, workloads),) = latest(records).items() or (("", []),)
-    device = {record.machine.device for record in records}
-    where = f"{'GPU' if device == {'cuda'} else 'CPU'}, {machine}"
+    ((_, workloads),) = latest(records).items() or (("", []),)
     written = []
     for name, picture in PICTURES.items():
         for theme in themes:
@@ -79,7 +81,7 @@ def draw(records: Sequence[Record], folder: Path, stem: str, themes: Sequence[st
                 figure = picture(workloads, THEMES[theme])
                 if figure is None:
                     continue
-                figure.suptitle(where, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+                figure.suptitle(records[0].machine.label, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
                 written.append(folder / f"{stem}-{name}-{theme}.png")
                 figure.savefig(written[-1], metadata={"Software": None})
     return written
@@ -105,7 +107,7 @@ def style(theme: dict[str, str]) -> Any:
 
 
 def timed(workload: Workload) -> list[Result]:
-    """The peers that have a time."""
+    """The results that have a time."""
     return [result for result in workload.results if result.time is not None]
 
 
@@ -121,23 +123,23 @@ def _title(workload: Workload) -> str:
     return f"{workload.mode}, batch {workload.shape[0]}\n{workload.precision}, {size}\n{name}"
 
 
-def _peers(workloads: Iterable[Workload]) -> list[str]:
-    """The peers that have a time in any of the workloads, in the records' order."""
+def _baselines(workloads: Iterable[Workload]) -> list[str]:
+    """The baselines that have a time in any of the workloads, in the order of the records."""
     chosen = list(workloads)
     have = {result.peer for each in chosen for result in timed(each)}
-    return [peer for peer in dict.fromkeys(r.peer for each in chosen for r in each.results) if peer in have]
+    return [baseline for baseline in dict.fromkeys(r.peer for each in chosen for r in each.results) if baseline in have]
 
 
-def _short(peer: str) -> str:
-    """A peer's name where space is short: "max-autotune, channels-last"."""
-    name = peer.replace(" channels_last_3d", ", channels-last")
+def _short(baseline: str) -> str:
+    """A short form of a baseline's name, such as "max-autotune, channels-last"."""
+    name = baseline.replace(" channels_last_3d", ", channels-last")
     return re.sub("torch.compile (?=max-|reduce-)", "", name)
 
 
 def _panels(workloads: Sequence[Workload], fill: Callable[[Any, Workload, list[str]], str]) -> Figure | None:
-    """A panel of horizontal bars for every workload, two side by side, with a bar for each measured baseline.
+    """Panels of horizontal bars, two side by side: one for each workload, with a bar for each timed baseline.
 
-    fill(axes, workload, peers) draws the bars and returns more of the title.
+    fill(axes, workload, baselines) draws the bars and returns an addition to the title.
     """
     if not workloads:
         return None
@@ -150,7 +152,7 @@ def _panels(workloads: Sequence[Workload], fill: Callable[[Any, Workload, list[s
     for panel in axes.flat[len(workloads) :]:
         panel.set_axis_off()
     for i, (panel, workload) in enumerate(zip(axes.flat, workloads, strict=False)):
-        names = _peers([workload])
+        names = _baselines([workload])
         longest = max(len(timed(each)) for each in lines[i // across])
         panel.set_title(f"{_title(workload)}{fill(panel, workload, names)}")
         panel.set_ylim(longest - 0.4, -0.6)  # bars of one height side by side
@@ -161,12 +163,12 @@ def _panels(workloads: Sequence[Workload], fill: Callable[[Any, Workload, list[s
 
 
 def speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
-    """Speed-up over eager of every peer of every network, and where the physical floor lies."""
+    """The speed-up over eager of every baseline on every EncoderNet3d, with the physical floor."""
     return _speedups(_networks(workloads), theme)
 
 
 def clients(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
-    """The same of somebody else's networks."""
+    """The speed-up over eager of every baseline on third-party models."""
     return _speedups([each for each in workloads if each.kind == "client" and timed(each)], theme)
 
 
@@ -204,7 +206,7 @@ def _speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | 
 
 
 def memory(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
-    """Peak memory of every peer of every network."""
+    """The peak memory of every baseline on every EncoderNet3d."""
 
     def fill(panel: Any, workload: Workload, names: list[str]) -> str:
         most = 0.0
@@ -219,52 +221,67 @@ def memory(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | Non
     chosen = [each for each in _networks(workloads) if any(result.peak_memory for result in each.results)]
     figure = _panels(chosen, fill)
     if figure is not None:
-        figure.supxlabel("peak memory in GB: parameters, optimizer, input and what one call allocates", fontsize=9)
+        figure.supxlabel("peak memory in GB: parameters, optimizer, input and the allocations of one call", fontsize=9)
     return figure
 
 
+def _grid(count: int, height: float, **options: Any) -> tuple[Figure, list[Any]]:
+    """A figure with `count` panels, two side by side, each `height` inches high."""
+    rows = ceil(count / 2)
+    figure = Figure(figsize=(WIDTH, height * rows + 0.6), layout="constrained")
+    panels = list(figure.subplots(rows, min(2, count), squeeze=False, **options).flat)
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    return figure, panels[:count]
+
+
+def _curves(
+    panel: Any, workloads: Sequence[Workload], baselines: Sequence[str], point: Callable[[Workload, float], Any]
+) -> None:
+    """Draw a line for each baseline through point(workload, seconds) of the workloads."""
+    for baseline, marker in zip(baselines, cycle(MARKERS)):
+        results = ((each, each.timed(baseline)) for each in workloads)
+        points = sorted(point(each, found.time.median) for each, found in results if found is not None and found.time)
+        if points:
+            style = {"color": colour(baseline), "markersize": 4, "label": _short(baseline)}
+            panel.plot(*zip(*points, strict=True), marker + "-", **style)
+
+
+def _legend(figure: Figure, panels: Sequence[Any]) -> None:
+    """One legend below the panels, for all their lines."""
+    handles = {text: line for panel in panels for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
+
+
 def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
-    """Fraction of the copy bandwidth that the operation reaches, over the size of its tensor."""
+    """The fraction of copy bandwidth that the operation reaches, over the size of x."""
     ops = [each for each in workloads if each.kind == "instance_norm_prelu" and each.floor is not None]
     if not ops:
         return None
-    panels = Counter((each.dtype, each.mode != "forward", each.layout) for each in ops)
-    most = max(panels.values())
-    chosen = sorted(panel for panel, sizes in panels.items() if sizes > 1 or most == 1)
-    rows = ceil(len(chosen) / 2)
-    figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
-    peers = _peers(ops)
-    marks = dict(zip(peers, cycle(MARKERS)))
-    for panel, (dtype, backward, layout) in zip(axes.flat, chosen, strict=False):
+    sizes = Counter((each.dtype, each.mode != "forward", each.layout) for each in ops)
+    most = max(sizes.values())
+    chosen = sorted(panel for panel, count in sizes.items() if count > 1 or most == 1)
+    figure, panels = _grid(len(chosen), 2.5, sharex=True, sharey=True)
+
+    def point(workload: Workload, seconds: float) -> tuple[float, float]:
+        return prod(workload.shape) * ITEMSIZE[workload.dtype] / 1e6, (workload.floor or 0.0) / seconds
+
+    for panel, (dtype, backward, layout) in zip(panels, chosen, strict=True):
         here = [e for e in ops if (e.dtype, e.mode != "forward", e.layout) == (dtype, backward, layout)]
-        for peer in peers:
-            points = sorted(
-                (prod(each.shape) * ITEMSIZE[each.dtype] / 1e6, (each.floor or 0.0) / result.time.median)
-                for each in here
-                for result in timed(each)
-                if result.peer == peer and result.time is not None
-            )
-            if points:
-                panel.plot(
-                    *zip(*points, strict=True), marks[peer] + "-", color=colour(peer), markersize=4, label=_short(peer)
-                )
+        _curves(panel, here, _baselines(ops), point)
         panel.axhline(1, color=theme["ink"], linewidth=1, linestyle=DASHES)
         panel.set_title(f"{'backward' if backward else 'forward'}, {layout}, {dtype}")
         panel.set_xscale("log")
         panel.set_ylim(bottom=0)
         panel.grid()
-    for panel in axes.flat[len(chosen) :]:
-        panel.set_axis_off()
     figure.supxlabel("MB of x", fontsize=9)
     figure.supylabel("fraction of copy bandwidth", fontsize=9)
-    handles = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
+    _legend(figure, panels)
     return figure
 
 
 def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
-    """Time over batch size on log axes, where a network was timed at more than one."""
+    """Time over batch size, for networks that were timed at several batch sizes."""
 
     def series(workload: Workload) -> tuple[Any, ...]:
         return workload.mode, workload.precision, workload.network, workload.shape[2:]
@@ -274,23 +291,10 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
     found = [group for group in found if len({each.shape[0] for each in group}) > 1]
     if not found:
         return None
-    rows = ceil(len(found) / 2)
-    figure = Figure(figsize=(WIDTH, 3.0 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, min(2, len(found)), squeeze=False)
-    peers = _peers(each for group in found for each in group)
-    marks = dict(zip(peers, cycle(MARKERS)))
-    for panel, group in zip(axes.flat, found, strict=False):
-        for peer in peers:
-            points = sorted(
-                (each.shape[0], 1e3 * result.time.median)
-                for each in group
-                for result in timed(each)
-                if result.peer == peer and result.time is not None
-            )
-            if points:
-                panel.plot(
-                    *zip(*points, strict=True), marks[peer] + "-", color=colour(peer), markersize=4, label=_short(peer)
-                )
+    figure, panels = _grid(len(found), 3.0)
+    baselines = _baselines(each for group in found for each in group)
+    for panel, group in zip(panels, found, strict=True):
+        _curves(panel, group, baselines, lambda workload, seconds: (workload.shape[0], 1e3 * seconds))
         floors = sorted((each.shape[0], 1e3 * each.floor) for each in group if each.floor is not None)
         if floors:
             panel.plot(*zip(*floors, strict=True), color=theme["ink"], linestyle=DASHES, linewidth=1, label="floor")
@@ -305,10 +309,7 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
         panel.set_ylabel("ms")
         panel.set_title(f"{group[0].mode}\n{_title(group[0]).split(chr(10), 1)[1]}")
         panel.grid()
-    for panel in axes.flat[len(found) :]:
-        panel.set_axis_off()
-    handles = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
+    _legend(figure, panels)
     return figure
 
 

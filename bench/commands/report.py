@@ -1,4 +1,4 @@
-"""`report`: from the committed records to README's tables and pictures. A figure without a record cannot get there."""
+"""`report`: write README's tables and pictures from records. Every figure there comes from a record."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 
 from fastenc.commands.shell import write_whole
 
 from .. import arguments as options
-from ..baselines.registry import EAGER, FASTENC
+from ..baselines.suite import EAGER, FASTENC
 from ..engine.machine import CHECKOUT
-from ..engine.record import Record, Result, Workload, load
+from ..engine.record import Record, Workload, load
 from ..engine.table import against, milliseconds
 
-PURPOSE = "write README's tables and pictures from the records; refuses where there is none"
-MOST_ROWS = 8  # of networks: a record begins with what matters most, and the pictures have the rest
+PURPOSE = "write README's tables and pictures from records"
+MOST_ROWS = 8  # networks in a table; a record begins with the most important workloads
 BENCH = CHECKOUT / "bench"
 NO_GPU = """\
 No GPU record exists yet: nothing here has been timed on a GPU, and this README claims no speed there. On a GPU machine,
@@ -29,13 +29,14 @@ from a checkout, this measures it (tests first, then timings; one JSON record, o
 python3 -m fastenc bench gpu --out bench-out --minutes 8
 ```
 """
+FASTEST = "fastest of fastenc"
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 ALT = {
-    "speedup": "Speed-up over eager PyTorch of every peer, with the physical floor",
-    "clients": "Speed-up of nnU-Net's and MONAI's U-Nets over themselves untouched, of every peer",
-    "roofline": "Fraction of the copy bandwidth that the fused operation and its peers reach, over tensor size",
-    "memory": "Peak memory of every peer",
-    "batch": "Time over batch size",
+    "speedup": "Speed-up of EncoderNet3d over eager PyTorch, for every baseline",
+    "clients": "Speed-up of nnU-Net's and MONAI's U-Nets over the unchanged networks, for every baseline",
+    "roofline": "Fraction of copy bandwidth that the fused operation and its baselines reach, over the size of x",
+    "memory": "Peak memory of EncoderNet3d, for every baseline",
+    "batch": "Time of EncoderNet3d over batch size, for every baseline",
 }
 
 
@@ -50,9 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--readme", type=Path, default=CHECKOUT / "README.md", metavar="FILE",
-        help="the file with the markers between which the tables go (default: the checkout's README.md)",
+        help="write the tables between the markers of this file (default: the checkout's README.md)",
     )  # fmt: skip
-    parser.epilog = "exit status: 0 done; 2 no record, one that cannot be read, no markers, or nowhere to write"
+    parser.epilog = (
+        "exit status: 0 done; 2 no record, an unreadable record, no markers, or a folder that cannot be written"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -87,7 +90,7 @@ def _refuse(why: str) -> int:
 
 
 def read(paths: Sequence[Path]) -> list[Record]:
-    """The records at `paths`, files or folders; ValueError where there is none, or none with a time."""
+    """The records at `paths`, which are files or folders. Raises ValueError if none of them has a time."""
     files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     records = [load(file) for file in files]
     if not any(result.time for record in records for each in record.workloads for result in each.results):
@@ -97,14 +100,17 @@ def read(paths: Sequence[Path]) -> list[Record]:
 
 
 def slug(name: str) -> str:
-    """A machine's name as part of a file's."""
+    """A machine's name in the form used in file names."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def figures(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
-    """What stands between README's markers: a section for every machine, GPUs first.
+    """The text between README's markers: a section for each machine, GPUs first.
 
-    pictures: those that were drawn of the records; their links are relative to the folder `readme`.
+    Args:
+        records: of any machines.
+        pictures: drawn from these records.
+        readme: README's folder, to which links are relative.
     """
     from . import plots
 
@@ -119,16 +125,16 @@ def figures(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
 
 
 def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
-    """One machine: what it is, its pictures, its tables."""
+    """The section of one machine: its name and software, its pictures and its tables."""
     from . import plots
 
     newest = max(records, key=lambda record: record.date)
     machine = newest.machine
     ((_, workloads),) = plots.latest(records).items()
-    text = [f"**{machine.name}**{_software(newest)}. {_sources(records, workloads)}\n"]
+    text = [f"**{machine.label}**{_software(newest)}. {_sources(records, workloads)}\n"]
     lights = {path.stem.split("-")[-2]: path for path in pictures if path.stem.endswith("-light")}
     for name, light in ((name, lights[name]) for name in ALT if name in lights):
-        dark, alt = light.with_name(light.name.replace("-light.png", "-dark.png")), ALT[name]
+        dark, alt = light.with_name(light.name.replace("-light.png", "-dark.png")), f"{ALT[name]}; {machine.label}"
         here, there = (Path(os.path.relpath(path, readme)).as_posix() for path in (light, dark))
         text.append(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{there}">'
@@ -138,7 +144,7 @@ def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
     networks = [each for each in workloads if each.kind == "network"][:MOST_ROWS]
     text += [_network_table(networks)] if networks else []
     clients = [each for each in workloads if each.kind == "client"]
-    text += [_client_table(clients)] if clients else []
+    text += [_third_party_table(clients)] if clients else []
     ops = [each for each in workloads if each.network is None and each.client is None]
     text += [_op_table(ops)] if ops else []
     return "\n".join(text) + "\n"
@@ -165,78 +171,73 @@ def _sources(records: Sequence[Record], workloads: Sequence[Workload]) -> str:
     return f"From {commands}."
 
 
+def _table(first: str, times: Sequence[str], rest: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table. first: the first heading. times: the headings of the times. rest: the last headings."""
+    headings = [first, *(f"{name} ms" for name in times), *rest]
+    rule = ["---" if text in (first, FASTEST) else "---:" for text in headings]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (headings, rule, *rows))
+
+
 def _network_table(networks: Sequence[Workload]) -> str:
-    """A row for every network."""
-    lines = [
-        "| network | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile | of the floor "
-        "| peak memory ÷ eager's | fastest of fastenc |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
-    for workload in networks:
-        assert workload.network is not None
-        size = "×".join(map(str, workload.shape[1:]))
-        what = (
-            f"channel {workload.network.channel}, layers {' '.join(map(str, workload.network.layers))}, {size}, "
-            f"batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
-        )
-        eager, compiled = workload.timed(EAGER), workload.fastest("torch.compile")
-        columns = _columns(workload, (eager, compiled, workload.timed(FASTENC)), (eager, compiled))
-        lines.append(f"| {what} | {columns} | {_memory_and_fastest(workload)} |")
-    return "\n".join(lines) + "\n"
+    """A table with a row for each EncoderNet3d."""
+    rows = [[_network(each), *_times(each, (EAGER,)), *_memory_and_fastest(each)] for each in networks]
+    rest = ("× eager", "× best torch.compile", "of the floor", "peak memory ÷ eager's", FASTEST)
+    return _table("network", ("eager", "best torch.compile", "fastenc"), rest, rows)
 
 
-def _client_table(clients: Sequence[Workload]) -> str:
-    """A row for every network of somebody else's; it is compared with the faster of the two untouched layouts."""
-    lines = [
-        "| accelerated | eager ms | channels_last_3d ms | best torch.compile ms | fastenc ms | × best untouched "
-        "| × best torch.compile | of the floor | peak memory ÷ eager's | fastest of fastenc |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
-    for workload in clients:
-        assert workload.client is not None
-        size = "×".join(map(str, workload.shape[1:]))
-        what = f"{workload.client.name}, {size}, batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
-        untouched = [workload.timed(peer) for peer in (EAGER, "eager channels_last_3d")]
-        compiled = workload.fastest("torch.compile")
-        times = (*untouched, compiled, workload.timed(FASTENC))
-        columns = _columns(workload, times, (workload.fastest(EAGER), compiled))
-        lines.append(f"| {what} | {columns} | {_memory_and_fastest(workload)} |")
-    return "\n".join(lines) + "\n"
+def _third_party_table(workloads: Sequence[Workload]) -> str:
+    """A table with a row for each third-party model, compared with the faster of its two unchanged layouts."""
+    unchanged = (EAGER, "eager channels_last_3d")
+    rows = [[_network(each), *_times(each, unchanged), *_memory_and_fastest(each)] for each in workloads]
+    rest = ("× best untouched", "× best torch.compile", "of the floor", "peak memory ÷ eager's", FASTEST)
+    return _table("accelerated", ("eager", "channels_last_3d", "best torch.compile", "fastenc"), rest, rows)
 
 
 def _op_table(ops: Sequence[Workload]) -> str:
-    """A row for every direction and layout of the largest tensor, without and with a residual; a picture has more."""
+    """A table with a row for each direction and layout of the largest tensor. The pictures show the others."""
     largest = {each.kind: prod(each.shape) for each in sorted(ops, key=lambda each: prod(each.shape))}
-    lines = [
-        "| instance_norm_prelu | eager ms | best torch.compile ms | fastenc ms | × eager | × best torch.compile "
-        "| of copy bandwidth |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+    rows = [
+        [
+            f"{'×'.join(map(str, each.shape))} {each.layout}, {each.precision}, {each.mode}"
+            + (", with a residual" if each.kind == "instance_norm_add_prelu" else ""),
+            *_times(each, (EAGER,)),
+        ]
+        for each in ops
+        if prod(each.shape) == largest[each.kind]
     ]
-    for workload in (each for each in ops if prod(each.shape) == largest[each.kind]):
-        what = f"{'×'.join(map(str, workload.shape))} {workload.layout}, {workload.precision}, {workload.mode}"
-        what += ", with a residual" if workload.kind == "instance_norm_add_prelu" else ""
-        eager, compiled = workload.timed(EAGER), workload.fastest("torch.compile")
-        columns = _columns(workload, (eager, compiled, workload.timed(FASTENC)), (eager, compiled))
-        lines.append(f"| {what} | {columns} |")
-    return "\n".join(lines) + "\n"
+    rest = ("× eager", "× best torch.compile", "of copy bandwidth")
+    return _table("instance_norm_prelu", ("eager", "best torch.compile", "fastenc"), rest, rows)
 
 
-def _columns(workload: Workload, times: Sequence[Result | None], rivals: Sequence[Result | None]) -> str:
-    """Times, what fastenc gains over its rivals, and fastenc's share of the floor, as cells."""
-    cells = ["–" if one is None or one.time is None else milliseconds(one.time.median) for one in times]
+def _network(workload: Workload) -> str:
+    """A network, the shape of its input, and how it runs, as a cell."""
+    name = "" if workload.client is None else str(workload.client.name)
+    if workload.network is not None:
+        name = f"channel {workload.network.channel}, layers {' '.join(map(str, workload.network.layers))}"
+    size = "×".join(map(str, workload.shape[1:]))
+    return f"{name}, {size}, batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
+
+
+def _times(workload: Workload, unchanged: Sequence[str]) -> list[str]:
+    """Cells: the times of `unchanged`, torch.compile and fastenc, fastenc's gains, and the floor over its time."""
+    plain, fused = [workload.timed(name) for name in unchanged], workload.timed(FASTENC)
+    compiled = workload.fastest("torch.compile")
+    rivals = [plain[0] if len(plain) == 1 else workload.fastest(EAGER), compiled]
+    cells = [
+        "–" if one is None or one.time is None else milliseconds(one.time.median) for one in (*plain, compiled, fused)
+    ]
     cells += ["–" if one is None else against(workload, one.over_fastenc) or "–" for one in rivals]
-    fused, share = workload.timed(FASTENC), "–"
+    share = "–"
     if workload.floor is not None and fused is not None and fused.time is not None:
         share = f"{100 * workload.floor / fused.time.median:.0f} %"
-    return " | ".join([*cells, share])
+    return [*cells, share]
 
 
-def _memory_and_fastest(workload: Workload) -> str:
-    """fastenc's peak memory over eager's, and the fastest way to run it, as cells."""
+def _memory_and_fastest(workload: Workload) -> list[str]:
+    """Cells: fastenc's peak memory over eager's, and the fastest form of fastenc."""
     eager, fused, best = workload.timed(EAGER), workload.timed(FASTENC), workload.fastest(FASTENC)
     smaller = "" if eager is None or fused is None else _quotient(fused.peak_memory, eager.peak_memory)
-    fastest = "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"
-    return f"{smaller} | {fastest}"
+    return [smaller, "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"]
 
 
 def _quotient(above: int | None, below: int | None) -> str:

@@ -1,4 +1,4 @@
-"""`clients`: nnU-Net's and MONAI's U-Nets as they come, compiled, and accelerated, in one run."""
+"""`clients`: time nnU-Net's and MONAI's U-Nets, unchanged, compiled and accelerated."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from itertools import product
 from typing import cast
 
 from .. import arguments as options
-from ..baselines.third_party import CONTEST
+from ..baselines.third_party import SUITE
 from ..baselines.third_party_networks import CHANNELS, missing, run_without_data
-from ..engine.record import Client, Precision, Workload
+from ..engine.record import Precision, ThirdPartyModel, Workload
 from .compare import MODES, measure
 
-PURPOSE = "time nnU-Net's and MONAI's U-Nets untouched, compiled and accelerated; one record, one table, one picture"
+PURPOSE = "time nnU-Net's and MONAI's U-Nets unchanged, compiled and accelerated; write a record, a table and pictures"
 NAMES = {name.split()[-1]: name for name in CHANNELS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `clients`; by default a training step at 128³, batch 2, in bfloat16."""
+    """The arguments of `clients`. Default: a training step on 2×1×128×128×128 in bfloat16."""
     parser.add_argument("--networks", choices=NAMES, nargs="+", default=list(NAMES), help="one or more (all)")
     parser.add_argument(
         "--channels", type=options.positive, nargs="+", metavar="N",
-        help="of the stages (default: what the network's users train, six stages of 32 to 320 or five of 16 to 256)",
+        help="channels of each stage (default: as users train it, six stages of 32 to 320 or five of 16 to 256)",
     )  # fmt: skip
     parser.add_argument(
-        "--size", type=options.positive, nargs=3, default=[128, 128, 128], metavar="N", help="the volume (128 128 128)"
+        "--size",
+        type=options.positive,
+        nargs=3,
+        default=[128, 128, 128],
+        metavar="N",
+        help="spatial shape of the input (128 128 128)",
     )
     parser.add_argument("--batch", type=options.positive, nargs="+", default=[2], metavar="N", help="one or more (2)")
-    parser.add_argument("--dtype", choices=options.PRECISIONS, nargs="+", default=["bf16"], help="one or more (bf16)")
     parser.add_argument("--mode", choices=MODES, nargs="+", default=["train"], help="one or more (train)")
-    parser.add_argument(
-        "--peers", choices=CONTEST.peers, nargs="+", metavar="PEER", help=f"these only, of: {', '.join(CONTEST.peers)}"
-    )
-    options.add_run(parser, 60)
+    options.add_run(parser, SUITE.baselines, "bf16")
     parser.epilog = (
         "bf16 and fp16 run under autocast. exit status: 0 done; 1 fastenc failed or disagreed with eager; "
         "2 the arguments cannot be used or a package is missing; 130 stopped by Ctrl-C"
@@ -40,27 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def workload(name: str, mode: str, dtype: str, shape: tuple[int, ...], channels: tuple[int, ...] = ()) -> Workload:
-    """A network of somebody else's by the last word of its name; channels: of its stages, by default its own."""
+    """The workload of a third-party model. name: a key of NAMES. channels: of each stage; empty for the defaults."""
     precision = options.PRECISIONS[dtype]
     return Workload(
         "client",
         MODES[mode],
         cast(Precision, precision if precision == "float32" else f"{precision} autocast"),
         shape,
-        client=Client(NAMES[name], channels or CHANNELS[NAMES[name]]),  # type: ignore[arg-type]
+        client=ThirdPartyModel(NAMES[name], channels or CHANNELS[NAMES[name]]),  # type: ignore[arg-type]
     )
 
 
 def problem_of(asked: Workload) -> str | None:
-    """What is missing, or what the network itself says to its input; None if it runs. Nothing is computed."""
-    client = asked.client
-    assert client is not None
+    """Why the workload cannot run (a missing package, or the network's own error), or None. Nothing is computed."""
+    model = asked.client
+    assert model is not None
     try:
-        absent = missing(client)
+        absent = missing(model)
         if absent is None:
-            run_without_data(client, asked.shape, lambda layer, x, y: None)
+            run_without_data(model, asked.shape, lambda layer, x, y: None)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        return f"{client.name}: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return f"{model.name}: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     return absent
 
 

@@ -1,4 +1,4 @@
-"""Tuning: the constants of `kernels/plan.py` swept on this machine. Prints what it would choose; changes nothing."""
+"""`tune`: try other values for the constants of `kernels/plan.py` on this machine. Prints times; changes nothing."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ import torch
 from fastenc.kernels import launch, plan
 from fastenc.kernels.layout import MEMORY_FORMAT
 
+from ..console import Progress, tables
 from ..engine.timing import Work, calls_per_sample, sample
 
-PURPOSE = "sweep the constants of the launch plans on this GPU and print the ones it would choose; changes nothing"
+PURPOSE = "time other values for the constants of the launch plans on this GPU and print the best; changes nothing"
 SAMPLES = 5
+DTYPES = (torch.bfloat16, torch.float32)
 Shape = tuple[int, int, int]  # N, C, S
 
-# Rows that are split, and short rows held on chip: where each constant decides something.
+# Rows that are split, and short rows that are held on chip. Each constant matters for one of the two.
 LONG: tuple[Shape, ...] = ((8, 64, 31 * 32 * 30), (2, 32, 128**3))
 SHORT: tuple[Shape, ...] = ((8, 128, 512), (8, 256, 64), (8, 512, 8), (32, 256, 512))
-# The same for the interpreter, whose times say nothing of a GPU: they show that the sweep runs.
+# Tiny shapes for the interpreter, which show that the sweep runs. Its times say nothing about a GPU.
 TINY_LONG: tuple[Shape, ...] = ((1, 2, 40000),)
 TINY_SHORT: tuple[Shape, ...] = ((1, 8, 64),)
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant of the plan: its name there, the key where it is a table, and the values to try."""
+    """A constant of the plan: its name there, its key if it is a table, and the values to try."""
 
     name: str
     key: Any
@@ -44,7 +46,7 @@ class Constant:
 
     @property
     def now(self) -> Any:
-        """The value in force."""
+        """The current value."""
         value = getattr(plan, self.name)
         return value if self.key is None else value[self.key]
 
@@ -63,7 +65,7 @@ CONSTANTS = (
 
 @contextmanager
 def held_at(constant: Constant, value: Any) -> Iterator[None]:
-    """Plans are made with `constant` at `value` inside the block."""
+    """Inside the block, plans use `value` for `constant`."""
     before = getattr(plan, constant.name)
     setattr(plan, constant.name, value if constant.key is None else {**before, constant.key: value})
     launch.prepared.cache_clear()
@@ -75,7 +77,7 @@ def held_at(constant: Constant, value: Any) -> Iterator[None]:
 
 
 def seconds(shape: Shape, dtype: torch.dtype, backward: bool, device: torch.device) -> float:
-    """Median seconds of one direction of the op on channels-last x (N, C, S, 1, 1) in that shape."""
+    """Median seconds of one direction of the operation on channels-last x (N, C, S, 1, 1)."""
     from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
     from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
 
@@ -97,16 +99,12 @@ def sweep(
     shapes: Sequence[Shape],
     measure: Callable[[Shape, torch.dtype, bool], float],
 ) -> dict[Any, float]:
-    """Geometric mean of the seconds over shapes and precisions for each value; infinite where a launch fails."""
+    """For each value, the geometric mean of the seconds over shapes and dtypes. Infinite if a launch fails."""
     found = {}
     for value in constant.values:
         with held_at(constant, value):
             try:
-                logs = [
-                    math.log(measure(shape, dtype, constant.backward))
-                    for shape in shapes
-                    for dtype in (torch.bfloat16, torch.float32)
-                ]
+                logs = [math.log(measure(shape, dtype, constant.backward)) for shape in shapes for dtype in DTYPES]
                 found[value] = math.exp(sum(logs) / len(logs))
             except torch.OutOfMemoryError:
                 raise
@@ -122,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu runs the sweep interpreted on tiny shapes: it shows that the sweep works, its times mean nothing",
+        help="cpu interprets the kernels on tiny shapes: this shows that the sweep works, but its times mean nothing",
     )
     parser.epilog = "exit status: 0 done; 2 no GPU"
 
@@ -131,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(
-            "fastenc bench tune: torch finds no CUDA GPU here; --device cpu shows the sweep, interpreted",
+            "fastenc bench tune: torch finds no CUDA GPU here; --device cpu runs the sweep in the interpreter",
             file=sys.stderr,
         )
         return 2
@@ -146,18 +144,32 @@ def run(arguments: argparse.Namespace) -> int:
         print("interpreted on a CPU: these times say nothing of a GPU")
         mode = interpreted()
     begin = time.monotonic()
+    long, short = (LONG, SHORT) if on_gpu else (TINY_LONG, TINY_SHORT)
     with mode:
         for constant in CONSTANTS:
-            long, short = (LONG, SHORT) if on_gpu else (TINY_LONG, TINY_SHORT)
-            times = sweep(constant, long if constant.long_rows else short, partial(seconds, device=device))
+            shapes = long if constant.long_rows else short
+            with Progress(len(constant.values) * len(shapes) * len(DTYPES)) as progress:
+                times = sweep(constant, shapes, partial(_reported, progress, constant, device))
             _print(constant, times)
-    print(f"{time.monotonic() - begin:.0f} s; kernels/plan.py is as it was")
+    print(f"{time.monotonic() - begin:.0f} s; kernels/plan.py is unchanged")
     return 0
+
+
+def _reported(
+    progress: Progress, constant: Constant, device: torch.device, shape: Shape, dtype: torch.dtype, backward: bool
+) -> float:
+    """`seconds`, with progress."""
+    progress.say(f"{constant} = {constant.now}", f"{'×'.join(map(str, shape))}, {dtype}")
+    taken = seconds(shape, dtype, backward, device)
+    progress.advance(1)
+    return taken
 
 
 def _print(constant: Constant, times: dict[Any, float]) -> None:
     best = min(times, key=lambda value: times[value])
     print(f"\n{constant}: now {constant.now}, best {best}", flush=True)
-    for value, taken in times.items():
-        note = "  <- now" if value == constant.now else ""
-        print(f"  {value!s:>12}  {'failed' if math.isinf(taken) else f'{taken * 1e6:.1f} µs'}{note}")
+    rows = [
+        (str(value), "failed" if math.isinf(taken) else f"{taken * 1e6:.1f}", "now" if value == constant.now else "")
+        for value, taken in times.items()
+    ]
+    print(*tables(("value", "µs", ""), [rows]))

@@ -1,1 +1,1 @@
-"""How anything is timed: sessions, measurements, memory, the machine, records and their summary."""
+"""How workloads are timed: sessions, measurements, memory, the machine, records and summaries."""

@@ -1,17 +1,17 @@
-"""Whether a peer computes the same numbers, decided before it is timed.
+"""Whether a baseline computes the same numbers, decided before it is timed.
 
-The exact run is plain PyTorch one precision up: in float64 for an operation, in float32 without TF32 for a network.
-`eager` at the timed settings is off from it by its own rounding, e. A peer passes when each of its tensors (output and
-gradients) is off by no more than
+The exact run is plain PyTorch at a higher precision: float64 for an operation, float32 without TF32 for a network. The
+distance of `eager`, at the timed settings, from the exact run is its rounding error e. A baseline passes if each of its
+tensors (output and gradients) has a relative L2 distance from the exact run of at most
 
     2 · max(e of this tensor, median of e over all tensors) + floor
 
-in relative L2 distance. The factor 2 is the room between two runs that round differently; the median keeps a tensor on
-which eager was lucky from being held against a peer. The floor is what float32 itself may move where e is zero. On an
-output it is 1e-5: channels_last_3d on a CPU is off by 2e-6 to 5e-6 on Example 1. On gradients it is 6e-3: the
-reference's own float32 gradients of single parameters are off by as much from float64, where a sum cancels. A missing
-term is off by 0.1 to 1 and more. Low precision hides what is smaller than its rounding: at 16 bits a PReLU input that
-changes sign moves gradients by tenths, so the float32 workloads and tests/gpu are the sharp ones.
+Two correct runs round differently, hence the factor 2. The median covers tensors for which eager happened to be very
+accurate. The floor covers what float32 changes even if e is zero. It is 1e-5 for the output: on
+EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3), channels_last_3d on a CPU differs by 2e-6 to 5e-6. It is 6e-3 for
+gradients: the float32 gradients of single parameters differ that much from float64 where a sum cancels. A missing term
+causes a distance of 0.1 or more. Errors below the rounding of a 16-bit type stay hidden, because a PReLU input that
+changes sign moves such gradients by tenths. The float32 workloads and tests/gpu are the sensitive ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OUTPUT_FLOOR, GRADIENT_FLOOR = 1e-5, 6e-3
 
 
 def distance(tensor: Tensor, exact: Tensor) -> float:
-    """‖tensor − exact‖ / ‖exact‖ in float64; infinite when either is not finite or the shapes differ."""
+    """‖tensor − exact‖ / ‖exact‖ in float64. Infinite if the shapes differ or a tensor is not finite."""
     if tensor.shape != exact.shape:
         return math.inf
     norm = exact.double().norm().item()
@@ -38,13 +38,13 @@ def distance(tensor: Tensor, exact: Tensor) -> float:
 
 
 def distances(numbers: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """`distance` of every tensor of `exact`; infinite for one that `numbers` lacks."""
+    """`distance` for every tensor of `exact`. Infinite for one that `numbers` lacks."""
     return {name: distance(numbers[name], exact[name]) if name in numbers else math.inf for name in exact}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The tensor nearest to its tolerance, or farthest beyond it."""
+    """The tensor that is nearest to its tolerance or exceeds it most."""
 
     tensor: str
     difference: float
@@ -52,19 +52,19 @@ class Verdict:
 
     @property
     def agrees(self) -> bool:
-        """Whether every tensor is finite, in eager and in the peer, and within its tolerance."""
+        """Whether all tensors of eager and of the baseline are finite and within their tolerances."""
         return math.isfinite(self.tolerance) and self.difference <= self.tolerance
 
 
-def judge(peer: Mapping[str, float], eager: Mapping[str, float]) -> Verdict:
-    """The verdict on a peer, from the distances of its tensors and of eager's to the exact run."""
+def judge(baseline: Mapping[str, float], eager: Mapping[str, float]) -> Verdict:
+    """The verdict on a baseline, given the distances of its tensors and of eager's from the exact run."""
     typical = median(eager.values())
 
     def tolerance(name: str) -> float:
         return 2 * max(eager[name], typical) + (OUTPUT_FLOOR if name == OUTPUT else GRADIENT_FLOOR)
 
     def excess(name: str) -> float:
-        return peer[name] / tolerance(name) if math.isfinite(tolerance(name)) else math.inf
+        return baseline[name] / tolerance(name) if math.isfinite(tolerance(name)) else math.inf
 
-    worst = max(peer, key=excess)
-    return Verdict(worst, peer[worst], tolerance(worst))
+    worst = max(baseline, key=excess)
+    return Verdict(worst, baseline[worst], tolerance(worst))

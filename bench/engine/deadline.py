@@ -1,4 +1,4 @@
-"""Time that is shared out: how much is left, what a step has cost so far, and a limit that stops one that overruns."""
+"""A run's time: how much is left, how long each kind of step took, and a limit that stops a step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from types import FrameType
 
 
 class OutOfTime(BaseException):
-    """Raised inside a step that overran its limit. No `except Exception` on the way holds it, as with Ctrl-C."""
+    """Raised inside a step that exceeds its limit. Like KeyboardInterrupt, it passes through `except Exception`."""
 
 
 class Deadline:
-    """A point in time, and what each kind of step took, so that the next one is begun only where it will fit."""
+    """The end of a run's time and the durations of its steps, so that no step starts that will not finish."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -27,25 +27,25 @@ class Deadline:
         return self._clock() - self._begin
 
     def left(self) -> float:
-        """Seconds to the deadline, negative after it."""
+        """Seconds until the deadline; negative after it."""
         return self._seconds - self.elapsed()
 
     def share(self, part: float) -> float:
-        """Seconds that are a `part` of the whole time."""
+        """This `part` of the whole time, in seconds."""
         return part * self._seconds
 
     def note(self, kind: str, seconds: float) -> None:
-        """Remember that a step of this `kind` took, or was stopped after, so many seconds."""
+        """Remember that a step of this `kind` took `seconds` or was stopped after them."""
         self._longest[kind] = max(self._longest.get(kind, 0.0), seconds)
 
     def estimate(self, kind: str, first_guess: float) -> float:
-        """Seconds that a step of this `kind` takes: the longest noted, or `first_guess` before any was."""
+        """Seconds that a step of this `kind` takes: the longest so far, or `first_guess` before the first."""
         return self._longest.get(kind, first_guess)
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime inside the block once `seconds` are over. Main thread only; an enclosing limit stays in force."""
+    """Raise OutOfTime inside the block after `seconds`. For the main thread; an enclosing limit still applies."""
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
         raise OutOfTime

@@ -1,21 +1,22 @@
-"""The physical floor: what a workload costs where nothing but its arithmetic and its memory traffic takes time.
+"""The physical floor of a workload: its time if only arithmetic and memory traffic took time.
 
     floor = Σ over layers of  flops / matrix rate  +  bytes / copy bandwidth
 
-with both rates measured on the machine at hand, in the workload's own dtype. Counted is what no implementation that
-runs layer by layer can leave out, e being the bytes of an element:
+Both rates are measured on this machine, in the workload's dtype. The floor counts only work that every layer-by-layer
+implementation must do (e: the bytes of an element):
 
-- A convolution of (N, C, input) to (N, K, output) does 2·N·C·K·pairs flops, pairs being the (position, tap) pairs in
-  which the tap meets the input and not padding. It reads its input and its live weights (those that meet input at all)
-  and writes its output: e bytes each. In training it does twice as much again, for the gradient in the input and the
-  one in the weight, each of which reads two and writes one of the same three tensors, the weight's in float32. The stem
-  has no gradient in its input.
-- InstanceNorm with PReLU reads and writes its volume, 2 tensors; backward it reads x and dy and writes dx, 3 more. With
-  a residual r it reads that too, in both directions, and backward writes dr.
-- Fused AdamW reads parameter, gradient and both moments and writes all but the gradient: 7 float32 for each parameter.
+- A convolution from (N, C, input) to (N, K, output) takes 2·N·C·K·pairs flops. `pairs` is the number of (position, tap)
+  pairs in which the tap reads input and not padding. The convolution reads its input and the weights of the taps that
+  ever read input, and writes its output, e bytes per element. In training, the gradients of input and weight cost as
+  much again each: they read two of these tensors and write the third. The weight's gradient is float32. The stem has no
+  gradient of its input.
+- InstanceNorm with PReLU reads and writes its tensor in the forward (2 tensors), and in the backward reads x and dy and
+  writes dx (3 tensors). A residual r is read in both directions, and the backward writes dr.
+- Fused AdamW reads the parameter, its gradient and both moments and writes all but the gradient: 7 float32 for each
+  parameter.
 
-Pooling and the fully connected layer are counted alike. A GPU that overlaps arithmetic with traffic perfectly could get
-below the sum, to one half at the very least.
+Pooling and the fully connected layer are counted in the same way. A GPU that overlaps arithmetic and traffic perfectly
+can be faster than the sum, but at most by a factor of 2.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution over `size` spatial positions; `first`: none asks for the gradient in its input."""
+    """A convolution of an input with spatial shape `size`. first: no gradient of the input is needed."""
 
     wide_in: int
     wide_out: int
@@ -54,7 +55,7 @@ class Convolution:
     first: bool = False
 
     def _axes(self) -> Iterator[tuple[int, int, int]]:
-        """Of each axis: its outputs, its live taps, and its (output, tap) pairs that meet input."""
+        """For each axis: outputs, taps that ever read input, and (output, tap) pairs that read input."""
         for n, k, stride, padding in zip(self.size, self.kernel, self.stride, self.padding, strict=True):
             outputs = (n + 2 * padding - k) // stride + 1
             met = [sum(0 <= o * stride - padding + t < n for o in range(outputs)) for t in range(k)]
@@ -62,11 +63,11 @@ class Convolution:
 
     @property
     def output(self) -> tuple[int, ...]:
-        """The spatial size after it."""
+        """The spatial shape of the output."""
         return tuple(outputs for outputs, _, _ in self._axes())
 
     def cost(self, N: int, itemsize: int, training: bool) -> Cost:
-        """Forward, and where `training` both gradients."""
+        """The cost of the forward and, if `training`, of both gradients."""
         planes = self.wide_in * self.wide_out
         flops = 2 * N * planes * prod(pairs for _, _, pairs in self._axes())
         x, y = (N * wide * prod(size) for wide, size in ((self.wide_in, self.size), (self.wide_out, self.output)))
@@ -80,7 +81,7 @@ class Convolution:
 
 
 def convolutions(network: Network, size: Sequence[int]) -> list[Convolution]:
-    """The convolutions of EncoderNet3d on a volume of `size`, in order."""
+    """The convolutions of EncoderNet3d on an input with spatial shape `size`, in order."""
     kernel = network.kernel_size
     padding, ones = tuple(k // 2 for k in kernel), (1,) * len(kernel)
     wider = tuple(k + 2 if k > 1 else 1 for k in kernel)
@@ -98,12 +99,12 @@ def convolutions(network: Network, size: Sequence[int]) -> list[Convolution]:
 
 
 def norms(network: Network, size: Sequence[int]) -> list[tuple[int, ...]]:
-    """(channels, *spatial) of every InstanceNorm of the network, in order."""
+    """(channels, *spatial) for every InstanceNorm of the network, in order."""
     return [(each.wide_in, *each.size) for each in convolutions(network, size)[1:-1]]
 
 
 def cost(workload: Workload) -> Cost:
-    """What `workload` cannot do without; the module's docstring has the formula."""
+    """The least operations and bytes that `workload` needs; see the module's docstring."""
     N, itemsize = workload.shape[0], ITEMSIZE[workload.dtype]
     if workload.network is None:
         tensors = {"forward": 2, "backward": 3}[workload.mode]
@@ -128,7 +129,7 @@ def cost(workload: Workload) -> Cost:
 
 
 def parameters(network: Network) -> int:
-    """How many numbers the network learns."""
+    """The number of elements of the network's parameters."""
     layers = convolutions(network, (1 << 12,) * 3)
     weights = sum(each.wide_in * each.wide_out * prod(each.kernel) for each in layers)
     wide = layers[-1].wide_out
@@ -137,7 +138,7 @@ def parameters(network: Network) -> int:
 
 
 def seconds(workload: Workload, machine: Machine) -> float | None:
-    """The floor of a workload whose `flops` and `least_bytes` are set; None until the machine's rates are measured."""
+    """The floor of a workload with `flops` and `least_bytes`; None if the machine's rates are not measured."""
     if machine.copy_bandwidth is None or workload.flops is None or workload.least_bytes is None:
         return None
     moving = workload.least_bytes / machine.copy_bandwidth

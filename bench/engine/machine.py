@@ -1,4 +1,4 @@
-"""The machine a run is made on: names and versions, the settings that peers share, its condition, and its ceilings."""
+"""The machine of a run: names and versions, PyTorch settings, temperature and clocks, and measured ceilings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONDITIONS = "temperature.gpu,clocks.sm,clocks.mem,power.draw"
 
 
 def _output(*command: str) -> str | None:
-    """What `command` prints, or None where it is missing, fails or hangs."""
+    """What `command` prints; None if it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -34,7 +34,7 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """The commit of the checkout and whether files differ from it; (None, None) where it is no git checkout."""
+    """The checkout's commit and whether files differ from it; (None, None) outside a git checkout."""
     top = _output("git", "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != CHECKOUT:
         return None, None
@@ -43,11 +43,11 @@ def commit() -> tuple[str | None, bool | None]:
 
 
 def source() -> str:
-    """A hash of every Python file of the package, its kernels and benchmarks."""
+    """A hash of all Python files of fastenc, its kernels and its benchmarks."""
     package, digest = CHECKOUT / "fastenc", hashlib.sha256()
     if not package.is_dir():  # installed: this file is in the package
         package = CHECKOUT
-    # One by one: where kernels and bench are links, rglob does not follow them.
+    # Folder by folder, because kernels and bench can be links, and rglob does not follow links.
     files = {path for folder in (package, package / "kernels", package / "bench") for path in folder.rglob("*.py")}
     for path in sorted(files):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
@@ -55,7 +55,7 @@ def source() -> str:
 
 
 def condition(device: torch.device) -> Condition | None:
-    """Temperature, clocks and power of the GPU right now, as far as nvidia-smi tells them; None without a GPU."""
+    """The GPU's temperature, clocks and power now, as far as nvidia-smi reports them; None without a GPU."""
     if device.type != "cuda":
         return None
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
@@ -80,7 +80,7 @@ def _processor() -> str:
 
 
 def describe(device: torch.device) -> Machine:
-    """The names and versions of this machine; the ceilings are measured by `ceilings`."""
+    """Names and versions of this machine, without its measured ceilings."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -104,14 +104,14 @@ def describe(device: torch.device) -> Machine:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy on the device, read plus written."""
+    """Bytes per second of a copy on the device, read and written bytes together."""
     source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES[device.type] / _seconds(Work(lambda: target.copy_(source), queued=True), device)
 
 
 def matmul_rates(dtypes: Iterable[DType], device: torch.device) -> tuple[MatmulRate, ...]:
-    """Operations per second of a matrix product in each dtype; float32 with TF32 where convolutions may use it."""
+    """Operations per second of a matrix product in each dtype; float32 with TF32 if convolutions may use it."""
     n, found = MATMUL_SIZE[device.type], []
     tf32 = torch.backends.cuda.matmul.allow_tf32
     try:
@@ -127,14 +127,14 @@ def matmul_rates(dtypes: Iterable[DType], device: torch.device) -> tuple[MatmulR
 
 def _seconds(work: Work, device: torch.device) -> float:
     calls = calls_per_sample(work, device)
-    return min(sample(work, calls, device) for _ in range(7))  # a ceiling is the best that was seen
+    return min(sample(work, calls, device) for _ in range(7))  # a ceiling is the best sample
 
 
 @contextlib.contextmanager
 def settings(tf32: bool, benchmark: bool) -> Iterator[Settings]:
-    """Run the block with `tf32` in convolutions and cuDNN's `benchmark` search on or off; matrix products without TF32.
+    """Run the block with these settings of TF32 in convolutions and of cuDNN's benchmark search.
 
-    PyTorch ships with TF32 on in convolutions and off in matrix products.
+    Matrix products run without TF32. By default PyTorch enables TF32 in convolutions only.
     """
     before = (
         torch.backends.cudnn.allow_tf32,

@@ -1,4 +1,4 @@
-"""One workload: every peer built, compared with the exact run, and those that agree timed in turns."""
+"""The measurement of one workload: build each baseline, compare it with the exact run, time those that agree."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..baselines.registry import EAGER, FASTENC, Candidate, Contest, Peer
-from ..progress import Progress
+from ..baselines.suite import EAGER, FASTENC, Baseline, Runner, Suite
+from ..console import Progress
 from .agreement import distances, judge
 from .deadline import Deadline, OutOfTime, time_limit
 from .machine import settings
@@ -23,63 +23,76 @@ from .record import NOT_REACHED, Result, Workload
 from .summary import Ratio, Summary
 from .timing import calls_per_sample, sample, synchronize
 
-COMPILE_GUESS = {"cuda": 45.0, "cpu": 20.0}  # seconds, until a compilation of a peer has been timed
-MOST_COMPILING = 0.2  # of the whole time, for one compilation: max-autotune of 3-D convolutions may take minutes
+COMPILE_GUESS = {"cuda": 45.0, "cpu": 20.0}  # seconds of a compilation, before the first was timed
+MOST_COMPILING = 0.2  # largest share of the time for one compilation; max-autotune of 3-D convolutions takes minutes
 ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 1.0}
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
-SURE_ROUNDS, SURE_SECONDS = 8, 30.0  # from 8 on an outlier is outside a ratio's interval: worth so many seconds
-COMPILING, PREPARING, TIMING = 8.0, 1.0, 2.0  # shares of the work of one peer, for the progress bar
+SURE_ROUNDS, SURE_SECONDS = 8, 30.0  # 8 rounds keep one outlier out of a ratio's interval, worth up to 30 s
+COMPILING, PREPARING, TIMING = 8.0, 1.0, 2.0  # lengths on the progress bar
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class DeviceLost(RuntimeError):
-    """The device answers no more: an earlier kernel broke the process's CUDA context."""
+    """The GPU no longer responds: an earlier kernel broke the process's CUDA context."""
 
 
 class Measurement:
-    """The measurement of one workload, readable at any moment: `workload()` is what has been measured so far."""
+    """The measurement of one workload. `workload()` returns the results so far, at any time."""
 
     def __init__(
-        self, workload: Workload, contest: Contest, device: torch.device, only: Collection[str] | None = None
+        self, workload: Workload, suite: Suite, device: torch.device, only: Collection[str] | None = None
     ) -> None:
-        """only: names of the peers to run beside eager, by default all.
-
-        Raises ValueError when the contest has no "eager", which all others are compared with.
         """
-        if EAGER not in contest.peers:
-            raise ValueError(f"peers: got {list(contest.peers)}; 'eager' is needed, the others are compared with it")
-        cost = contest.cost(workload)
+        Args:
+            workload: what to time.
+            suite: the workload's suite.
+            device: where to run.
+            only: the names of the baselines to run besides eager; None for all.
+
+        Raises:
+            ValueError: the suite has no "eager" to compare with.
+        """
+        if EAGER not in suite.baselines:
+            raise ValueError(f"baselines: 'eager' is needed to compare with, got {list(suite.baselines)}")
+        cost = suite.cost(workload)
         if cost is not None:
             workload = dataclasses.replace(workload, flops=cost.flops, least_bytes=cost.bytes)
         self._workload = workload
-        self._contest, self._device = contest, device
-        names = [EAGER, *(name for name in contest.peers if name != EAGER and (only is None or name in only))]
-        self._peers: dict[str, Peer] = {}
+        self._suite, self._device = suite, device
+        names = [EAGER, *(name for name in suite.baselines if name != EAGER and (only is None or name in only))]
+        self._baselines: dict[str, Baseline] = {}
         self._results: dict[str, Result] = {}
         for name in names:
-            reason = contest.peers[name].absent(workload, device)
+            reason = suite.baselines[name].absent(workload, device)
             if reason is None:
-                self._peers[name] = contest.peers[name]
+                self._baselines[name] = suite.baselines[name]
                 self._results[name] = Result(name, "left out", note=NOT_REACHED)
             else:
                 self._results[name] = Result(name, "not here", note=reason)
         self._samples: dict[str, list[float]] = {name: [] for name in names}
-        self._again: list[float] = []  # a second sample of the same peer in every round: the noise floor
+        self._again: list[float] = []  # second samples of one baseline in every round, which show the noise
         self._eager: dict[str, float] | None = None
         self._pools: dict[str, int] = {}
         self._compiling = 0.0
 
     @property
-    def units(self) -> float:
-        """How much `run` advances a progress bar by."""
-        return sum(_units(peer) + TIMING for peer in self._peers.values())
+    def total(self) -> float:
+        """The amount by which `run` advances a progress bar."""
+        return sum(_preparation(baseline) + TIMING for baseline in self._baselines.values())
 
     def run(self, deadline: Deadline, reserve: float, progress: Progress) -> None:
-        """Measure. A peer that compiles is begun only where `reserve` seconds will be left for all else.
+        """Measure. Results measured before an exception are kept.
 
-        Raises OutOfTime at the deadline and DeviceLost; whatever interrupts, `workload()` keeps what was measured.
+        Args:
+            deadline: the end of the run's time.
+            reserve: seconds to keep for other workloads; a compilation that would use them is not started.
+            progress: advanced by `total`.
+
+        Raises:
+            OutOfTime: the deadline has passed.
+            DeviceLost: the GPU no longer responds.
         """
-        if not self._peers:
+        if not self._baselines:
             return
         begin = time.monotonic()
         try:
@@ -107,71 +120,71 @@ class Measurement:
         noise = Ratio.of(self._again, self._samples[twin]).off_one if self._again else None
         return dataclasses.replace(self._workload, noise=noise, results=tuple(results))
 
-    def _compare(self, deadline: Deadline, reserve: float, progress: Progress) -> dict[str, Candidate]:
-        """The candidates whose numbers agree with the exact run."""
+    def _compare(self, deadline: Deadline, reserve: float, progress: Progress) -> dict[str, Runner]:
+        """The runners whose numbers agree with the exact run, by name."""
         progress.say(str(self._workload), "exact run")
         truth: dict[str, Tensor] = {}
-        subject = None
+        inputs = None
         with self._failures(EAGER):
-            subject = self._contest.subject(self._workload, self._device)
+            inputs = self._suite.inputs(self._workload, self._device)
             with settings(tf32=False, benchmark=False):
-                truth = self._contest.exact(subject).numbers()
+                truth = self._suite.exact(inputs).numbers()
         if not truth:
             self._give_up()
             return {}
-        agreeing: dict[str, Candidate] = {}
+        agreeing: dict[str, Runner] = {}
         guess = COMPILE_GUESS[self._device.type]
         most = max(deadline.share(MOST_COMPILING), 2 * guess)
-        for name, peer in self._peers.items():
+        for name, baseline in self._baselines.items():
             limit, kind = deadline.left(), f"compile {self._workload.kind}, {name}"
-            if peer.compiles:
+            if baseline.compiles:
                 limit = min(limit - reserve, most)
                 if limit < deadline.estimate(kind, guess):
                     self._results[name] = Result(name, "left out", note="no time left to compile")
                     continue
-            progress.say(str(self._workload), f"{name}{', compiling' if peer.compiles else ''}")
+            progress.say(str(self._workload), f"{name}{', compiling' if baseline.compiles else ''}")
             begin = time.monotonic()
             try:
                 with time_limit(limit), self._failures(name):
-                    candidate = self._first_call(name, peer, subject, truth)
-                    if candidate is not None:
-                        agreeing[name] = candidate
+                    runner = self._first_call(name, baseline, inputs, truth)
+                    if runner is not None:
+                        agreeing[name] = runner
             except OutOfTime:
-                if not peer.compiles:
+                if not baseline.compiles:
                     raise
                 self._results[name] = Result(name, "left out", note="no time left to compile")
-                deadline.note(kind, math.inf)  # another workload's would be no faster: it is not tried again
+                deadline.note(kind, math.inf)  # do not try again: another workload's would not be faster
             finally:
-                if peer.compiles:
+                if baseline.compiles:
                     self._compiling += time.monotonic() - begin
                     deadline.note(kind, time.monotonic() - begin)
-            progress.advance(_units(peer))
+            progress.advance(_preparation(baseline))
             if self._eager is None:
                 self._give_up()
                 break
         return agreeing
 
     def _give_up(self) -> None:
-        """Without eager's numbers no other peer can be compared, and so none is timed."""
-        for name in self._peers:
+        """Mark all other baselines as failed: without eager's numbers they cannot be compared."""
+        for name in self._baselines:
             if name != EAGER:
-                self._results[name] = Result(name, "failed", note="no eager to compare with")
+                self._results[name] = Result(name, "failed", note="eager failed, so there is nothing to compare with")
 
-    def _first_call(self, name: str, peer: Peer, subject: Any, truth: Mapping[str, Tensor]) -> Candidate | None:
-        """Build one peer, run it once, and give it back when its numbers agree with the exact run."""
-        graphs = peer.graphs and self._device.type == "cuda"
+    def _first_call(self, name: str, baseline: Baseline, inputs: Any, truth: Mapping[str, Tensor]) -> Runner | None:
+        """Build and run one baseline. Returns its runner if the numbers agree with the exact run, else None."""
+        graphs = baseline.graphs and self._device.type == "cuda"
         reserved = self._reserved() if graphs else 0
-        candidate = peer.make(subject)
+        runner = baseline.make(inputs)
         synchronize(self._device)
         begin = time.monotonic()
         with self._whole_gradients():
-            numbers = candidate.numbers()
+            numbers = runner.numbers()
         synchronize(self._device)
         first_call = time.monotonic() - begin
         apart = distances(numbers, truth)
         del numbers
         verdict = judge(apart, apart if self._eager is None else self._eager)
-        result = Result(name, "left out", first_call=first_call, note=candidate.note())
+        result = Result(name, "left out", first_call=first_call, note=runner.note())
         if math.isfinite(verdict.difference) and math.isfinite(verdict.tolerance):
             result = dataclasses.replace(result, difference=verdict.difference, tolerance=verdict.tolerance)
         if not verdict.agrees:
@@ -182,16 +195,16 @@ class Measurement:
             self._eager = apart
         self._results[name] = result
         if graphs:
-            for _ in range(3):  # graphs are captured by the second call or the third
-                candidate.numbers()
+            for _ in range(3):  # graphs are captured in the second or third call
+                runner.numbers()
             self._pools[name] = self._reserved() - reserved
-        return candidate
+        return runner
 
     @contextlib.contextmanager
     def _whole_gradients(self) -> Iterator[None]:
-        """On a CPU, compare in bfloat16 without oneDNN.
+        """Disable oneDNN inside the block for bfloat16 on a CPU.
 
-        On CPUs with avx512_bf16 the oneDNN of torch 2.13 leaves weight gradients of small maps unwritten.
+        With avx512_bf16, the oneDNN of torch 2.13 leaves weight gradients of small maps unwritten.
         """
         spared = self._device.type == "cpu" and self._workload.precision.startswith("bfloat16")
         onednn = torch.backends.mkldnn
@@ -203,31 +216,31 @@ class Measurement:
             onednn.enabled = enabled  # type: ignore[assignment]
 
     def _reserved(self) -> int:
-        """Bytes that the CUDA allocator cannot give back: what is in use, and the pools of CUDA graphs."""
+        """Bytes that the CUDA allocator cannot release: memory in use and the pools of CUDA graphs."""
         gc.collect()
         synchronize(self._device)
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self._device)
 
-    def _time(self, candidates: dict[str, Candidate], progress: Progress) -> None:
-        """Peak memory of each, then one sample of each in turn, so that a drift of the clock meets all alike.
+    def _time(self, runners: dict[str, Runner], progress: Progress) -> None:
+        """Measure peak memory, then take one sample of each baseline per round, so that clock drift affects all alike.
 
-        Every other round runs backwards; fastenc, or eager where it is missing, has a second sample at the other end.
+        Every second round runs in reverse. fastenc (or eager without fastenc) is sampled at both ends of a round.
         """
         calls: dict[str, int] = {}
-        for name, candidate in candidates.items():
+        for name, runner in runners.items():
             progress.say(str(self._workload), f"{name}, warming up")
-            work = candidate.work
+            work = runner.work
             with self._failures(name):
                 calls[name] = calls_per_sample(work, self._device)
                 above = peak_bytes(lambda work=work: work.call(*work.prepare()), self._device)  # type: ignore[misc]
-                peak = held_bytes(candidate.held()) + above + self._pools.get(name, 0)
+                peak = held_bytes(runner.held()) + above + self._pools.get(name, 0)
                 self._results[name] = dataclasses.replace(self._results[name], peak_memory=peak)
             progress.advance(TIMING / 2)
-        progress.say(str(self._workload), f"timing {len(calls)} peers in turn")
-        self._rounds(candidates, calls, progress)
+        progress.say(str(self._workload), f"timing {len(calls)} baselines")
+        self._rounds(runners, calls, progress)
 
-    def _rounds(self, candidates: Mapping[str, Candidate], calls: Mapping[str, int], progress: Progress) -> None:
+    def _rounds(self, runners: Mapping[str, Runner], calls: Mapping[str, int], progress: Progress) -> None:
         twin = FASTENC if FASTENC in calls else EAGER
         turns = [(name, self._samples[name]) for name in calls if name != twin]
         if twin in calls:
@@ -244,11 +257,11 @@ class Measurement:
             for name, samples in turns if done % 2 == 0 else reversed(turns):
                 if self._results[name].status == "left out":
                     with self._failures(name):
-                        samples.append(sample(candidates[name].work, calls[name], self._device))
+                        samples.append(sample(runners[name].work, calls[name], self._device))
 
     @contextlib.contextmanager
     def _failures(self, name: str) -> Iterator[None]:
-        """Turn an error of one peer into its result, so that the others go on."""
+        """Turn an error of one baseline into its result, so that the others still run."""
         try:
             yield
         except Exception as error:
@@ -263,10 +276,10 @@ class Measurement:
         try:
             synchronize(self._device)
         except RuntimeError as error:
-            raise DeviceLost(f"the GPU answers no more after {name} on {self._workload}") from error
+            raise DeviceLost(f"the GPU no longer responds after {name} on {self._workload}") from error
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _units(peer: Peer) -> float:
-    return COMPILING if peer.compiles else PREPARING
+def _preparation(baseline: Baseline) -> float:
+    return COMPILING if baseline.compiles else PREPARING

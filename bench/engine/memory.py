@@ -1,4 +1,4 @@
-"""Memory at its peak, as PyTorch's own allocators count it, on a GPU and on a CPU."""
+"""Peak memory on a GPU or a CPU, as PyTorch's allocators count it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .timing import synchronize
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call allocates at most at one time, above what there was before it.
+    """Peak bytes allocated during a call, above the level before it.
 
-    On CUDA its allocator's peak counter; on a CPU the running sum of every allocation and release that the profiler
-    notes. What cuDNN or oneDNN allocate by themselves is seen by neither.
+    On CUDA this is the allocator's peak counter; on a CPU, the running sum of the allocations and releases that the
+    profiler records. Memory that cuDNN or oneDNN allocate themselves is not counted.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -24,7 +24,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces every start and stop on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler prints each start and stop to stderr
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
@@ -40,6 +40,6 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages of `tensors`."""
+    """The bytes of the storages of `tensors`; a shared storage counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

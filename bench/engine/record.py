@@ -1,8 +1,9 @@
-"""The record of a run: what was measured, on what and under which settings, as one JSON file of one schema.
+"""The record of a run, a JSON file: results, machine and settings.
 
 Times are in seconds, memory in bytes, rates in bytes or floating-point operations per second, temperatures in degrees
-Celsius, clocks in MHz, powers in watts. A field is null where the machine cannot give the figure (no git, no cuDNN, no
-GPU), never a stand-in. `gpu`, `compare` and `ops` write the same schema; `report` and `load` read nothing else.
+Celsius, clocks in MHz, powers in watts. A figure that a machine cannot give (no git, no cuDNN, no GPU) is null. `gpu`,
+`compare`, `ops` and `clients` write this schema, and `report` reads it. In its keys a baseline is called "peer" and a
+third-party model "client".
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from .summary import Ratio, Summary
 SCHEMA = "fastenc-record-3"
 MOST = 1e18
 AT_LEAST_1 = {"shape", "channel", "channels", "in_planes", "kernel_size", "threads"}
-SIGNED = ".temperature"  # the one number that may be below 0
-NOT_REACHED = "not reached"  # the note of every peer of a workload that a run never came to
+SIGNED = ".temperature"  # the only number that can be negative
+NOT_REACHED = "not reached"  # the note of all baselines of a workload that the run did not reach
 
 Status = Literal["ok", "wrong", "out of memory", "failed", "not here", "left out"]
 TestStatus = Literal["passed", "failed", "stopped: no time left", "not run"]
@@ -34,16 +35,8 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class MatmulRate:
-    """Operations per second of a large matrix product; float32 with TF32 allowed as the run's convolutions have it."""
-
-    dtype: DType
-    rate: float
-
-
-@dataclass(frozen=True)
 class Machine:
-    """The device, its software, and its ceilings, measured: `copy_bandwidth` counts bytes read plus bytes written."""
+    """The device, its software and its measured ceilings. `copy_bandwidth` counts bytes read and bytes written."""
 
     device: Literal["cuda", "cpu"]
     name: str
@@ -57,14 +50,19 @@ class Machine:
     copy_bandwidth: float | None
     matmul_rates: tuple[MatmulRate, ...]
 
+    @property
+    def label(self) -> str:
+        """The device and its name, such as "CPU, AMD EPYC"."""
+        return f"{'GPU' if self.device == 'cuda' else 'CPU'}, {self.name}"
+
     def matmul_rate(self, dtype: DType) -> float | None:
-        """Operations per second in `dtype`, where it was measured."""
+        """Operations per second in `dtype`, or None if not measured."""
         return next((each.rate for each in self.matmul_rates if each.dtype == dtype), None)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What nvidia-smi tells of the GPU at one moment."""
+    """What nvidia-smi reports about the GPU at one moment."""
 
     temperature: float | None
     sm_clock: float | None
@@ -74,7 +72,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every peer ran under."""
+    """The settings under which all baselines ran."""
 
     cudnn_allow_tf32: bool
     matmul_allow_tf32: bool
@@ -84,16 +82,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """One peer on one workload.
+    """One baseline on one workload.
 
-    `difference` is the relative L2 distance from the exact run, of the output or gradient that came closest to (or
-    farthest beyond) its `tolerance`; `agreement.py` says how both are made. `first_call` is the wall-clock time of the
-    first call: compiling and choosing algorithms are in it and in nothing else. `peak_memory` is what the peer holds
-    between calls (parameters, inputs, optimizer state, frozen copies) plus the most that was allocated above it during
-    one call; for an operation's backward, its forward included. `over_eager` is eager's time over this peer's,
-    `over_fastenc` this peer's over fastenc's, round by round: above 1 this peer is faster than eager, and slower than
-    fastenc. A peer that does not exist on this device is "not here", one that was not reached or had no time "left
-    out"; `note` says why.
+    peer: the baseline's name.
+    status: "not here" if the baseline does not exist on this device; "left out" if time ran out before it.
+    over_eager: eager's time over this baseline's, round by round; above 1 this baseline is faster.
+    over_fastenc: this baseline's time over fastenc's, round by round; above 1 this baseline is slower.
+    difference: the relative L2 distance from the exact run, of the output or gradient that is nearest to its tolerance
+        or exceeds it most.
+    tolerance: the largest difference allowed for that tensor; see `agreement.py`.
+    first_call: the wall-clock time of the first call, the only one that includes compiling and choosing algorithms.
+    peak_memory: what the baseline holds between calls (parameters, inputs, optimizer state, frozen copies) plus the
+        peak allocated above it during one call, which includes the forward of an operation's backward.
+    note: the reason for the status, or what a reader should know.
     """
 
     peer: str
@@ -110,7 +111,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Network:
-    """The arguments of EncoderNet3d; `out_length` 0 is a network that returns its last map."""
+    """The arguments of EncoderNet3d. With `out_length` 0 it returns its last map."""
 
     channel: int
     layers: tuple[int, ...]
@@ -120,8 +121,8 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Client:
-    """Somebody else's network, as `clients.py` makes it: of one channel, two classes, and these channels per stage."""
+class ThirdPartyModel:
+    """A third-party network with one input channel and two classes. channels: of each stage."""
 
     name: Literal["nnU-Net PlainConvUNet", "nnU-Net ResidualEncoderUNet", "MONAI UNet"]
     channels: tuple[int, ...]
@@ -129,13 +130,14 @@ class Client:
 
 @dataclass(frozen=True)
 class Workload:
-    """What was timed: a network, an operation or a stem, in which mode and precision, on an input of which shape.
+    """What is timed: a network, an operation or a stem, with its mode, precision and input.
 
-    `network` is EncoderNet3d's and a stem's, of which it gives the first convolution; `client` is given for somebody
-    else's network; both are null for an operation, which "instance_norm_add_prelu" is with a residual. `flops` and
-    `least_bytes` are what the work cannot do without, `floor` the seconds that they take at the machine's measured
-    rates; `floor.py` has the formula. `noise` is how far from 1 the ratio of two runs of the same version of fastenc
-    was, at least 1: a ratio nearer to 1 than that says nothing.
+    kind: "instance_norm_add_prelu" is the operation with a residual.
+    network: for an EncoderNet3d, and for a stem, which is its first convolution.
+    client: for a third-party model.
+    flops, least_bytes: the least operations and bytes that the workload needs.
+    floor: the seconds that these take at the machine's measured rates; see `floor.py`.
+    noise: the factor, at least 1, between two runs of the same version. A ratio that is closer to 1 means nothing.
     """
 
     kind: Kind
@@ -144,7 +146,7 @@ class Workload:
     shape: tuple[int, ...]
     layout: Layout = "contiguous"
     network: Network | None = None
-    client: Client | None = None
+    client: ThirdPartyModel | None = None
     flops: int | None = None
     least_bytes: int | None = None
     floor: float | None = None
@@ -153,7 +155,7 @@ class Workload:
 
     @property
     def dtype(self) -> DType:
-        """What convolutions and operations compute in."""
+        """The dtype of convolutions and operations."""
         dtype: DType = self.precision.removesuffix(" autocast")  # type: ignore[assignment]
         return dtype
 
@@ -170,31 +172,31 @@ class Workload:
         return f"EncoderNet3d {net}, {self.precision}, {shape}, {self.mode}"
 
     def within_noise(self, ratio: Ratio) -> bool:
-        """Whether `ratio` cannot be told from 1: its interval meets that of two runs of the same version."""
+        """Whether the interval of `ratio` overlaps that of two runs of the same version."""
         noise = 1.0 if self.noise is None else self.noise
         return ratio.low <= noise and ratio.high >= 1 / noise
 
-    def timed(self, peer: str) -> Result | None:
-        """The peer of that name, where it has a time."""
-        return next((each for each in self.results if each.peer == peer and each.time is not None), None)
+    def timed(self, baseline: str) -> Result | None:
+        """The result of the baseline with this name, or None if it was not timed."""
+        return next((each for each in self.results if each.peer == baseline and each.time is not None), None)
 
     def fastest(self, prefix: str = "") -> Result | None:
-        """The fastest of the peers whose names begin like that, where one has a time."""
+        """The fastest of the baselines whose names begin with `prefix`, or None if none was timed."""
         found = [each for each in self.results if each.time is not None and each.peer.startswith(prefix)]
         return min(found, key=lambda each: each.time.median if each.time is not None else 0.0, default=None)
 
     def reached(self) -> bool:
-        """Whether the run came to it; eager, the first result, is the first to be run."""
+        """Whether the run reached this workload. Eager, the first result, runs first."""
         return not self.results or self.results[0].note != NOT_REACHED
 
     def unfinished(self) -> bool:
-        """Whether any peer was left out."""
+        """Whether any baseline was left out."""
         return not self.results or any(result.status == "left out" for result in self.results)
 
 
 @dataclass(frozen=True)
 class GpuTests:
-    """The outcome of tests/gpu on the same machine, just before the timing."""
+    """The outcome of tests/gpu on the same machine, before the timing."""
 
     status: TestStatus
     passed: int = 0
@@ -206,10 +208,12 @@ class GpuTests:
 
 @dataclass(frozen=True)
 class Record:
-    """One run. `date` is UTC in ISO 8601; `commit` and `dirty` are null outside a git checkout.
+    """One run.
 
-    `source` is a hash of the Python files of fastenc, its kernels and benchmarks: two records with the same one timed
-    the same code. `before` and `after` are the GPU at the start and at the end of the timing.
+    date: UTC, in ISO 8601.
+    commit, dirty: null outside a git checkout.
+    source: a hash of the Python files of fastenc, its kernels and its benchmarks, equal for runs of the same code.
+    before, after: the GPU's condition at the start and at the end of the timing.
     """
 
     command: str
@@ -229,8 +233,16 @@ class Record:
     schema: str = SCHEMA
 
 
+@dataclass(frozen=True)
+class MatmulRate:
+    """Operations per second of a large matrix product; float32 uses TF32 if the run's convolutions may."""
+
+    dtype: DType
+    rate: float
+
+
 def write(record: Record, path: Path) -> None:
-    """Write `record` to `path` as JSON, so that a reader at any moment finds the old file or the new one, whole."""
+    """Write `record` to `path` as JSON. Readers see either the complete old file or the complete new one."""
     text = json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"
     write_whole(path, text)
 
@@ -239,8 +251,8 @@ def load(path: Path) -> Record:
     """Read the record at `path`.
 
     Raises:
-        ValueError: it is not JSON, is of another schema, or a field is missing, unknown or of the wrong kind; the
-            message names the file and the field.
+        ValueError: the file is not JSON or has another schema, or a field is missing, unknown or invalid. The message
+            names the file and the field.
     """
     try:
         raw = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
@@ -259,30 +271,30 @@ def load(path: Path) -> Record:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, each of whose keys stands there once."""
+    """A JSON object as a dict. Raises ValueError if a key occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} occurs twice")
     return found
 
 
 def _no_number(text: str) -> None:
-    """Python's json reads NaN and infinities, which JSON has not."""
-    raise ValueError(f"{text} is no number of JSON")
+    """Refuse NaN and infinities, which Python's json reads although JSON does not have them."""
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _short(value: Any) -> str:
-    """What came, for a message."""
+    """A value as text for a message."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # digits without end, lists in lists
+    except (ValueError, RecursionError):  # a huge number, or deeply nested lists
         text = f"a {type(value).__name__} too large to print"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check(workload: Workload, where: str) -> None:
-    """What one field says of another: a network where the kind has one, and a shape that it takes."""
+    """Check fields that depend on each other: network and client must match the kind. Raises ValueError."""
     for field, kinds in (("network", ("network", "stem")), ("client", ("client",))):
         if (getattr(workload, field) is not None) != (workload.kind in kinds):
             needed = "expected one" if workload.kind in kinds else "expected null"
@@ -292,7 +304,7 @@ def _check(workload: Workload, where: str) -> None:
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as json.loads gives it, as an instance of the annotated type `kind`."""
+    """Convert `value` from json.loads to the annotated type `kind`."""
     origin, arguments = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)

@@ -1,4 +1,4 @@
-"""One run of `gpu`, `compare` or `ops`: the workloads in order, a record that is whole at every moment, a table."""
+"""A run of `gpu`, `compare`, `ops` or `clients`: workloads in order, a record that is always complete, a table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from ..baselines.registry import FASTENC, contest_of
-from ..progress import Progress
+from ..baselines.registry import suite_of
+from ..baselines.suite import FASTENC
+from ..console import Progress, wrapped
 from . import floor
 from .deadline import Deadline, OutOfTime, time_limit
 from .machine import commit, condition, copy_bandwidth, describe, matmul_rates, source
 from .measure import DeviceLost, Measurement
 from .record import GpuTests, MatmulRate, Record, Settings, Workload, load, write
-from .table import brief, heading, print_table
+from .table import LEGEND, brief, heading, text
 
 FIRST_GUESS = {
     "network": 12.0,
@@ -26,15 +27,15 @@ FIRST_GUESS = {
     "instance_norm_prelu": 4.0,
     "instance_norm_add_prelu": 4.0,
     "stem": 3.0,
-}  # seconds a workload takes, until one was timed
-PROMISED = 11  # workloads that no compilation may crowd out: as many of `gpu`'s plan hold the figures promised
-CEILINGS, TESTS = 3.0, 20.0  # shares of the progress bar
+}  # seconds of a workload, before the first was timed
+PROMISED = 11  # compilations leave time for so many workloads: `gpu` begins with those whose figures are promised
+CEILINGS, TESTS = 3.0, 20.0  # lengths on the progress bar
 
 Tests = Callable[[Deadline], GpuTests]
 
 
 class Session:
-    """One run. The record is written again after every workload, into `out`."""
+    """One run. It writes its record into `out` and updates it after every workload."""
 
     def __init__(
         self,
@@ -49,9 +50,17 @@ class Session:
         tests: Tests | None = None,
         resume: bool = False,
     ) -> None:
-        """only: the peers to run, by default all. tests: run first.
-
-        resume: go on with an unfinished record in `out`, of the same command, machine, settings and source files.
+        """
+        Args:
+            command: the command line, for the record.
+            out: the record's folder.
+            device: where to run.
+            shared: the settings in force, for the record.
+            workloads: what to time, in this order.
+            deadline: the end of the run's time.
+            only: the names of the baselines to run; None for all.
+            tests: tests to run before the workloads.
+            resume: continue an unfinished record in `out` with the same command, machine, settings and source files.
         """
         now = datetime.now(timezone.utc)
         head, dirty = commit()
@@ -77,17 +86,17 @@ class Session:
             self.record = dataclasses.replace(found, complete=False, note="")
             self._done = {bare(each): each for each in found.workloads if not each.unfinished()}
         self._spent = self.record.seconds
-        self._measurements = [Measurement(each, contest_of(each), device, only) for each in workloads]
+        self._measurements = [Measurement(each, suite_of(each), device, only) for each in workloads]
 
     def run(self) -> int:
-        """Tests, ceilings, workloads; then the table, whatever came between. Returns the exit status."""
+        """Run tests, ceilings and workloads, then print the table, also when stopped. Returns the exit status."""
         status, note = 0, ""
         waiting = [each for each in self._measurements if bare(each.workload()) not in self._done]
-        total = 2 * CEILINGS + sum(each.units for each in waiting) + (TESTS if self._tests is not None else 0)
+        total = 2 * CEILINGS + sum(each.total for each in waiting) + (TESTS if self._tests is not None else 0)
         with Progress(total) as progress:
             try:
                 if self._done:
-                    progress.say(f"resumes {self.path.name}: {len(self._done)} workloads are measured already")
+                    progress.say(f"resuming {self.path.name}, which already has {len(self._done)} workloads")
                 self._measure(waiting, progress)
             except OutOfTime:
                 note = "stopped at its deadline"
@@ -96,8 +105,7 @@ class Session:
             except KeyboardInterrupt:
                 status, note = 130, "stopped by Ctrl-C"
         self._save(complete=not note, note=note, after=condition(self._device))
-        print(heading(self.record))
-        print_table(self.record)
+        print(heading(self.record), text(self.record), wrapped(LEGEND), sep="\n\n")
         if len(self._measurements) > 1:
             print(brief(self.record))
         print(f"record: {self.path}", flush=True)
@@ -112,7 +120,7 @@ class Session:
         self._measure_ceilings(progress)
         self._save(before=self.record.before or condition(self._device))
         kinds = [each.workload().kind for each in waiting]
-        # Time to compile a peer is taken from the far end of the plan: another run into the same folder goes on there.
+        # Compilations take time from the last workloads. Another run with the same folder can measure those.
         for i, measurement in enumerate(waiting):
             reserve = sum(self._deadline.estimate(kind, FIRST_GUESS[kind]) for kind in kinds[i : i + PROMISED])
             measurement.run(self._deadline, reserve, progress)
@@ -121,8 +129,8 @@ class Session:
             self._measure_ceilings(progress)
 
     def _measure_ceilings(self, progress: Progress) -> None:
-        """Before the workloads and after them: what else the machine does may disturb one, and the best counts."""
-        progress.say("this machine's copy bandwidth and matrix rates")
+        """Measure the ceilings. Done before and after the workloads, because the better result counts."""
+        progress.say("copy bandwidth and matrix rates")
         begin = self._deadline.elapsed()
         dtypes = {each.workload().dtype for each in self._measurements if each.workload().flops}
         with time_limit(self._deadline.left()):
@@ -151,17 +159,17 @@ class Session:
 
 
 def bare(workload: Workload) -> Workload:
-    """A workload without anything measured: what tells it from others."""
+    """The workload without its measurements, which identifies it."""
     return dataclasses.replace(workload, flops=None, least_bytes=None, floor=None, noise=None, results=())
 
 
 def unfinished(folder: Path, like: Record) -> tuple[Path, Record] | None:
-    """The newest record in `folder` that a run like this one began and did not finish."""
+    """The newest unfinished record in `folder` of a run like this one, or None."""
     found: list[tuple[Path, Record]] = []
     for path in folder.glob("*.json"):
         try:
             record = load(path)
-        except ValueError:  # of another schema, or no record
+        except ValueError:  # not a record of this schema
             continue
         machine = dataclasses.replace(record.machine, copy_bandwidth=None, matmul_rates=())
         same = (record.source, machine, record.settings) == (like.source, like.machine, like.settings)

@@ -1,4 +1,4 @@
-"""Samples summed up: the middle, the spread, and how sure the middle is."""
+"""Medians and percentiles of samples, and the confidence interval of a median ratio."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SURE = 0.9  # that the interval of a ratio's median holds the median of endlessly many rounds
+SURE = 0.9  # confidence level of the interval for the median ratio
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
@@ -18,7 +18,7 @@ def quantile(ordered: Sequence[float], q: float) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """Samples of one peer, in seconds per call."""
+    """The samples of one baseline, in seconds per call."""
 
     median: float
     p20: float
@@ -34,10 +34,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The ratio of two peers' samples of the same round: its median, its spread, and the median's interval.
+    """The ratios of two baselines' samples, round by round: median, percentiles, and the median's interval.
 
-    low, high: order statistics between which the true median lies with a probability of at least 90 %, whatever the
-    distribution; with fewer than five rounds there are none so sure, and it is the whole range.
+    low, high: order statistics between which the true median lies with a probability of at least 90 % for any
+    distribution. With fewer than five rounds, which cannot give that probability, they are the smallest and the largest
+    ratio.
     """
 
     median: float
@@ -49,10 +50,10 @@ class Ratio:
 
     @classmethod
     def of(cls, above: Sequence[float], below: Sequence[float]) -> Ratio:
-        """Of above[i] / below[i]; a round that only one of the two has finished does not count."""
+        """Summarize above[i] / below[i]. A round that only one of the two has finished is not counted."""
         ordered = sorted(a / b for a, b in zip(above, below, strict=False))
         n = len(ordered)
-        outside = 0  # samples below the interval, and above it
+        outside = 0  # the number of samples on each side of the interval
         while sum(math.comb(n, i) for i in range(outside + 2)) / 2**n <= (1 - SURE) / 2:
             outside += 1
         middle, p20, p80 = (quantile(ordered, q) for q in (0.5, 0.2, 0.8))
@@ -60,5 +61,5 @@ class Ratio:
 
     @property
     def off_one(self) -> float:
-        """How far from 1 the interval reaches, as a factor of at least 1."""
+        """The largest deviation of the interval from 1, as a factor of at least 1."""
         return max(self.high, 1 / self.low, 1.0)

@@ -1,59 +1,43 @@
-"""A record as a table."""
+"""A record as text: heading, tables, and one line per workload."""
 
 from __future__ import annotations
 
-import textwrap
-
-from .. import columns
-from ..baselines.registry import EAGER, FASTENC
+from .. import console
+from ..baselines.suite import EAGER, FASTENC
 from .record import Record, Result, Workload
 from .summary import Ratio
 
 HEADINGS = (
-    "", "ms", "p20–p80", "× eager", "time ÷ fastenc's", "floor", "GB/s", "peak MB", "1st call s", "difference", "",
+    "", "ms", "p20–p80", "× eager", "time ÷ fastenc's", "floor", "GB/s", "peak MB", "1st call s", "difference",
 )  # fmt: skip
 LEGEND = (
-    "× eager: eager's time over the peer's, above 1 is faster. time ÷ fastenc's: the peer's time over fastenc's, with "
-    "p20–p80 of the rounds; ≈ 1: within the noise of two runs of the same version, stated beside each workload. floor: "
-    "the share of the physical floor that is reached. GB/s: bytes that cannot be avoided, read and written. 1st call: "
-    "with all compiling. difference: relative L2 from the exact run, the output or gradient nearest its tolerance."
+    "× eager: eager's time over the baseline's; above 1 the baseline is faster. time ÷ fastenc's: the baseline's time "
+    "over fastenc's, with p20–p80 of the rounds; ≈ 1: within the noise between two runs of the same version, given for "
+    "each workload. floor: the physical floor over the time. GB/s: the least bytes that must be read and written, over "
+    "the time. 1st call: includes all compilation. difference: the relative L2 distance from the exact run, of the "
+    "output or gradient that is nearest to its tolerance."
 )
 
 
-def rows(record: Record) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Every workload that was reached in words, with a row of cells, as in HEADINGS, for every peer."""
-    return [
-        (title(workload), [cells(workload, result) for result in workload.results])
-        for workload in record.workloads
-        if workload.reached()
-    ]
-
-
-def not_reached(record: Record) -> str:
-    """The workloads that the run never came to, in a line; empty if there are none."""
-    left = [str(workload) for workload in record.workloads if not workload.reached()]
-    return f"not reached: {'; '.join(left)}" if left else ""
-
-
 def title(workload: Workload) -> str:
-    """The workload, its floor and its noise."""
+    """The workload with its floor and its noise."""
     floor = "" if workload.floor is None else f", floor {milliseconds(workload.floor)} ms"
     noise = "" if workload.noise is None else f", noise ×{workload.noise:.3g}"
     return f"{workload}{floor}{noise}"
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds with four digits."""
+    """Seconds as text in milliseconds, with four digits."""
     return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:#.4g}".rstrip(".")
 
 
 def megabytes(count: int) -> str:
-    """Bytes as megabytes, with at least three digits."""
+    """Bytes as text in megabytes, with at least three digits."""
     return f"{count / 1e6:.0f}" if count >= 1e8 else f"{count / 1e6:.3g}"
 
 
 def against(workload: Workload, ratio: Ratio | None) -> str:
-    """A ratio with its spread, said to be noise where it is."""
+    """A ratio with p20–p80 as text, marked "≈ 1" if it is within the noise."""
     if ratio is None:
         return ""
     text = f"{ratio.median:.2f} ({ratio.p20:.2f}–{ratio.p80:.2f})"
@@ -61,7 +45,7 @@ def against(workload: Workload, ratio: Ratio | None) -> str:
 
 
 def cells(workload: Workload, result: Result) -> tuple[str, ...]:
-    """One peer's row."""
+    """The cells of one baseline, as in HEADINGS."""
     median = spread = floor = rate = ""
     if result.time is not None:
         median = milliseconds(result.time.median)
@@ -81,37 +65,28 @@ def cells(workload: Workload, result: Result) -> tuple[str, ...]:
         "" if result.peak_memory is None else megabytes(result.peak_memory),
         "" if result.first_call is None else f"{result.first_call:.1f}",
         "" if result.difference is None else f"{result.difference:.1e}",
-        ": ".join(filter(None, ["" if result.status == "ok" else result.status, result.note])),
     )
 
 
 def text(record: Record) -> str:
-    """The table as plain text, in as many parts as the terminal's width takes."""
-    groups = rows(record)
-    shown = [i for i in range(len(HEADINGS) - 1) if any(row[i] for _, group in groups for row in group)]
-    lines = [[row[i] for i in shown] for row in (HEADINGS, *(row for _, group in groups for row in group))]
-    wide = columns.widths(lines)
-    body = []
-    for name, group in groups:
-        body += textwrap.wrap(name, columns.terminal())
-        for part in columns.parts(wide, 1, columns.terminal()):
-            for row in (HEADINGS, *group):
-                body.append(columns.aligned([row[i] for i in shown], wide, part, right=True))
-            body.append("")
-        for note in dict.fromkeys(row[-1] for row in group if row[-1]):
-            names = ", ".join(row[0] for row in group if row[-1] == note)
-            body += textwrap.wrap(f"{names}: {note}", columns.terminal())
-        body.append("")
-    return "\n".join([*body, *textwrap.wrap(not_reached(record), columns.terminal())]).rstrip("\n")
-
-
-def print_table(record: Record) -> None:
-    """Print the table and its legend."""
-    print("", text(record), "", *textwrap.wrap(LEGEND, columns.terminal()), sep="\n")
+    """A table for each workload that the run reached, with notes below it, then the workloads that it did not reach."""
+    reached = [workload for workload in record.workloads if workload.reached()]
+    groups = [[cells(workload, result) for result in workload.results] for workload in reached]
+    blocks = []
+    for workload, table in zip(reached, console.tables(HEADINGS, groups), strict=True):
+        lines = [console.wrapped(title(workload)), table]
+        notes: dict[str, list[str]] = {}
+        for result in workload.results:
+            note = ": ".join(filter(None, ["" if result.status == "ok" else result.status, result.note]))
+            notes.setdefault(note, []).append(result.peer)
+        lines += [console.wrapped(f"{', '.join(names)}: {note}") for note, names in notes.items() if note]
+        blocks.append("\n".join(lines))
+    left = [str(workload) for workload in record.workloads if not workload.reached()]
+    return "\n\n".join(blocks + ([console.wrapped(f"not reached: {'; '.join(left)}")] if left else []))
 
 
 def brief(record: Record) -> str:
-    """A line for each workload with a time: fastenc against the fastest eager and the fastest torch.compile."""
+    """One line per timed workload: fastenc, the fastest eager, the fastest torch.compile, and the fastest of all."""
     lines = []
     for workload in record.workloads:
         best, fused = workload.fastest(), workload.timed(FASTENC)
@@ -132,19 +107,19 @@ def brief(record: Record) -> str:
 
 
 def heading(record: Record) -> str:
-    """What the run was made on and under which settings, in a few lines."""
+    """The run's machine, settings, tests and ceilings, in a few lines."""
     machine, settings, tests = record.machine, record.settings, record.tests
     software = {"driver": machine.driver, "CUDA": machine.cuda, "cuDNN": machine.cudnn, "triton": machine.triton}
     versions = ", ".join(f"{name} {version}" for name, version in software.items() if version is not None)
     on = {True: "on", False: "off"}
-    lines = [f"{machine.name}: Python {machine.python}, torch {machine.torch}" + (f", {versions}" if versions else "")]
+    lines = [f"{machine.label}: Python {machine.python}, torch {machine.torch}" + (f", {versions}" if versions else "")]
     if machine.device == "cuda":
         lines.append(
             f"convolution TF32 {on[settings.cudnn_allow_tf32]}, matrix product TF32 {on[settings.matmul_allow_tf32]}, "
-            f"cudnn.benchmark {on[settings.cudnn_benchmark]}, the same for every peer"
+            f"cudnn.benchmark {on[settings.cudnn_benchmark]}, the same for all baselines"
         )
     else:
-        lines.append(f"{settings.threads} threads, the same for every peer")
+        lines.append(f"{settings.threads} threads, the same for all baselines")
     if tests.status != "not run":
         lines.append(
             f"tests/gpu {tests.status}: {tests.passed} passed, {tests.failed} failed, {tests.errors} errors, "

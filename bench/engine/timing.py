@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-SAMPLE_SECONDS = 0.02  # long against the resolution of an event, short against a change of the clock rate
+SAMPLE_SECONDS = 0.02  # much longer than the resolution of an event, much shorter than changes of the clock rate
 LONG_SECONDS = 0.2
-MOST_CALLS = 16  # the inputs of that many calls are in memory at once
-CYCLES_PER_SECOND = 2e9  # no slower than any GPU's clock, so that a pause asked for in cycles is never too short
+MOST_CALLS = 16  # so many inputs are in memory at the same time
+CYCLES_PER_SECOND = 2e9  # at least any GPU's clock rate, so that a pause in cycles is never too short
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed: `call(*prepare())`, of which `prepare` is off the clock.
+    """What is timed: `call(*prepare())`, without the time of `prepare`.
 
-    With `queued`, the device is kept busy while the calls of a sample are put in its queue, so that the sample is the
-    device's own time. Without, it is what a user waits for: the host's share is in it wherever the device idles.
+    queued: keep the device busy until all calls of a sample are in its queue, so that the sample is the device's time
+        alone. Otherwise the sample is what a user waits for, including host time during which the device is idle.
     """
 
     call: Callable[..., object]
@@ -36,7 +36,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def sample(work: Work, calls: int, device: torch.device) -> float:
-    """Seconds per call over `calls` calls in a row, whose results stay alive: each is written to memory of its own."""
+    """Seconds per call over `calls` calls in a row. All results stay alive, so each is written to its own memory."""
     inputs = [work.prepare() for _ in range(calls)]
     synchronize(device)
     if device.type != "cuda":
@@ -57,7 +57,7 @@ def sample(work: Work, calls: int, device: torch.device) -> float:
 
 
 def _host_seconds(work: Work, device: torch.device) -> float:
-    """Seconds the host takes to put one call in the queue."""
+    """Seconds that the host needs to put one call in the queue."""
     arguments = work.prepare()
     synchronize(device)
     begin = time.perf_counter()
@@ -68,9 +68,9 @@ def _host_seconds(work: Work, device: torch.device) -> float:
 
 
 def calls_per_sample(work: Work, device: torch.device) -> int:
-    """Warm `work` up until a call is no faster than the one before it, then say how many calls make one sample.
+    """Warm `work` up until a call is no faster than the previous one; return how many calls make one sample.
 
-    A call that takes long is warm after one: what a first call adds is little against it.
+    One call is enough if it takes long, because the cost of a first call is small in comparison.
     """
     seconds, before = sample(work, 1, device), math.inf
     for _ in range(10):
@@ -79,5 +79,5 @@ def calls_per_sample(work: Work, device: torch.device) -> int:
         before, seconds = seconds, sample(work, 1, device)
     calls = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
     if calls > 1:
-        sample(work, calls, device)  # grows the allocator's pool to what that many calls need
+        sample(work, calls, device)  # grows the allocator's pool to the size that so many calls need
     return calls

@@ -1,1 +1,1 @@
-"""Evidence about the kernels without a GPU: interpretation, compilation, traffic and its ceilings."""
+"""Evidence about the kernels without a GPU: interpretation, execution of PTX, compilation, traffic, ceilings."""

@@ -1,4 +1,4 @@
-"""How wide the accesses of a compiled kernel to tensors of x's size are, read from its code by source line."""
+"""The width of a compiled kernel's accesses to tensors of x's size, read from its code by source line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from triton.runtime.jit import JITFunction
 
 from .compile import Launch
 
-# The pointers to tensors of x's size, by the names that the kernels give them.
+# The kernels' names for pointers to tensors of x's size.
 STREAMED = frozenset({"X", "Y", "R", "DX", "DY", "DR"})
 
 TTIR_ACCESS = re.compile(
     r"\btt\.(?:load|store) .*tensor<(?P<shape>[\dx]+)x!tt\.ptr<\D+(?P<bits>\d+)>.* loc\((?P<place>#loc\d*)\)$",
     re.MULTILINE,
 )
-# A place in a file, or another place by a name, or that of a function's line where the function is called.
+# A place in a file, or a name for another place, or a place inside a function that is called.
 TTIR_PLACE = re.compile(
     r'^(#loc\d*) = loc\((?:"([^"]*)":(\d+):\d+|(?:"[^"]*"\(|callsite\()(#loc\d*)(?: at #loc\d*)?\))\)$', re.MULTILINE
 )
@@ -34,7 +34,7 @@ Place = tuple[str, int]  # a file's name and a line of it
 
 
 def _functions(kernel: JITFunction) -> Iterator[JITFunction]:
-    """A kernel and the functions that it calls by their bare names, and so on."""
+    """A kernel and all functions that it calls by name, directly or indirectly."""
     yield kernel
     for node in ast.walk(ast.parse("".join(kernel.raw_src))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -44,7 +44,7 @@ def _functions(kernel: JITFunction) -> Iterator[JITFunction]:
 
 
 def _calls(function: JITFunction) -> list[list[Place]]:
-    """Of each tl.load and tl.store of a function whose address is in one of STREAMED: its lines."""
+    """The lines of each tl.load and tl.store in a function whose address uses a pointer of STREAMED."""
     name, first = Path(inspect.getfile(function.fn)).name, function.starting_line_number
     return [
         [(name, first + line) for line in range(call.lineno - 1, call.end_lineno or call.lineno)]
@@ -56,7 +56,7 @@ def _calls(function: JITFunction) -> list[list[Place]]:
 
 
 def _tile_bytes(ttir: str) -> Counter[Place]:
-    """Bytes of the tile that the accesses of each line cover, in triton's code."""
+    """Bytes of the tiles that each source line accesses, according to triton's code."""
     places = {place: (path, line, inner) for place, path, line, inner in TTIR_PLACE.findall(ttir)}
     covered: Counter[Place] = Counter()
     for access in TTIR_ACCESS.finditer(ttir):
@@ -68,7 +68,7 @@ def _tile_bytes(ttir: str) -> Counter[Place]:
 
 
 def _thread_bytes(ptx: str) -> dict[Place, Counter[int]]:
-    """Bytes that a thread moves in the accesses of each line, by the width of the access in bytes."""
+    """Bytes that a thread moves at each source line, by the width of the access in bytes."""
     names = {number: Path(path).name for number, path in PTX_FILE.findall(ptx)}
     moved: dict[Place, Counter[int]] = defaultdict(Counter)
     here: Place | None = None
@@ -82,13 +82,14 @@ def _thread_bytes(ptx: str) -> dict[Place, Counter[int]]:
 
 
 def share(launch: Launch, least: int) -> float | None:
-    """Of the bytes of accesses to STREAMED tensors, the share in accesses of at least `least` bytes a thread.
+    """The share of bytes that accesses of at least `least` bytes per thread move, among accesses to STREAMED tensors.
 
-    Every access in the code counts once, with the tile that it covers, in a loop or not. None where the kernel has no
-    such access. For CUDA targets only.
+    Each access in the code counts once with the tile that it covers, even in a loop. For CUDA targets only.
+
+    Returns None if the kernel has no such access.
 
     Raises:
-        ValueError: triton's code has an access of which the machine's code shows no trace.
+        ValueError: an access of triton's code is missing in the machine code.
     """
     tiles, threads = _tile_bytes(launch.ttir), _thread_bytes(launch.compiled.asm["ptx"])
     total = wide = 0.0

@@ -1,11 +1,14 @@
-"""What the kernels may cost: bytes moved, launches that must be one, widths, shared memory, compiled variants. Pure."""
+"""The ceilings of `audit`: bytes moved, rows read twice, narrow accesses, shared memory, compiled variants.
+
+Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3). Nothing here needs triton.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 
-# Bytes loaded and stored, in whole sectors, over the bytes of x, by (backward, split) and by the bytes of x: under
-# 1 MB, from 1 to 8 MB, over 8 MB, with 1 MB = 10⁶ bytes.
+# Bytes loaded and stored, in whole sectors, over the bytes of x. The keys are (backward, split); the values are for x
+# below 1 MB, from 1 to 8 MB, and above 8 MB, with 1 MB = 10⁶ bytes.
 SIZE_CLASSES = (1_000_000, 8_000_000)
 TRAFFIC = {
     (False, False): (2.3, 2.05, 2.02),
@@ -14,33 +17,32 @@ TRAFFIC = {
     (True, True): (6.0, 5.3, 5.05),
 }
 
-# With a residual r, in bytes of x and by backward, on top. Forward r is read once, where y is written: the statistics
-# are of x alone. Backward r is read once, for the sign of z + r, and dr = dz written once; a split backward then reads
-# dr in place of dy, and r no more.
+# A residual r adds these multiples of the bytes of x, by backward. The forward reads r once, when it writes y. The
+# backward reads r once, for the sign of z + r, and writes dr = dz once. A split backward then reads dr instead of dy.
 RESIDUAL_TRAFFIC = {False: 1.0, True: 2.0}
 
-# Positions up to which a row must be read once, by (channels_last, backward).
+# Rows of at most so many positions must be read only once, by (channels_last, backward).
 ONE_PASS_POSITIONS = {(True, False): 1024, (True, True): 1024, (False, False): 32768, (False, True): 4096}
-# With a residual no more than this: in float32, 32,768 positions of x and r spill on sm_80 and sm_90.
+# The limit with a residual: in float32, 32,768 positions of x and r spill registers on sm_80 and sm_90.
 ONE_PASS_POSITIONS_RESIDUAL = 16384
 
-# Of the streaming accesses' bytes, the least share that moves 16 bytes at a time, where divisibility allows any.
+# The least share of bytes of x that must move in 16-byte accesses, if divisibility allows such accesses.
 VECTOR_SHARE = 0.95
 
-# Shared memory that a block can have, by target: those that the ceilings are for.
+# The largest shared memory of a block. The ceilings apply to these targets.
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 
-# Compiled variants of Example 1, forward and backward; more for another batch size above 1; more for another volume.
+# Compiled variants of Example 1, forward and backward; additional ones for other batch sizes above 1 and other inputs.
 VARIANTS, VARIANTS_OTHER_BATCH, VARIANTS_OTHER_VOLUME = 40, 0, 6
 
 
 def traffic_ceiling(
     N: int, C: int, S: int, itemsize: int, backward: bool, split: bool, residual: bool = False
 ) -> float:
-    """The most that may be moved for x (N, C, S) of `itemsize`-byte elements, in bytes of x.
+    """The most bytes that may be moved for x (N, C, S) with `itemsize`-byte elements, over the bytes of x.
 
-    What every row costs besides its elements comes on top: five float32 forward, eleven and a share of the launch that
-    sums over n backward.
+    This includes what each row costs in addition to its elements: five float32 in the forward; eleven, and a share of
+    the launch that sums over n, in the backward.
     """
     size_class = bisect_right(SIZE_CLASSES, N * C * S * itemsize)
     row_bytes = 44 + 12 / N if backward else 20
@@ -49,16 +51,16 @@ def traffic_ceiling(
 
 
 def one_pass_required(S: int, channels_last: bool, backward: bool, residual: bool = False) -> bool:
-    """Whether rows of S positions must be read once."""
+    """Whether rows of S positions must be read only once."""
     most = ONE_PASS_POSITIONS[channels_last, backward]
     return (min(most, ONE_PASS_POSITIONS_RESIDUAL) if residual else most) >= S
 
 
 def breaks_sectors(C: int, itemsize: int, channels_last: bool) -> bool:
-    """Whether a slice of channels would move partial sectors: such C may be split where others must not."""
+    """Whether slices of the channels would move partial sectors. Rows with such C may be split."""
     return channels_last and C * itemsize % 32 != 0
 
 
 def vectors_required(C: int, S: int, itemsize: int, channels_last: bool) -> bool:
-    """Whether x's contiguous axis allows 16-byte accesses everywhere."""
+    """Whether the length of x's contiguous axis allows 16-byte accesses everywhere."""
     return (C if channels_last else S) * itemsize % 16 == 0

@@ -1,8 +1,8 @@
-"""Compile the kernels that the real launchers would launch, for GPUs that are not here, and read the machine code.
+"""Compile the kernels that the real launchers would launch, for any GPU, and read the machine code.
 
-recorded(90)          inside the block launchers run on CPU tensors; nothing is launched, every launch is recorded
+recorded(90)          inside the block, launchers run on CPU tensors; launches are recorded instead of executed
 resources(cubin)      registers, stack and shared memory, as the driver would report them
-instructions(cubin)   counts of the instructions that decide speed
+instructions(cubin)   counts of the instructions that matter for speed
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
-import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from .driver import StandInDriver
 from .interpret import kernel_modules
-
-SHARED_BYTES = 232448  # of a block on sm_90, the most that any target here offers
 
 PATTERNS = {
     "load": re.compile(r"\bLDG\."),
@@ -39,7 +36,7 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that would have been made: the kernel's name, its grid, and what it compiled to."""
+    """A recorded launch: the kernel's name, its grid, and the compiled kernel."""
 
     name: str
     grid: tuple[int, int, int]
@@ -55,7 +52,7 @@ class Launch:
 
     @property
     def ttir(self) -> str:
-        """Triton's own intermediate code."""
+        """The kernel in Triton's intermediate representation."""
         return self.compiled.asm["ttir"]
 
     @property
@@ -63,52 +60,19 @@ class Launch:
         return self.compiled.metadata.num_warps
 
 
-def target(architecture: int | str) -> GPUTarget:
-    """80, 90, 100, … for CUDA; "gfx942" and the like for ROCm."""
-    if isinstance(architecture, int):
-        return GPUTarget("cuda", architecture, 32)
-    return GPUTarget("hip", architecture, 64)
-
-
-class _RecordingDriver:
-    """Stands in for triton's GPU driver: claims a target, compiles for it, launches nothing."""
+class _RecordingDriver(StandInDriver):
+    """Launches nothing."""
 
     def __init__(self, architecture: int | str) -> None:
-        self.target = target(architecture)
-        properties = {
-            "max_shared_mem": SHARED_BYTES,
-            "multiprocessor_count": 132,
-            "max_num_regs": 65536,
-            "warpSize": 32,
-        }
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties,
-            load_binary=lambda *arguments: (object(), object(), 0, 0, 1024),
-            unload_module=lambda module: None,
-        )
+        super().__init__(architecture, lambda *arguments: (object(), object(), 0, 0, 1024))
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         return lambda *arguments: None
 
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def set_current_device(self, device: int) -> None:
-        pass
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
 
 @contextmanager
 def recorded(architecture: int | str, *modules: ModuleType) -> Iterator[list[Launch]]:
-    """Let launchers run on CPU tensors and compile for `architecture`; yields the list of launches, in order."""
+    """Inside the block, launchers run on CPU tensors and compile for `architecture`. Yields the launches, in order."""
     launches: list[Launch] = []
     before = driver._active
     driver.set_active(_RecordingDriver(architecture))
@@ -148,12 +112,12 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """REG (registers per thread), STACK and LOCAL (bytes, where spills live), SHARED (bytes)."""
+    """REG (registers per thread), STACK and LOCAL (bytes, including spills) and SHARED (bytes)."""
     report = _cuobjdump("-res-usage", cubin)
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
 
 
 def instructions(cubin: bytes) -> Counter[str]:
-    """Occurrences of each of PATTERNS in the machine code."""
+    """How often each of PATTERNS occurs in the machine code."""
     sass = _cuobjdump("-sass", cubin)
     return Counter({name: len(pattern.findall(sass)) for name, pattern in PATTERNS.items()})

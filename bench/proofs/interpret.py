@@ -1,11 +1,11 @@
-"""Run the kernels on CPU tensors, as strictly as a GPU would, and count the bytes they move.
+"""Run the kernels on CPU tensors, as strictly as on a GPU, and count the bytes that they move.
 
-    interpreted()     kernels are interpreted inside the block, and compile as usual outside it
-    Traffic()         bytes that interpreted launches load and store
-    chosen_programs() run a few programs of a grid too large to interpret
-    sampled_programs() the same, chosen by kernel
+    interpreted()       inside the block kernels are interpreted; outside it they compile as usual
+    Traffic()           counts the bytes that interpreted launches load and store
+    chosen_programs()   runs only some programs of a grid that is too large to interpret
+    sampled_programs()  does the same with a choice for each kernel
 
-triton's own TRITON_INTERPRET=1 must be set before triton is imported and then forbids compiling in that process.
+TRITON_INTERPRET=1 is no alternative: it must be set before triton is imported, and the process cannot compile then.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from triton.runtime.jit import JITFunction
 
 import fastenc.kernels
 
-# By id: hashing a kernel would compute its cache key, and kernels live as long as their module.
+# By id, because the hash of a kernel is its costly cache key. Kernels live as long as their module.
 _interpreted: dict[int, InterpretedFunction] = {}
 
 
 def fault() -> str | None:
-    """Why kernels cannot be interpreted in this environment; None where they can."""
+    """Why kernels cannot be interpreted in this environment, or None if they can."""
     versions = [tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, np)]
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
         return f"the interpreter of triton {triton.__version__} needs numpy < 2.4, here is {np.__version__}"
@@ -42,7 +42,7 @@ def fault() -> str | None:
 
 
 def kernel_modules() -> list[ModuleType]:
-    """Every module of fastenc.kernels."""
+    """All modules of fastenc.kernels."""
     names = [name for _, name, _ in pkgutil.iter_modules(fastenc.kernels.__path__)]
     return [importlib.import_module(f"fastenc.kernels.{name}") for name in names]
 
@@ -51,15 +51,16 @@ def kernel_modules() -> list[ModuleType]:
 def interpreted(*modules: ModuleType) -> Iterator[None]:
     """Interpret every kernel of `modules` (by default all of fastenc.kernels) inside the block.
 
-    The interpreter rewrites triton.language in place; the block puts it back. Inside, the interpreter is `faithful`.
+    The interpreter changes triton.language in place; the changes are undone after the block. The interpreter is
+    `faithful`.
     """
     language = [tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base, tl.core.tensor_descriptor]
     attributes = [(owner, dict(vars(owner))) for owner in language]
-    swapped = []
+    replaced = []
     for module in (tl, tl.core, tl.standard, tl.random, *(modules or kernel_modules())):
         for name, kernel in list(vars(module).items()):
             if isinstance(kernel, JITFunction):
-                swapped.append((module, name, kernel))
+                replaced.append((module, name, kernel))
                 setattr(module, name, _interpreted.setdefault(id(kernel), InterpretedFunction(kernel.fn)))
     before, knobs.runtime.interpret = knobs.runtime.interpret, True
     try:
@@ -67,7 +68,7 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
             yield
     finally:
         knobs.runtime.interpret = before
-        for module, name, kernel in swapped:
+        for module, name, kernel in replaced:
             setattr(module, name, kernel)
         for owner, saved in attributes:
             for name in set(vars(owner)) - set(saved):
@@ -90,7 +91,7 @@ def _patched(owner: Any, **replacements: Callable[..., Any]) -> Iterator[None]:
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 to the bits of the nearest bfloat16, ties to even."""
+    """The bits of the nearest bfloat16 to each float32, ties to even."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), nearest.astype(np.uint16))
@@ -98,10 +99,10 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def faithful() -> Iterator[None]:
-    """Mend the interpreter where it is kinder than a GPU, or wrong.
+    """Correct the interpreter where it is wrong or more lenient than a GPU.
 
-    bfloat16 is stored rounded to nearest, and arithmetic in it is refused; masked lanes of a load without `other`
-    come back poisoned instead of 0; int32 overflow and device_assert raise; a sum is a tree, not one long chain.
+    bfloat16 is rounded to nearest, and arithmetic in it is refused. Masked lanes of a load without `other` are poisoned
+    instead of 0. int32 overflow and device_assert raise. A sum is a tree instead of a chain.
     """
     cast, binary, load = (
         InterpreterBuilder.cast_impl,
@@ -160,11 +161,14 @@ def faithful() -> Iterator[None]:
 
 
 class Traffic:
-    """Bytes moved by the launches interpreted inside the block, lanes masked off not counted.
+    """Bytes that launches interpreted inside the block move, without masked lanes.
 
-    loaded, stored: bytes asked for. loaded_sectors, stored_sectors: the same in whole 32-byte sectors, each counted
-    once per access of a program, which is how memory moves. launches: kernels started. atomics: atomic operations.
-    alike: how many programs each program stands for that runs from now on; 1 at first.
+    loaded, stored: bytes of the accesses.
+    loaded_sectors, stored_sectors: bytes of the 32-byte sectors that they touch. A sector counts once per access of a
+        program, because memory moves in sectors.
+    launches: kernels started.
+    atomics: atomic operations.
+    alike: each program that runs from now on counts as so many programs. It is 1 at first.
     """
 
     def __enter__(self) -> Traffic:
@@ -220,13 +224,13 @@ class Traffic:
 
     @property
     def sectors(self) -> int:
-        """Bytes loaded and stored, in whole sectors."""
+        """Bytes of the sectors loaded and stored."""
         return self.loaded_sectors + self.stored_sectors
 
 
 @contextmanager
 def sampled_programs(choose: Callable[[str, tuple[int, int, int]], Iterable[tuple[int, int, int]]]) -> Iterator[None]:
-    """Of every launch inside the block, run only the program ids that choose(name of the kernel, grid) gives."""
+    """Inside the block, launches run only the program ids that choose(kernel's name, grid) returns."""
 
     def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
         names = inspect.getfullargspec(executor.fn).args
@@ -249,9 +253,9 @@ def sampled_programs(choose: Callable[[str, tuple[int, int, int]], Iterable[tupl
 
 @contextmanager
 def chosen_programs(choose: Callable[[tuple[int, int, int]], list[tuple[int, int, int]]]) -> Iterator[None]:
-    """Of every launch inside the block, run only the program ids that choose(grid) returns.
+    """Inside the block, launches run only the program ids that choose(grid) returns.
 
-    Reaches the last programs of a tensor beyond 2³¹ elements, whose memory torch.empty hands out lazily.
+    This reaches the last programs of a tensor beyond 2³¹ elements, because torch.empty allocates its memory lazily.
     """
     with sampled_programs(lambda name, grid: choose(grid)):
         yield

@@ -1,7 +1,7 @@
-"""The bytes that a plan moves, predicted by arithmetic alone, in whole 32-byte sectors as memory moves them.
+"""The bytes that a plan moves, predicted by arithmetic, in whole 32-byte sectors because memory moves in sectors.
 
-`predicted_bytes` stands in where kernels cannot be interpreted; elsewhere the count of the interpreted launch is held
-against it. `Programs.kinds` finds the programs of a launch that differ, so that counting one of each counts them all.
+`predicted_bytes` is used if kernels cannot be interpreted; otherwise it is compared with the count of the interpreted
+launch. `Programs.kinds` finds the different kinds of programs in a launch, so that one of each kind has to be counted.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import numpy as np
 
 from fastenc.kernels.plan import RELOAD_BLOCK_S, SECTOR_BYTES, SUM_N_C, SUM_N_N, Plan, blocks, ceil_div
 
-FLOAT_BYTES = 4  # statistics, sums and partials are float32, and parameters mostly
+FLOAT_BYTES = 4  # statistics, sums, partials and usually parameters are float32
 
 
 def sectors(start: Any, length: Any, step: int = SECTOR_BYTES, count: Any = 1) -> Any:
-    """Sectors touched by one access to `count` spans, `length` bytes each, `step` bytes apart from byte `start`.
+    """The number of sectors that one access touches.
 
-    All but step may be arrays.
+    Args:
+        start: first byte. All arguments except step may be arrays.
+        length: bytes of each span.
+        step: bytes from one span to the next.
+        count: number of spans.
     """
     first, last = start // SECTOR_BYTES, (start + length - 1) // SECTOR_BYTES
     touched = last - first + 1
-    # A later span touches what its predecessor did not; what that is repeats every `period` spans.
+    # A span adds the sectors that its predecessor did not touch. Their number repeats every `period` spans.
     period = SECTOR_BYTES // gcd(step, SECTOR_BYTES)
     for i in range(1, period + 1):
         before, first = last, (start + i * step) // SECTOR_BYTES
@@ -35,10 +39,14 @@ def sectors(start: Any, length: Any, step: int = SECTOR_BYTES, count: Any = 1) -
 
 @dataclass(frozen=True)
 class Programs:
-    """What the programs of a launch work on, in a tensor x (N, C, S): arrays with an entry for each program.
+    """The parts of a tensor x (N, C, S) that the programs of a launch work on, as arrays with an entry per program.
 
-    row: the first row, n·C + c. c: its channel. rows: how many. s: the first position. positions: how many.
-    chunk: which of the `chunks` pieces of the rows it is.
+    row: the first row, n·C + c.
+    c: the channel of the first row.
+    rows: the number of rows.
+    s: the first position.
+    positions: the number of positions.
+    chunk: the number of the chunk, of `chunks` that the rows are split into.
     """
 
     C: int
@@ -54,7 +62,7 @@ class Programs:
 
     @classmethod
     def of(cls, N: int, C: int, S: int, BLOCK_C: int, chunks: int, chunk_size: int, channels_last: bool) -> Programs:
-        """The programs in order: BLOCK_C rows by a chunk of `chunk_size` positions each."""
+        """The programs in order, each for BLOCK_C rows and a chunk of `chunk_size` positions."""
         p = np.arange(blocks(N, C, BLOCK_C, channels_last) * chunks)
         if channels_last:
             across = ceil_div(C, BLOCK_C)
@@ -79,11 +87,11 @@ class Programs:
 
     @classmethod
     def summing_n(cls, N: int, C: int) -> Programs:
-        """The programs that sum over n, which see N·C sums as one volume (C, N), channels-last."""
+        """The programs that sum over n. They see the N·C sums as one channels-last sample (C, N)."""
         return cls.of(1, C, N, SUM_N_C, 1, N, True)
 
     def partials(self) -> Programs:
-        """The same programs as they see the partials, which lie as x would with `chunks` positions."""
+        """The same programs on the partials, whose layout is that of an x with `chunks` positions."""
         return replace(self, S=self.chunks, s=self.chunk, positions=np.ones_like(self.s))
 
     def first(self) -> np.ndarray:
@@ -93,7 +101,7 @@ class Programs:
         return self.row * self.S + self.s
 
     def tile_bytes(self, itemsize: int, BLOCK_S: int) -> int:
-        """Bytes of one access to every element, BLOCK_S positions at a time."""
+        """Bytes of accessing each element once, BLOCK_S positions at a time."""
         touched = 0
         for t in range(0, int(self.positions.max()), BLOCK_S):
             positions = np.clip(self.positions - t, 0, BLOCK_S)
@@ -107,20 +115,20 @@ class Programs:
         return touched * SECTOR_BYTES
 
     def row_bytes(self) -> int:
-        """Bytes of one access to a float32 of every row."""
+        """Bytes of accessing one float32 per row."""
         return int(sectors(self.row * FLOAT_BYTES, self.rows * FLOAT_BYTES).sum()) * SECTOR_BYTES
 
     def channel_bytes(self) -> int:
-        """Bytes of one access to a float32 parameter of every row's channel."""
+        """Bytes of accessing one float32 parameter per row."""
         channels = np.minimum(self.rows, self.C)
         return int(sectors(self.c * FLOAT_BYTES, channels * FLOAT_BYTES).sum()) * SECTOR_BYTES
 
     def kinds(self, itemsize: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of programs that all differ in what they move, and how many programs move the same as each."""
+        """One program number for each kind of programs that move the same, and the number of programs of each kind."""
         traits = [self.rows, self.positions, self.first() * itemsize % SECTOR_BYTES]
         if self.rows.max() > 1:
             traits += [at * FLOAT_BYTES % SECTOR_BYTES for at in (self.row, self.c, self.partials().first())]
-            traits.append(np.minimum(self.rows, self.C - self.c))  # channels before they begin again
+            traits.append(np.minimum(self.rows, self.C - self.c))  # channels up to the end of the sample
         _, numbers, counts = np.unique(np.stack(traits), axis=1, return_index=True, return_counts=True)
         return numbers, counts
 
@@ -128,13 +136,13 @@ class Programs:
 def predicted_bytes(
     plan: Plan, N: int, C: int, S: int, itemsize: int, channels_last: bool, backward: bool, residual: bool = False
 ) -> int:
-    """Bytes loaded and stored for x (N, C, S), with weight, bias and slope (C,) in float32 and all their gradients."""
+    """Bytes loaded and stored for x (N, C, S), with float32 weight, bias and slope (C,) and all gradients."""
     stream = Programs.streaming(plan, N, C, S, channels_last)
     tile, row, channel = stream.tile_bytes(itemsize, plan.BLOCK_S), stream.row_bytes(), stream.channel_bytes()
     sum_n = Programs.summing_n(N, C)
     total = 3 * (sum_n.tile_bytes(FLOAT_BYTES, SUM_N_N) + sum_n.row_bytes()) if backward and N > 1 else 0
     if residual:
-        total += 2 * tile if backward else tile  # r, and dr
+        total += 2 * tile if backward else tile  # r and dr
     if plan.one_pass and backward:
         reload = row + channel if plan.BLOCK_S >= RELOAD_BLOCK_S else 0
         return total + 3 * tile + 3 * channel + 5 * row + reload

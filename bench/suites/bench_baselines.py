@@ -1,6 +1,6 @@
-"""Every baseline under pytest-benchmark: of the operation, of EncoderNet3d, and of nnU-Net's and MONAI's U-Nets.
+"""All baselines under pytest-benchmark: for the operation, for EncoderNet3d, and for nnU-Net's and MONAI's U-Nets.
 
-A group for each workload, as in `bench ops`, `bench compare` and `bench clients`.
+Each workload is a group, as in `bench ops`, `bench compare` and `bench clients`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 from fastenc.bench.commands import ops, third_party
 from fastenc.bench.commands.gpu import BF16, TRAIN, network
 from fastenc.bench.engine.record import Network, Workload
-from fastenc.bench.suites.timed_calls import DEVICE, pairs, run_peer, title
+from fastenc.bench.suites.timed_calls import DEVICE, pairs, run_baseline, title
 
 CUDA = DEVICE.type == "cuda"
 SHAPES = [(8, 64, 31, 32, 30), (8, 128, 16, 16, 15), (8, 512, 4, 4, 4)] if CUDA else [(2, 8, 16, 16, 15)]
@@ -37,16 +37,16 @@ THIRD_PARTY = [
 ]
 
 
-@pytest.mark.parametrize(("workload", "peer"), pairs(OPERATIONS), ids=title)
-def test_instance_norm_prelu(benchmark: Any, workload: Workload, peer: str) -> None:
-    run_peer(benchmark, workload, peer)
+@pytest.mark.parametrize(("workload", "baseline"), pairs(OPERATIONS), ids=title)
+def test_instance_norm_prelu(benchmark: Any, workload: Workload, baseline: str) -> None:
+    run_baseline(benchmark, workload, baseline)
 
 
-@pytest.mark.parametrize(("workload", "peer"), pairs(ENCODERS), ids=title)
-def test_encoder(benchmark: Any, workload: Workload, peer: str) -> None:
-    run_peer(benchmark, workload, peer)
+@pytest.mark.parametrize(("workload", "baseline"), pairs(ENCODERS), ids=title)
+def test_encoder(benchmark: Any, workload: Workload, baseline: str) -> None:
+    run_baseline(benchmark, workload, baseline)
 
 
-@pytest.mark.parametrize(("workload", "peer"), pairs(THIRD_PARTY), ids=title)
-def test_accelerate(benchmark: Any, workload: Workload, peer: str) -> None:
-    run_peer(benchmark, workload, peer)
+@pytest.mark.parametrize(("workload", "baseline"), pairs(THIRD_PARTY), ids=title)
+def test_accelerate(benchmark: Any, workload: Workload, baseline: str) -> None:
+    run_baseline(benchmark, workload, baseline)

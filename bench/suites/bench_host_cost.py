@@ -1,10 +1,11 @@
-"""Host cost of instance_norm_prelu: `pytest bench/suites/bench_host_cost.py` (`--benchmark-disable` to try it).
+"""Host cost of instance_norm_prelu: `pytest bench/suites/bench_host_cost.py` (`--benchmark-disable` for a trial run).
 
-What Python and PyTorch spend per call, no GPU needed: CPU tensors take the Triton route, and every kernel launch is
-replaced by a function that does nothing. Beside it, round by round in turn, a torch.autograd.Function that does
-nothing: the same six arguments, y and the statistics from empty_like (of x and of weight), as many tensors saved for
-backward, five, and a backward that returns empty_like of the four inputs. Ratios of minima and of medians go to
-extra_info; the ratio of the minima is held to the limit. Modules are compared with the same, without a limit.
+The time that Python and PyTorch spend per call. No GPU is needed: CPU tensors take the Triton route, and each kernel
+launch is replaced by a function that does nothing. In every round the cost is compared with that of a
+torch.autograd.Function that does nothing: it has the same six arguments, makes y and the statistics by empty_like (of x
+and of weight), saves five tensors for the backward, and returns empty_like of the four inputs from its backward. Ratios
+of minima and of medians go to extra_info, and the ratio of minima has a limit. Modules are compared with the same
+function, without a limit.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ class _DoesNothing(torch.autograd.Function):
 
 
 def nothing(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, eps: float) -> Tensor:
-    """What instance_norm_prelu is compared with."""
+    """The function that instance_norm_prelu is compared with."""
     return _DoesNothing.apply(x, weight, bias, slope, eps, None)
 
 
-class Unit(nn.Module):
-    """A norm and its activation, and what a residual block adds in between."""
+class Pair(nn.Module):
+    """A norm and its activation, and possibly the addition of a residual in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,13 +66,13 @@ class Unit(nn.Module):
 
 
 def accelerated() -> nn.Module:
-    """A Unit as it is inside an accelerated network: the network's own cost, once a call, is not in it."""
-    network: Any = fastenc.accelerate(nn.Sequential(Unit()))
+    """An accelerated Pair, without the cost of the accelerated network around it."""
+    network: Any = fastenc.accelerate(nn.Sequential(Pair()))
     assert network.accelerated.count("fused") == 1
     return network[0]
 
 
-# How to make it, and of how many volumes it is called.
+# How to make each module, and how many tensors it takes.
 MODULES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "accelerated": (accelerated, 1),
     "accelerated, residual": (accelerated, 2),
@@ -94,7 +95,7 @@ class _Kernel:
 
 @contextmanager
 def stubbed() -> Iterator[None]:
-    """CPU tensors take the Triton route inside the block, and launches do nothing."""
+    """Inside the block, CPU tensors take the Triton route and launches do nothing."""
     with ExitStack() as stack:
         for module in kernel_modules():
             for name, value in list(vars(module).items()):
@@ -106,7 +107,7 @@ def stubbed() -> Iterator[None]:
 
 
 def work(direction: str, layout: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """One call of instance_norm_prelu ("op") and one of what does nothing ("nothing")."""
+    """One call of instance_norm_prelu ("op") and one of the function that does nothing ("nothing")."""
     x = torch.randn(2, 64, 4, 4, 4).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     dy = torch.randn_like(x)
     leaves = [x.requires_grad_(), *(torch.rand(64).to(dtype).requires_grad_() for _ in range(3))]
@@ -122,11 +123,11 @@ def work(direction: str, layout: str, dtype: torch.dtype) -> dict[str, Callable[
 
 
 def module_work(direction: str, module: str) -> dict[str, Callable[[], object]]:
-    """As `work`, of one of MODULES, on channels-last volumes in float32."""
-    make, volumes = MODULES[module]
+    """As `work`, for one of MODULES on channels-last float32 tensors."""
+    make, count = MODULES[module]
     model = make()
     x, residual, dy = (torch.randn(2, 64, 4, 4, 4).contiguous(memory_format=torch.channels_last_3d) for _ in range(3))
-    given = [x, residual][:volumes]
+    given = [x, residual][:count]
     parameters = [*model.parameters()]
 
     def run(op: Callable[..., Tensor], *arguments: Any) -> object:
@@ -136,13 +137,13 @@ def module_work(direction: str, module: str) -> dict[str, Callable[[], object]]:
         leaves = [*given, *parameters]
         return torch.autograd.grad(op(*arguments), leaves, dy, allow_unused=True)
 
-    for volume in given:
-        volume.requires_grad_(direction != "inference")
+    for tensor in given:
+        tensor.requires_grad_(direction != "inference")
     return {"op": lambda: run(model, *given), "nothing": lambda: run(nothing, x, *parameters, 1e-5)}
 
 
 def compare(benchmark: Any, calls: dict[str, Callable[[], object]]) -> str:
-    """Time calls, "op" and "nothing", into extra_info; in words. A round is CALLS calls of each, timed apart."""
+    """Time both calls, "op" and "nothing", in rounds of CALLS calls each. Fills extra_info and returns it as text."""
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
 

@@ -1,4 +1,4 @@
-"""Convolutions on small maps under pytest-benchmark, with all taps as torch runs them and with the live ones only."""
+"""Convolutions on small maps under pytest-benchmark: torch's with all taps, and fastenc's without padding-only taps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastenc.bench.suites.timed_calls import DEVICE, run
 from fastenc.convolution import convolve
 
 WIDE = 1024 if DEVICE.type == "cuda" else 256
-# Map and stride: where most taps are dead, where all are alive over few positions, and where a map is large.
+# Map size and stride. Some maps leave most taps reading only padding, some use all taps, and one is large.
 LAYERS = [(1, 1), (2, 2), (2, 1), (3, 2), (4, 1)]
 ON_CUDA = DEVICE.type == "cuda"
-WAYS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+METHODS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "all taps": lambda layer, x: layer(x),
     "live taps": lambda layer, x: convolve(layer, x, ON_CUDA),
 }
@@ -26,8 +26,8 @@ WAYS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 @pytest.mark.parametrize("batch", [2, 8])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize(("size", "stride"), LAYERS, ids=lambda value: str(value))
-@pytest.mark.parametrize("way", WAYS)
-def test_convolution(benchmark: Any, way: str, size: int, stride: int, backward: bool, batch: int) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_convolution(benchmark: Any, method: str, size: int, stride: int, backward: bool, batch: int) -> None:
     layer = nn.Conv3d(WIDE, WIDE, 3, stride, padding=1, bias=False, device=DEVICE)
     x = torch.randn(batch, WIDE, size, size, size, device=DEVICE)
     if ON_CUDA:
@@ -37,7 +37,7 @@ def test_convolution(benchmark: Any, way: str, size: int, stride: int, backward:
 
     def call() -> object:
         with torch.set_grad_enabled(backward):
-            y = WAYS[way](layer, x)
+            y = METHODS[method](layer, x)
         return torch.autograd.grad(y, leaves, dy) if backward else y
 
     mode = "forward+backward" if backward else "forward"

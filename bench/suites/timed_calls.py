@@ -1,4 +1,4 @@
-"""What the pytest-benchmark suites share: the device, which peers to run, and one timed call at a time."""
+"""What the pytest-benchmark suites share: the device, the baselines to run, and the timing of single calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from ..baselines.registry import contest_of
+from ..baselines.registry import suite_of
 from ..engine.record import Workload
 from ..engine.timing import Work, synchronize
 
@@ -19,17 +19,17 @@ ROUNDS, WARMUP_ROUNDS = 20, 3
 
 
 def pairs(workloads: Sequence[Workload]) -> list[tuple[Workload, str]]:
-    """Every workload with every peer that exists for it on this machine."""
+    """Each workload with each baseline that exists for it on this machine."""
     return [
         (workload, name)
         for workload in workloads
-        for name, peer in contest_of(workload).peers.items()
-        if peer.absent(workload, DEVICE) is None
+        for name, baseline in suite_of(workload).baselines.items()
+        if baseline.absent(workload, DEVICE) is None
     ]
 
 
 def title(value: object) -> str:
-    """A parameter's name in a test's."""
+    """A parameter as part of a test's name."""
     return (
         str(value)
         .replace("instance_norm_prelu, ", "")
@@ -41,7 +41,7 @@ def title(value: object) -> str:
 
 
 def run(benchmark: Any, group: str, work: Work) -> None:
-    """Time `work` in `group`: preparation off the clock, the device waited for, no result kept from call to call."""
+    """Time `work` in this group, without its preparation. Each call waits for the device and drops its result."""
 
     def call(*arguments: Any) -> None:
         work.call(*arguments)
@@ -56,19 +56,19 @@ def run(benchmark: Any, group: str, work: Work) -> None:
     benchmark.pedantic(call, setup=setup, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
 
 
-def run_peer(benchmark: Any, workload: Workload, name: str) -> None:
-    """Time one peer on one workload. With --benchmark-disable it runs once, compiled without generating code."""
-    contest = contest_of(workload)
+def run_baseline(benchmark: Any, workload: Workload, name: str) -> None:
+    """Time a baseline on a workload. With --benchmark-disable it runs once, and torch.compile generates no code."""
+    suite = suite_of(workload)
     with traced_only() if benchmark.disabled else contextlib.nullcontext():
-        candidate = contest.peers[name].make(contest.subject(workload, DEVICE))
-        run(benchmark, str(workload), candidate.work)
-    if contest.peers[name].compiles:
+        runner = suite.baselines[name].make(suite.inputs(workload, DEVICE))
+        run(benchmark, str(workload), runner.work)
+    if suite.baselines[name].compiles:
         torch.compiler.reset()
 
 
 @contextlib.contextmanager
 def traced_only() -> Iterator[None]:
-    """torch.compile without generating code: for a run that is not timed."""
+    """Inside the block torch.compile generates no code, for runs that are not timed."""
     compile_: Callable[..., Any] = torch.compile
     with mock.patch.object(torch, "compile", functools.partial(compile_, backend="aot_eager")):
         yield

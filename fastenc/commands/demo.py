@@ -9,9 +9,8 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +36,7 @@ from .demo_routes import (
 from .shell import write_whole
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from ..bench.console import Progress
     from .demo_data import Patches
 
 EXTRAS = ("matplotlib", "nibabel", "nilearn", "rich")
@@ -50,6 +48,7 @@ EXAMPLE_1 = {"channel": 64, "layers": [3, 3, 3, 3, 3], "in_planes": 3, "out_leng
 SMALL = {"channel": 8, "layers": [1, 1, 1], "in_planes": 2, "out_length": 2}
 # Two patches' middles: the interpreter takes milliseconds where a GPU takes nanoseconds.
 INTERPRETED = (slice(2), slice(None), slice(9, 22), slice(10, 22), slice(10, 20))
+ENCODING_STEPS = 100  # an encoding's length on the progress bar, in training steps
 COLOURS = ("#9ecae1", "#d55e00", "#009e73", "#000000")
 FIGURE, RECORD = "demo.png", "demo.json"
 
@@ -95,13 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
     if problem is not None:
         print(f"fastenc demo: error: {problem}", file=sys.stderr)
         return 2
-    from rich.console import Console
-
+    from ..bench import console
     from ..bench.engine.machine import describe, settings
     from . import demo_data
 
     device = torch.device("cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu")
-    console = Console()
     volumes = demo_data.mni152()
     generator = np.random.default_rng(SEED)
     training = demo_data.draw(volumes, demo_data.TRAINING, TRAINING_PATCHES, generator)
@@ -110,18 +107,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     with settings(tf32=False, benchmark=False) as used:
         machine = describe(device)
-        console.print(f"{machine.name}, torch {machine.torch}, float32 without TF32", soft_wrap=True)
+        print(f"{machine.label}, torch {machine.torch}, float32 without TF32", flush=True)
         routes, missing = available(device)
-        with console.status("Encoding"):
-            rows = encode(routes, EXAMPLE_1, encoded.volumes, device, SEED)
+        with console.Progress(len(routes) * (ENCODING_STEPS + arguments.steps)) as progress:
+            rows = encode(routes, EXAMPLE_1, encoded.volumes, device, SEED, lambda step: progress.say("encoding", step))
             rows += [Row(name, note=f"did not run: {reason}") for name, reason in missing.items()]
+            progress.say("interpreting the kernels")
             rows.append(interpreted(held_out.inputs[INTERPRETED], SEED))
-        _print_table(console, rows, arguments.batch)
-        ran = {row.route for row in rows if row.difference is not None}
-        learned = _train(
-            console, [route for route in routes if route.name in ran], training, held_out, arguments, device
-        )
-    _print_learned(console, learned, demo_data.TISSUES)
+            progress.advance(len(routes) * ENCODING_STEPS)
+            ran = {row.route for row in rows if row.difference is not None}
+            trained = [route for route in routes if route.name in ran]
+            learned = _train(progress, trained, training, held_out, arguments, device)
+    print("", *_encoding_lines(rows, arguments.batch), "", *_training_lines(learned, demo_data.TISSUES), "", sep="\n")
 
     agree = all(row.agrees is not False for row in rows)
     record = {
@@ -157,12 +154,11 @@ def run(arguments: argparse.Namespace) -> int:
         },
     }
     write_whole(arguments.out / RECORD, json.dumps(record, indent=1))
-    machine_name = f"{machine.name} ({'CPU' if device.type == 'cpu' else 'GPU'}), torch {machine.torch}, float32"
-    title = f"fastenc demo on {machine_name}, batch {arguments.batch}"
+    title = f"fastenc demo on {machine.label}, torch {machine.torch}, float32, batch {arguments.batch}"
     _plot(arguments.out / FIGURE, title, rows, learned, held_out.fractions, demo_data.TISSUES)
-    console.print(f"Wrote {FIGURE} and {RECORD} to {arguments.out.resolve()}", soft_wrap=True)
+    print(f"Wrote {FIGURE} and {RECORD} to {arguments.out.resolve()}")
     if not agree:
-        console.print("The routes disagree.")
+        print("The routes disagree.")
     return 0 if agree else 1
 
 
@@ -180,86 +176,63 @@ def _cannot_start(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def _print_table(console: Console, rows: Sequence[Row], batch: int) -> None:
-    from rich.table import Table
+def _encoding_lines(rows: Sequence[Row], batch: int) -> list[str]:
+    """The table of the encodings, with its title, a legend and the rows' notes."""
+    from ..bench.console import tables, wrapped
 
-    table = Table(
-        title=f"EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3) encodes a batch of {batch}, each 3×31×32×30",
-        caption="Channels: T1 and the maps of grey and white matter. Peak memory: what PyTorch allocates during the "
-        "call, parameters and input not counted. Difference: relative L2 from plain PyTorch, the largest of all "
-        f"patches; up to {OUTPUT_TOLERANCE:g} is rounding. Interpreted: output and all gradients of a tiny network, "
-        f"gradients up to {GRADIENT_TOLERANCE:g}; an interpreter's time and memory say nothing of a GPU's.",
-        caption_justify="left",
-    )
-    table.add_column("route")
-    for heading in ("ms per batch", "peak memory", "largest difference", "agrees"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             row.route,
             "–" if row.milliseconds is None else f"{row.milliseconds:.4g}",
             "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f} MB",
             "–" if row.difference is None else f"{row.difference:.1e}" if row.difference else "0",
             {True: "yes", False: "NO", None: "–"}[row.agrees],
         )
-    console.print(table)
-    for row in rows:
-        if row.note:
-            console.print(f"{row.route}: {row.note}", markup=False)
+        for row in rows
+    ]
+    legend = (
+        "Channels: T1 and the maps of grey and white matter. Peak memory: what PyTorch allocates during the call, "
+        "without parameters and input. Difference: the relative L2 distance from plain PyTorch, the largest of all "
+        f"patches; up to {OUTPUT_TOLERANCE:g} is rounding. Interpreted: output and all gradients of a tiny network, "
+        f"gradients up to {GRADIENT_TOLERANCE:g}; an interpreter's time and memory say nothing about a GPU's."
+    )
+    return [
+        wrapped(f"EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3) encodes a batch of {batch}, each 3×31×32×30"),
+        *tables(("route", "ms per batch", "peak memory", "difference", "agrees"), [cells]),
+        wrapped(legend),
+        *(wrapped(f"{row.route}: {row.note}") for row in rows if row.note),
+    ]
 
 
 def _train(
-    console: Console,
+    progress: Progress,
     routes: Sequence[Route],
     training: Patches,
     held_out: Patches,
     arguments: argparse.Namespace,
     device: torch.device,
 ) -> list[Learned]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("Training, {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-    )
     seen, unseen = ((patches.inputs, patches.fractions) for patches in (training, held_out))
     learned = []
-    with Progress(*columns, console=console) as progress:
+    for route in routes:
+        steps = iter(range(1, arguments.steps + 1))
 
-        def show(task: TaskID, loss: float) -> None:
-            progress.update(task, advance=1, loss=loss)
+        def show(loss: float, route: Route = route, steps: Iterator[int] = steps) -> None:
+            progress.advance(1)
+            progress.say(f"training, {route.name}", f"step {next(steps)} of {arguments.steps}, loss {loss:.3f}")
 
-        for route in routes:
-            task = progress.add_task(route.name, total=arguments.steps, loss=float("nan"))
-            learned.append(
-                train(
-                    route,
-                    SMALL,
-                    seen,
-                    unseen,
-                    steps=arguments.steps,
-                    batch=arguments.batch,
-                    device=device,
-                    seed=SEED,
-                    on_step=partial(show, task),
-                )
-            )
+        options = {"steps": arguments.steps, "batch": arguments.batch, "device": device, "seed": SEED}
+        learned.append(train(route, SMALL, seen, unseen, **options, on_step=show))
     return learned
 
 
-def _print_learned(console: Console, learned: Sequence[Learned], tissues: Sequence[str]) -> None:
-    from rich.table import Table
+def _training_lines(learned: Sequence[Learned], tissues: Sequence[str]) -> list[str]:
+    """The table of what the routes learned, with its title."""
+    from ..bench.console import tables
 
-    table = Table(title="Tissue fractions of patches from another part of the brain")
-    table.add_column("route")
-    for heading in ("training", *(f"R² {tissue}" for tissue in tissues)):
-        table.add_column(heading, justify="right")
-    for result in learned:
-        table.add_row(result.route, f"{result.seconds:.1f} s", *(f"{value:.3f}" for value in result.r2))
-    console.print(table)
+    headings = ("route", "training", *(f"R² {tissue}" for tissue in tissues))
+    cells = [(each.route, f"{each.seconds:.1f} s", *(f"{value:.3f}" for value in each.r2)) for each in learned]
+    return ["Tissue fractions of patches from another part of the brain", *tables(headings, [cells])]
 
 
 def _versions() -> dict[str, str | None]:

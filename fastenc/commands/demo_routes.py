@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import fastenc
 
 from .. import route as routes
+from ..bench.baselines.encoder import plain_encoder
 from ..bench.engine.agreement import GRADIENT_FLOOR, OUTPUT_FLOOR, distance, distances
 from ..bench.engine.memory import peak_bytes
+from ..bench.engine.record import Network
 from ..bench.engine.timing import synchronize
 
 LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 3, 50, 5.0  # timed calls of each route
@@ -33,52 +35,6 @@ WHY = (
 )
 
 
-class PlainUnit(nn.Module):
-    """InstanceNorm3d → PReLU → Conv3d."""
-
-    def __init__(self, in_planes: int, out_planes: int, stride: int) -> None:
-        super().__init__()
-        self.mconv = nn.Sequential(
-            nn.InstanceNorm3d(in_planes, affine=True),
-            nn.PReLU(in_planes),
-            nn.Conv3d(in_planes, out_planes, 3, stride, padding=1, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mconv(x)
-
-
-class PlainBlock(nn.Module):
-    """Units in a row: the first one widens, the last one halves the map."""
-
-    def __init__(self, in_planes: int, out_planes: int, depth: int) -> None:
-        super().__init__()
-        *before, last = [in_planes] + [out_planes] * (depth - 1)
-        self.conv_list = nn.Sequential(*(PlainUnit(planes, out_planes, stride=1) for planes in before))
-        self.conv_scale = PlainUnit(last, out_planes, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_scale(self.conv_list(x))
-
-
-class PlainEncoder(nn.Module):
-    """EncoderNet3d with kernel size 3 and a vector output, of torch.nn alone: the same parameters by the same names."""
-
-    def __init__(self, channel: int, layers: Sequence[int], in_planes: int, out_length: int) -> None:
-        super().__init__()
-        widths = [channel] + [channel * 2**i for i in range(len(layers))]
-        self.netbody = nn.Sequential(
-            nn.Conv3d(in_planes, channel, 5, padding=2, bias=False),
-            *(PlainBlock(widths[i], widths[i + 1], depth) for i, depth in enumerate(layers)),
-            nn.Conv3d(widths[-1], widths[-1], 3, padding=1),
-            nn.AdaptiveAvgPool3d(1),
-        )
-        self.fc = nn.Linear(widths[-1], out_length)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.netbody(x).flatten(1))
-
-
 @dataclass(frozen=True)
 class Route:
     """One way to run the network. `backend` is fastenc's; None is plain PyTorch."""
@@ -90,7 +46,11 @@ class Route:
     def network(self, arguments: dict[str, Any], seed: int) -> nn.Module:
         """The network as this route's user makes it: from torch's own random numbers after `seed`."""
         torch.manual_seed(seed)
-        return PlainEncoder(**arguments) if self.backend is None else fastenc.EncoderNet3d(**arguments)
+        return self.build(arguments)
+
+    def build(self, arguments: dict[str, Any]) -> nn.Module:
+        """A network with these arguments of EncoderNet3d."""
+        return plain_encoder(Network(**arguments)) if self.backend is None else fastenc.EncoderNet3d(**arguments)
 
     def place(self, tensors: Any, device: torch.device) -> Any:
         """A network or an input on the device and in this route's memory format."""
@@ -133,9 +93,17 @@ class Row:
 
 
 def encode(
-    available: Sequence[Route], arguments: dict[str, Any], x: Tensor, device: torch.device, seed: int
+    available: Sequence[Route],
+    arguments: dict[str, Any],
+    x: Tensor,
+    device: torch.device,
+    seed: int,
+    on_call: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
-    """Encode x (N, in_planes, 31, 32, 30) by each route with the same parameters; the first route is the measure."""
+    """Encode x (N, in_planes, 31, 32, 30) by each route, with the same parameters.
+
+    The first route is the one that the others are compared with. on_call gets a route's name before each of its calls.
+    """
     torch.manual_seed(seed)
     parameters = fastenc.EncoderNet3d(**arguments).to(device).state_dict()
     calls: dict[str, Callable[[], Tensor]] = {}
@@ -143,9 +111,10 @@ def encode(
     failed: list[Row] = []
     for route in available:
         with torch.device("meta"):
-            network = PlainEncoder(**arguments) if route.backend is None else fastenc.EncoderNet3d(**arguments)
+            network = route.build(arguments)
         network.load_state_dict(parameters, assign=True)
         call = _inference(route, route.place(network, device), route.place(x, device))
+        on_call(route.name)
         try:
             outputs[route.name] = call()
         except Exception as error:  # what stops one route is its row of the table, not the end of the others
@@ -155,7 +124,7 @@ def encode(
         else:
             calls[route.name] = call
     expected = outputs[available[0].name]
-    seconds = _take_turns(list(calls.values()), device)
+    seconds = _take_turns(calls, device, on_call)
     rows = []
     for (name, call), samples in zip(calls.items(), seconds, strict=True):
         difference = max(map(distance, outputs[name], expected))
@@ -176,14 +145,17 @@ def _inference(route: Route, network: nn.Module, x: Tensor) -> Callable[[], Tens
     return call
 
 
-def _take_turns(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> list[list[float]]:
-    """Seconds of each call, round by round, so that what else the machine does meets all of them alike."""
+def _take_turns(
+    calls: Mapping[str, Callable[[], Tensor]], device: torch.device, on_call: Callable[[str], None]
+) -> list[list[float]]:
+    """Seconds of each call, round by round, so that other work of the machine disturbs all of them alike."""
     seconds: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     for done in range(MOST_ROUNDS):
         if done >= LEAST_ROUNDS and time.perf_counter() - start > ENOUGH_SECONDS:
             break
-        for call, samples in zip(calls, seconds, strict=True):
+        for (name, call), samples in zip(calls.items(), seconds, strict=True):
+            on_call(name)
             synchronize(device)
             begin = time.perf_counter()
             call()

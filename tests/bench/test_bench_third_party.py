@@ -81,7 +81,7 @@ def test_the_floor_counts_what_the_network_does(name: str, mode: str) -> None:
     plain(torch.randn(SHAPE))
     if training:
         moved += 28 * sum(parameter.numel() for parameter in plain.parameters())
-    assert baselines.CONTEST.cost(asked) == Cost(flops, moved)
+    assert baselines.SUITE.cost(asked) == Cost(flops, moved)
 
 
 @network
@@ -95,7 +95,7 @@ def test_idle_biases_are_those_whose_gradients_are_zero(name: str) -> None:
     zero = {each for each, norm in norms.items() if norm < 1e-9 * max(norms.values())}
     assert zero == third_party_networks.idle_biases(asked.client, SHAPE)
     assert zero
-    exact = baselines.CONTEST.exact(baselines.Subject(asked, torch.device("cpu"))).numbers()
+    exact = baselines.SUITE.exact(baselines.Inputs(asked, torch.device("cpu"))).numbers()
     assert exact.keys() == norms.keys() - zero | {"output"}
 
 
@@ -103,24 +103,24 @@ def test_idle_biases_are_those_whose_gradients_are_zero(name: str) -> None:
 def test_a_layer_of_two_names_is_one(name: str) -> None:
     """nnU-Net registers every layer twice: each parameter is stepped once, in either layout."""
     asked = third_party.workload(name, "train", "fp32", SHAPE, (4, 8))
-    subject = baselines.Subject(asked, torch.device("cpu"))
+    inputs = baselines.Inputs(asked, torch.device("cpu"))
     for parameters, optimizer in (
-        (subject.parameters, subject.adamw),
-        (subject.channels_last, subject.adamw_channels_last),
+        (inputs.parameters, inputs.adamw),
+        (inputs.channels_last, inputs.adamw_channels_last),
     ):
-        net = subject.holding(subject.plain, parameters)
+        net = inputs.holding(inputs.plain, parameters)
         (group,) = optimizer.param_groups
         assert len(group["params"]) == len(list(net.parameters()))
         assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in net.parameters()}
-    weights = [parameter for parameter in subject.channels_last.values() if parameter.dim() == 5]
+    weights = [parameter for parameter in inputs.channels_last.values() if parameter.dim() == 5]
     assert all(weight.is_contiguous(memory_format=torch.channels_last_3d) for weight in weights)
 
 
 def test_a_network_that_is_wrong_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerated = baselines.accelerated
 
-    def wrong(subject: baselines.Subject) -> nn.Module:
-        made = accelerated(subject)
+    def wrong(inputs: baselines.Inputs) -> nn.Module:
+        made = accelerated(inputs)
         made.register_forward_hook(lambda module, inputs, output: 1.01 * output)
         return made
 
@@ -137,7 +137,7 @@ def test_a_network_that_is_wrong_fails_the_command(tmp_path: Path, monkeypatch: 
         (["--out", "/dev/null/folder"], "--out: cannot write to /dev/null/folder"),
     ],
 )
-def test_what_cannot_be_run_is_a_line_before_any_work(
+def test_impossible_runs_are_refused_in_one_line_before_any_work(
     change: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compare, "Session", None)

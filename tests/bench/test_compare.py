@@ -90,7 +90,7 @@ def test_ops_takes_the_layers_of_a_network() -> None:
     assert len(ops.workloads(shapes, "float32")) == 4 * len(set(shapes))
 
 
-def test_a_peer_that_is_wrong_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_baseline_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(network: Network, **options: Any) -> nn.Module:
         made = encoder.plain_encoder(network)
         made.register_forward_hook(lambda module, inputs, output: 1.01 * output)
@@ -151,7 +151,7 @@ def test_without_a_gpu_cuda_is_refused(
 
 
 @pytest.mark.parametrize("text", ["8x64x31x32", "8x64x31x32xa", "1x1x1x1x1", "0x1x2x2x2"])
-def test_a_shape_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_shape(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["ops", "--shapes", text])
     assert f"got {text}; " in capsys.readouterr().err

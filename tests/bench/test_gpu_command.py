@@ -1,6 +1,6 @@
 """The command for a GPU machine, as far as a machine without one can see it: its tests' imports, its record, its care.
 
-Times are never asserted; that time runs out is, where none was given or a peer never ends.
+Times are never asserted; that time runs out is, where none was given or a baseline never ends.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ ABSENT = (
 TINY = Network(4, (2, 1), 3, 5)
 NETWORK = Workload("network", "training step", "float32", (2, 3, 8, 7, 6), network=TINY)
 OP = Workload("instance_norm_prelu", "backward", "float32", (2, 4, 5, 4, 3))
-PEERS = len(encoder.CONTEST.peers) + len(op.CONTEST.peers)
-ABSENT_PEERS = [
+BASELINES = len(encoder.SUITE.baselines) + len(op.SUITE.baselines)
+ABSENT_BASELINES = [
     name
-    for workload, contest in ((NETWORK, encoder.CONTEST), (OP, op.CONTEST))
-    for name, peer in contest.peers.items()
-    if peer.absent(workload, CPU) is not None
+    for workload, suite in ((NETWORK, encoder.SUITE), (OP, op.SUITE))
+    for name, baseline in suite.baselines.items()
+    if baseline.absent(workload, CPU) is not None
 ]
 
 # ------------------------------------------------------------------------------------------------ tests/gpu
@@ -112,7 +112,7 @@ def test_outcome_of_the_gpu_tests(log: str, code: int | None, status: str, count
     assert (found.status, found.passed, found.failed, found.errors, found.skipped) == (status, *counts)
 
 
-def test_the_worst_part_tells_of_all() -> None:
+def test_the_worst_part_decides_the_outcome() -> None:
     passed, stopped = record.GpuTests("passed", 3, skipped=1), record.GpuTests("stopped: no time left", 2)
     failed = record.GpuTests("failed", 1, 2, 3)
     assert gpu_tests.total([passed, stopped], 4.0) == record.GpuTests(
@@ -143,7 +143,7 @@ def stand_in(checkout: Path, monkeypatch: pytest.MonkeyPatch, tests: str, confte
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def test_every_gpu_test_runs_once_and_what_failed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_gpu_test_runs_once_and_failures_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conftest = (ROOT / "tests" / "gpu" / "conftest.py").read_text(encoding="utf-8")
     stand_in(tmp_path, monkeypatch, ALL_KINDS, f"{conftest}\n\ndef _lacking():\n    return None\n")
     log = tmp_path / "tests.log"
@@ -196,7 +196,7 @@ def only_record(folder: Path) -> Record:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("lacks", ["pytest", "the checkout"])
-def test_tests_that_cannot_run_are_told_and_no_log_is_named(
+def test_tests_that_cannot_run_are_reported_and_no_log_is_named(
     lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_tests, "run", lambda log, seconds: record.GpuTests("not run"))
@@ -240,7 +240,7 @@ def test_whole_command_on_the_cpu(tmp_path: Path) -> None:
     assert written.tests.passed == written.tests.failed == written.tests.errors == 0
     assert [str(workload) for workload in written.workloads] == [str(workload) for workload in gpu.plan(CPU)]
     first = {result.peer: result for result in written.workloads[0].results}
-    assert first.keys() == encoder.CONTEST.peers.keys()
+    assert first.keys() == encoder.SUITE.baselines.keys()
     for name in ("eager", "eager channels_last_3d", "fastenc"):
         assert first[name].status == "ok", first[name]
         timed = first[name].time
@@ -260,15 +260,15 @@ def test_whole_command_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_without_time_all_is_left_out_and_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_time_everything_is_left_out_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = __main__.main(["gpu", "--device", "cpu", "--minutes", "0.001", "--out", str(tmp_path)])
     written = only_record(tmp_path)
     assert status == 0
     assert not written.complete
     assert written.note == "stopped at its deadline"
     statuses = [result.status for workload in written.workloads for result in workload.results]
-    assert statuses.count("not here") == len(ABSENT_PEERS)
-    assert statuses.count("left out") == PEERS - len(ABSENT_PEERS)
+    assert statuses.count("not here") == len(ABSENT_BASELINES)
+    assert statuses.count("left out") == BASELINES - len(ABSENT_BASELINES)
     printed = capsys.readouterr().out
     assert "stopped at its deadline" in printed
     assert f"not reached: {NETWORK}; {OP}" in " ".join(printed.split())
@@ -288,16 +288,14 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     first, second = only_record(tmp_path).workloads
     assert status == 130
     assert [r.status for r in first.results if r.peer in ("eager", "fastenc")] == ["ok", "ok"]
-    assert {r.status for r in second.results if r.peer not in ABSENT_PEERS} == {"left out"}
+    assert {r.status for r in second.results if r.peer not in ABSENT_BASELINES} == {"left out"}
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_second_run_in_the_same_folder_goes_on_where_the_first_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_run_in_the_same_folder_resumes_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (encoder, op):
-        few = {name: module.CONTEST.peers[name] for name in ("eager", "fastenc")}
-        monkeypatch.setattr(module, "CONTEST", dataclasses.replace(module.CONTEST, peers=few))
+        few = {name: module.SUITE.baselines[name] for name in ("eager", "fastenc")}
+        monkeypatch.setattr(module, "SUITE", dataclasses.replace(module.SUITE, baselines=few))
     run, ran = measure.Measurement.run, []
 
     def noted(self: measure.Measurement, *arguments: object) -> None:
@@ -322,7 +320,7 @@ def test_a_second_run_in_the_same_folder_goes_on_where_the_first_ended(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_record_of_other_source_files_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_record_of_other_source_files_is_not_resumed(tmp_path: Path) -> None:
     command = ["gpu", "--device", "cpu", "--minutes", "0.001", "--out", str(tmp_path)]
     assert __main__.main(command) == 0
     first = only_record(tmp_path)
@@ -361,7 +359,7 @@ def test_folder_that_cannot_be_written_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon"])
-def test_minutes_that_are_none(minutes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_minutes(minutes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         __main__.main(["gpu", "--device", "cpu", f"--minutes={minutes}", "--out", str(tmp_path)])
     assert f"--minutes: got {minutes}; a number" in capsys.readouterr().err

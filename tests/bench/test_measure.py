@@ -1,6 +1,6 @@
-"""One workload measured: peers that agree are timed, all others are told of; time that runs out; what a peer costs.
+"""Measurements of one workload: baselines that agree are timed, the others are reported, and time limits hold.
 
-Times are never asserted; that time runs out is, where none was given or a peer never ends.
+No duration is asserted, except that time runs out if none was given or a baseline never ends.
 """
 
 import dataclasses
@@ -16,33 +16,34 @@ from torch import Tensor
 
 import fastenc
 from fastenc.bench.baselines import encoder, op
-from fastenc.bench.baselines.registry import Candidate, Peer, contest_of
+from fastenc.bench.baselines.registry import suite_of
+from fastenc.bench.baselines.suite import Baseline, Runner
 from fastenc.bench.commands import gpu
+from fastenc.bench.console import Progress
 from fastenc.bench.engine import agreement, floor, measure
 from fastenc.bench.engine.deadline import Deadline, OutOfTime, time_limit
 from fastenc.bench.engine.record import Network, Result, Workload
 from fastenc.bench.engine.timing import Work
-from fastenc.bench.progress import Progress
 
 CPU = torch.device("cpu")
 TINY = Network(4, (2, 1), 3, 5)
 NETWORK = Workload("network", "training step", "float32", (2, 3, 8, 7, 6), network=TINY)
 OP = Workload("instance_norm_prelu", "backward", "float32", (2, 4, 5, 4, 3))
-NETWORKS, OPS = encoder.CONTEST.peers, op.CONTEST.peers
+NETWORKS, OPS = encoder.SUITE.baselines, op.SUITE.baselines
 
-# ----------------------------------------------------------------------------------------------- the peers
+# ----------------------------------------------------------------------------------------------- the baselines
 
 
 QUIET = Progress(1.0)
 
 
-def measured(workload: Workload, timed: dict[str, Peer]) -> measure.Measurement:
-    """A measurement of these peers."""
-    return measure.Measurement(workload, dataclasses.replace(contest_of(workload), peers=timed), CPU)
+def measured(workload: Workload, timed: dict[str, Baseline]) -> measure.Measurement:
+    """A measurement of these baselines."""
+    return measure.Measurement(workload, dataclasses.replace(suite_of(workload), baselines=timed), CPU)
 
 
 def run(
-    workload: Workload, timed: dict[str, Peer], monkeypatch: pytest.MonkeyPatch, seconds: float = 600
+    workload: Workload, timed: dict[str, Baseline], monkeypatch: pytest.MonkeyPatch, seconds: float = 600
 ) -> dict[str, Result]:
     monkeypatch.setitem(measure.ROUNDS_SECONDS, "cpu", 0.0)
     measurement = measured(workload, timed)
@@ -50,20 +51,20 @@ def run(
     return {result.peer: result for result in measurement.workload().results}
 
 
-def broken(peer: Peer, change: Callable[[dict[str, Tensor]], object]) -> Peer:
-    """`peer` with its numbers changed."""
+def broken(baseline: Baseline, change: Callable[[dict[str, Tensor]], object]) -> Baseline:
+    """`baseline` with its numbers changed."""
 
-    def make(subject: Any) -> Candidate:
-        candidate = peer.make(subject)
+    def make(inputs: Any) -> Runner:
+        runner = baseline.make(inputs)
 
         def numbers() -> dict[str, Tensor]:
-            changed = {name: tensor.clone() for name, tensor in candidate.numbers().items()}
+            changed = {name: tensor.clone() for name, tensor in runner.numbers().items()}
             change(changed)
             return changed
 
-        return dataclasses.replace(candidate, numbers=numbers)
+        return dataclasses.replace(runner, numbers=numbers)
 
-    return Peer(make)
+    return Baseline(make)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +72,10 @@ def broken(peer: Peer, change: Callable[[dict[str, Tensor]], object]) -> Peer:
     [(NETWORK, "output"), (NETWORK, "netbody.1.conv_scale.mconv.1.weight"), (OP, "dslope"), (OP, "dx")],
 )
 @pytest.mark.parametrize("factor", [1.1, 0.0, math.nan])
-def test_a_peer_that_disagrees_is_reported_and_not_timed(
+def test_a_baseline_that_disagrees_is_reported_and_not_timed(
     workload: Workload, tensor: str, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    eager = contest_of(workload).peers["eager"]
+    eager = suite_of(workload).baselines["eager"]
     results = run(workload, {"eager": eager, "broken": broken(eager, lambda n: n[tensor].mul_(factor))}, monkeypatch)
     assert results["eager"].status == "ok"
     assert results["broken"].status == "wrong"
@@ -82,7 +83,7 @@ def test_a_peer_that_disagrees_is_reported_and_not_timed(
     assert tensor in results["broken"].note
 
 
-def test_a_gradient_that_is_missing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = NETWORKS["eager"]
     results = run(NETWORK, {"eager": eager, "broken": broken(eager, lambda n: n.pop("fc.bias"))}, monkeypatch)
     assert results["broken"].status == "wrong"
@@ -90,8 +91,8 @@ def test_a_gradient_that_is_missing_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("workload", gpu.plan(CPU), ids=str)
-def test_every_peer_that_need_not_compile_agrees(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = {name: peer for name, peer in contest_of(workload).peers.items() if not peer.compiles}
+def test_uncompiled_baselines_agree(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = {name: baseline for name, baseline in suite_of(workload).baselines.items() if not baseline.compiles}
     results = run(workload, timed, monkeypatch)
     assert {result.status for result in results.values()} <= {"ok", "not here"}
     assert results["eager"].over_eager is None
@@ -106,29 +107,29 @@ def test_every_peer_that_need_not_compile_agrees(workload: Workload, monkeypatch
 
 @pytest.mark.parametrize("precision", ["bfloat16 autocast", "float32"])
 def test_a_cpu_compares_bfloat16_without_onednn(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And goes back to oneDNN, whatever the peer raises."""
+    """And goes back to oneDNN, whatever the baseline raises."""
     seen = []
 
-    def make(subject: Any) -> Candidate:
+    def make(inputs: Any) -> Runner:
         def numbers() -> Any:
             seen.append(bool(torch.backends.mkldnn.enabled))
             raise RuntimeError("a cause")
 
-        return Candidate(numbers, Work(lambda: None), list)
+        return Runner(numbers, Work(lambda: None), list)
 
-    run(dataclasses.replace(NETWORK, precision=precision), {"eager": Peer(make)}, monkeypatch)
+    run(dataclasses.replace(NETWORK, precision=precision), {"eager": Baseline(make)}, monkeypatch)
     assert seen == [precision == "float32"]
     assert torch.backends.mkldnn.enabled
 
 
-def raising(error: BaseException) -> Peer:
-    def make(subject: Any) -> Candidate:
+def raising(error: BaseException) -> Baseline:
+    def make(inputs: Any) -> Runner:
         raise error
 
-    return Peer(make)
+    return Baseline(make)
 
 
-def test_a_peer_that_fails_or_runs_out_of_memory_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_baseline_that_fails_or_runs_out_of_memory_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = {
         "eager": OPS["eager"],
         "large": raising(torch.OutOfMemoryError("tried to allocate 1 TiB")),
@@ -154,22 +155,22 @@ def test_without_eager_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_exact_run_that_does_not_fit_in_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = raising(torch.OutOfMemoryError("tried to allocate 1 TiB")).make
-    measurement = measure.Measurement(OP, dataclasses.replace(op.CONTEST, exact=exact), CPU)
+    measurement = measure.Measurement(OP, dataclasses.replace(op.SUITE, exact=exact), CPU)
     measurement.run(Deadline(60), 0.0, QUIET)
     statuses = {result.peer: result.status for result in measurement.workload().results}
-    absent = {name for name, peer in OPS.items() if peer.absent(OP, CPU) is not None}
+    absent = {name for name, baseline in OPS.items() if baseline.absent(OP, CPU) is not None}
     expected = {name: "not here" if name in absent else "failed" for name in OPS}
     assert statuses == {**expected, "eager": "out of memory"}
 
 
 def test_a_compilation_that_never_ends_is_stopped_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def endless(subject: Any) -> Candidate:
+    def endless(inputs: Any) -> Runner:
         time.sleep(20)
-        return OPS["eager"].make(subject)
+        return OPS["eager"].make(inputs)
 
     monkeypatch.setitem(measure.COMPILE_GUESS, "cpu", 0.1)
     monkeypatch.setitem(measure.ROUNDS_SECONDS, "cpu", 0.0)
-    timed = {"eager": OPS["eager"], "endless": Peer(endless, compiles=True)}
+    timed = {"eager": OPS["eager"], "endless": Baseline(endless, compiles=True)}
     measurement = measured(OP, timed)
     measurement.run(Deadline(60), reserve=59, progress=QUIET)
     eager, stopped = measurement.workload().results
@@ -189,17 +190,17 @@ def test_a_compilation_that_does_not_fit_is_not_begun(monkeypatch: pytest.Monkey
 
 
 def test_samples_taken_before_the_deadline_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slower_and_slower(subject: Any) -> Candidate:
-        candidate = OPS["eager"].make(subject)
+    def slower_and_slower(inputs: Any) -> Runner:
+        runner = OPS["eager"].make(inputs)
         calls = iter(range(10**9))
 
         def call(*arguments: Tensor) -> object:
             time.sleep(0.0 if next(calls) < 100 else 20)
-            return candidate.work.call(*arguments)
+            return runner.work.call(*arguments)
 
-        return dataclasses.replace(candidate, work=Work(call, candidate.work.prepare))
+        return dataclasses.replace(runner, work=Work(call, runner.work.prepare))
 
-    measurement = measured(OP, {"eager": Peer(slower_and_slower)})
+    measurement = measured(OP, {"eager": Baseline(slower_and_slower)})
     monkeypatch.setitem(measure.ROUNDS_SECONDS, "cpu", 3600.0)
     with pytest.raises(OutOfTime):
         measurement.run(Deadline(3), 0.0, QUIET)
@@ -210,13 +211,16 @@ def test_samples_taken_before_the_deadline_are_kept(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("workload", [NETWORK, OP], ids=str)
-def test_the_compiled_peers_agree(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_baselines_agree(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as by default, then run as it is: a machine without a C++ compiler can do that."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    peers = contest_of(workload).peers
-    timed = {"eager": peers["eager"], **{name: peer for name, peer in peers.items() if peer.compiles}}
+    baselines = suite_of(workload).baselines
+    timed = {
+        "eager": baselines["eager"],
+        **{name: baseline for name, baseline in baselines.items() if baseline.compiles},
+    }
     for name, result in run(workload, timed, monkeypatch).items():
-        lacks = peers[name].absent(workload, CPU) is not None
+        lacks = baselines[name].absent(workload, CPU) is not None
         assert result.status == ("not here" if lacks else "ok"), result
 
 
@@ -274,39 +278,39 @@ def test_deadline_counts_and_learns() -> None:
     assert deadline.estimate("compile", 45) == 20
 
 
-# ------------------------------------------------------------------------------------------------ what peers share
+# ------------------------------------------------------------------------------------------------ what baselines share
 
 
-def test_peers_share_parameters_and_an_optimizer_but_not_across_layouts() -> None:
-    subject = encoder.Subject(NETWORK, CPU)
-    made = {name: NETWORKS[name].make(subject) for name in ("eager", "fastenc", "eager channels_last_3d")}
-    for candidate in made.values():
-        candidate.work.call()
-    held = {name: {tensor.data_ptr() for tensor in candidate.held()} for name, candidate in made.items()}
+def test_baselines_share_parameters_and_an_optimizer_within_a_layout() -> None:
+    inputs = encoder.Inputs(NETWORK, CPU)
+    made = {name: NETWORKS[name].make(inputs) for name in ("eager", "fastenc", "eager channels_last_3d")}
+    for runner in made.values():
+        runner.work.call()
+    held = {name: {tensor.data_ptr() for tensor in runner.held()} for name, runner in made.items()}
     assert held["eager"] == held["fastenc"]
-    parameters = {p.data_ptr() for p in subject.parameters.values()}
+    parameters = {p.data_ptr() for p in inputs.parameters.values()}
     assert parameters <= held["eager"]
     assert not parameters & held["eager channels_last_3d"]
     assert len(held["eager"]) > 3 * len(parameters), "parameters, both moments and x"
 
 
 def test_a_training_step_moves_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = encoder.Subject(NETWORK, CPU)
-    candidate = NETWORKS["fastenc"].make(subject)
+    inputs = encoder.Inputs(NETWORK, CPU)
+    runner = NETWORKS["fastenc"].make(inputs)
     monkeypatch.setattr(encoder, "LEARNING_RATE", 1e-2)
-    before = {name: p.detach().clone() for name, p in subject.parameters.items()}
-    candidate.work.call()
-    assert all(not torch.equal(before[name], p) for name, p in subject.parameters.items())
-    assert all(p.grad is None for p in subject.parameters.values())
+    before = {name: p.detach().clone() for name, p in inputs.parameters.items()}
+    runner.work.call()
+    assert all(not torch.equal(before[name], p) for name, p in inputs.parameters.items())
+    assert all(p.grad is None for p in inputs.parameters.values())
 
 
-def test_only_the_asked_for_peers_run() -> None:
-    measurement = measure.Measurement(NETWORK, encoder.CONTEST, CPU, only=["fastenc"])
+def test_only_the_requested_baselines_run() -> None:
+    measurement = measure.Measurement(NETWORK, encoder.SUITE, CPU, only=["fastenc"])
     assert [result.peer for result in measurement.workload().results] == ["eager", "fastenc"]
 
 
 @pytest.mark.parametrize(
-    ("mode", "peer", "reason"),
+    ("mode", "baseline", "reason"),
     [
         ("training step", "fastenc recompute", "on the eager route it has no effect"),
         ("forward", "fastenc recompute", "it changes what training saves"),
@@ -316,31 +320,31 @@ def test_only_the_asked_for_peers_run() -> None:
         ("training step", "torch.compile max-autotune channels_last_3d", "needs a CUDA GPU"),
     ],
 )
-def test_a_peer_that_a_machine_lacks_is_a_row_that_says_why(mode: Any, peer: str, reason: str) -> None:
+def test_a_baseline_missing_on_this_machine_is_a_row_with_the_reason(mode: Any, baseline: str, reason: str) -> None:
     workload = dataclasses.replace(NETWORK, mode=mode)
-    results = {r.peer: r for r in measure.Measurement(workload, encoder.CONTEST, CPU).workload().results}
-    assert results[peer].status == "not here"
-    assert reason in results[peer].note
+    results = {r.peer: r for r in measure.Measurement(workload, encoder.SUITE, CPU).workload().results}
+    assert results[baseline].status == "not here"
+    assert reason in results[baseline].note
 
 
-def test_rounds_turn_round_and_fastenc_has_two_samples_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_other_round_is_reversed_and_fastenc_is_sampled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
-    def noted(name: str) -> Peer:
-        def make(subject: Any) -> Candidate:
-            candidate = OPS["eager"].make(subject)
+    def noted(name: str) -> Baseline:
+        def make(inputs: Any) -> Runner:
+            runner = OPS["eager"].make(inputs)
             begun = [False]
 
             def call(*arguments: Any) -> object:
                 if begun[0]:
                     order.append(name)
-                return candidate.work.call(*arguments)
+                return runner.work.call(*arguments)
 
-            made = dataclasses.replace(candidate, work=Work(call, candidate.work.prepare))
+            made = dataclasses.replace(runner, work=Work(call, runner.work.prepare))
             starts.append(lambda: begun.__setitem__(0, True))
             return made
 
-        return Peer(make)
+        return Baseline(make)
 
     starts: list[Callable[[], None]] = []
     rounds = measure.Measurement._rounds

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastenc.bench.engine import record, table
-from fastenc.bench.engine.record import Client, Network, Record, Result, Workload
+from fastenc.bench.engine.record import Network, Record, Result, ThirdPartyModel, Workload
 from fastenc.bench.engine.summary import Ratio, Summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def sample(tmp_path: Path) -> Path:
         Result("eager", "ok", Summary(1.0, 0.9, 1.1, 7), None, ratio, 0.0, 1e-5, 2.0, 123),
         Result("fastenc", "out of memory", note="a note"),
     )
-    client = Workload("client", "forward", "float32", (1, 1, 8, 8, 8), client=Client("MONAI UNet", (4, 8)))
+    client = Workload("client", "forward", "float32", (1, 1, 8, 8, 8), client=ThirdPartyModel("MONAI UNet", (4, 8)))
     timed = dataclasses.replace(NETWORK, results=results, flops=3, least_bytes=4, floor=0.5, noise=1.02)
     workloads = (timed, OP, client)
     settings = record.Settings(True, False, True, 2)
@@ -81,13 +81,10 @@ def test_a_record_comes_back_as_it_was(sample: Path) -> None:
     assert first.workloads[0].results[0].time == Summary(1.0, 0.9, 1.1, 7)
 
 
-def test_a_table_says_what_a_record_holds(
-    sample: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_says_what_a_record_holds(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     loaded = record.load(sample)
-    table.print_table(loaded)
-    printed = capsys.readouterr().out
+    printed = table.text(loaded)
     for text in ("1000", "900.0–1100", "1.50 (1.40–1.60)", "50 %", "floor 500.0 ms", "noise ×1.02", "a note"):
         assert text in printed, text
     assert "out of memory" in printed
@@ -136,7 +133,7 @@ def test_a_record_of_another_schema_is_refused(sample: Path, change: Callable[[d
         (lambda raw: raw.update(seconds=10**400), "seconds"),
     ],
 )
-def test_values_that_no_run_writes_are_refused(sample: Path, change: Callable[[dict], object], field: str) -> None:
+def test_impossible_values_are_refused(sample: Path, change: Callable[[dict], object], field: str) -> None:
     raw = json.loads(sample.read_text())
     change(raw)
     sample.write_text(json.dumps(raw))
@@ -145,14 +142,14 @@ def test_values_that_no_run_writes_are_refused(sample: Path, change: Callable[[d
 
 
 @pytest.mark.parametrize("text", ["1e400", "NaN", "-Infinity", "[" * 100000, "9" * 5000, '1, "seconds": 2'])
-def test_numbers_that_json_has_not_are_refused(sample: Path, text: str) -> None:
+def test_numbers_outside_json_are_refused(sample: Path, text: str) -> None:
     sample.write_text(sample.read_text().replace('"seconds": 9.5', f'"seconds": {text}'))
     with pytest.raises(ValueError, match=r"record\.json: "):
         record.load(sample)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
-def test_what_is_no_record_is_refused(sample: Path, text: str) -> None:
+def test_files_that_are_not_records_are_refused(sample: Path, text: str) -> None:
     sample.write_text(text)
     with pytest.raises(ValueError, match=r"record\.json: (not a JSON file|a record of schema None)"):
         record.load(sample)
@@ -193,13 +190,13 @@ def test_the_interval_of_a_ratio_holds_its_median_nine_times_in_ten(count: int) 
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_few_rounds_are_sure_of_nothing_but_their_range(count: int) -> None:
+def test_the_interval_of_few_rounds_is_their_range(count: int) -> None:
     found = Ratio.of([float(i + 1) for i in range(count)], [1.0] * count)
     assert (found.low, found.high) == (1.0, float(count))
 
 
 @given(st.lists(st.tuples(st.floats(1e-6, 1), st.floats(1e-6, 1)), min_size=1, max_size=30))
-def test_a_ratio_is_in_order_and_turns_over(rounds: list[tuple[float, float]]) -> None:
+def test_a_ratio_is_ordered_and_its_inverse_too(rounds: list[tuple[float, float]]) -> None:
     above, below = ([pair[i] for pair in rounds] for i in (0, 1))
     ratio, inverse = Ratio.of(above, below), Ratio.of(below, above)
     assert all(a <= b for a, b in pairwise([ratio.low, ratio.median, ratio.high]))

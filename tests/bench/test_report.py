@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastenc.bench.__main__ import main
-from fastenc.bench.baselines.registry import contest_of
+from fastenc.bench.baselines.registry import suite_of
 from fastenc.bench.commands import plots, report, third_party
 from fastenc.bench.engine import table
 from fastenc.bench.engine.floor import seconds as floor_of
@@ -31,16 +31,16 @@ README = f"before\n{report.BEGIN}\nold figures\n{report.END}\nafter\n"
 
 
 def measured(workload: Workload, machine: Machine, noise: float = 1.01) -> Workload:
-    """A workload in which every peer takes SECONDS."""
-    cost = contest_of(workload).cost(workload)
+    """A workload in which every baseline takes SECONDS."""
+    cost = suite_of(workload).cost(workload)
     assert cost is not None
     workload = dataclasses.replace(workload, flops=cost.flops, least_bytes=cost.bytes, noise=noise)
     results = []
-    for peer, seconds in SECONDS.items():
-        over_eager = None if peer == "eager" else Ratio.of([SECONDS["eager"]] * 9, [seconds] * 9)
-        over_fastenc = None if peer == "fastenc" else Ratio.of([seconds] * 9, [SECONDS["fastenc"]] * 9)
+    for baseline, seconds in SECONDS.items():
+        over_eager = None if baseline == "eager" else Ratio.of([SECONDS["eager"]] * 9, [seconds] * 9)
+        over_fastenc = None if baseline == "fastenc" else Ratio.of([seconds] * 9, [SECONDS["fastenc"]] * 9)
         summary, memory = Summary.of([seconds] * 9), int(1e9 * seconds)
-        results.append(Result(peer, "ok", summary, over_eager, over_fastenc, 0.0, 1e-5, 3.0, memory))
+        results.append(Result(baseline, "ok", summary, over_eager, over_fastenc, 0.0, 1e-5, 3.0, memory))
     return dataclasses.replace(workload, floor=floor_of(workload, machine), results=tuple(results))
 
 
@@ -87,11 +87,11 @@ def test_figures_pictures_and_sources_of_every_machine(tmp_path: Path) -> None:
     (tmp_path / "plots" / "holiday.png").write_bytes(b"mine")
     assert run(tmp_path) == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{report.BEGIN}\n**A GPU**")
+    assert text.startswith(f"before\n{report.BEGIN}\n**GPU, A GPU**")
     assert text.endswith(f"{report.END}\nafter\n")
     assert "old figures" not in text
     assert "No GPU record" not in text
-    assert text.index("**A GPU**") < text.index("**A CPU**, 2 threads, torch 2.11")
+    assert text.index("**GPU, A GPU**") < text.index("**CPU, A CPU**, 2 threads, torch 2.11")
     assert "`python -m fastenc bench gpu --on A GPU` on 2026-01-02 at ccccccccc" in text
     row = "| channel 4, layers 2 1, 3×8×7×6, batch 2, float32, forward | 4000 | 2000 | 1000 | 4.00 (4.00–4.00) | 2.00"
     assert row in text
@@ -99,17 +99,18 @@ def test_figures_pictures_and_sources_of_every_machine(tmp_path: Path) -> None:
     assert "| 2×8×5×4×3 channels_last, float32, backward | 4000 |" in text
     row = "| MONAI UNet, 1×8×8×8, batch 2, bfloat16 autocast, training step | 4000 | 3000 | 2000 | 1000 | 3.00 (3.00"
     assert row in text, "against the faster of the two untouched layouts"
-    assert "2×1×8×8×8" not in text, "in a table of its own"
+    assert "2×1×8×8×8" not in text, "in its own table"
     added = "2×4×5×4×3 contiguous, float32, forward, with a residual |"
     assert text.count("2×4×5×4×3") == text.count(added) > 0, "of operations the largest only"
     pictures = {path.name for path in (tmp_path / "plots").iterdir()}
     names = product(("a-gpu", "a-cpu"), plots.PICTURES, plots.THEMES)
-    assert (tmp_path / "plots" / "holiday.png").read_bytes() == b"mine", "somebody else's"
+    assert (tmp_path / "plots" / "holiday.png").read_bytes() == b"mine", "a third-party file"
     assert pictures - {"holiday.png"} == {f"{machine}-{picture}-{theme}.png" for machine, picture, theme in names}
     assert all(f'"plots/{name}"' in text for name in pictures - {"holiday.png"})
+    assert text.count('; CPU, A CPU"></picture>') == text.count('; GPU, A GPU"></picture>') == len(plots.PICTURES)
 
 
-def test_a_line_of_each_workload(tmp_path: Path) -> None:
+def test_brief_has_one_line_per_workload(tmp_path: Path) -> None:
     record = written(tmp_path / "records", "A GPU")
     lines = table.brief(record).splitlines()
     assert len(lines) == len(record.workloads)

@@ -32,7 +32,7 @@ def test_every_value_reaches_the_plans_and_none_stays(constant: tune.Constant) -
     assert constant.now == before
 
 
-def test_the_fastest_wins_and_a_failure_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fastest_wins_and_a_failure_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     constant = tune.CONSTANTS[-1]
     cost = {8: 3.0, 16: 2.0}
 
@@ -51,7 +51,9 @@ def test_the_fastest_wins_and_a_failure_is_told(capsys: pytest.CaptureFixture[st
 def test_runs_interpreted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "CONSTANTS", tune.CONSTANTS[2:])
     assert main(["tune", "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out
+    assert "PROGRAMS_PER_SM = 4: " in captured.err
     assert "say nothing of a GPU" in printed
     assert f"PROGRAMS_PER_SM: now {plan.PROGRAMS_PER_SM}, best " in printed
     assert "failed" not in printed

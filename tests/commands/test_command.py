@@ -10,7 +10,7 @@ import pytest
 
 from fastenc import __main__, __version__
 from fastenc.bench import __main__ as bench
-from fastenc.bench import columns
+from fastenc.bench import console
 from fastenc.bench.commands import tune
 from fastenc.commands import demo, doctor, third_party
 from fastenc.commands.shell import STOPPED, file_problem, write_whole
@@ -72,7 +72,7 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     assert "BrokenPipe" not in done.stderr
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "missing" / "x.md"
     assert file_problem(path, "--out") is None
     assert not path.exists(), "nothing is written before the work"
@@ -89,7 +89,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("width", [20, 80, 200])
 def test_every_column_is_in_a_part_that_fits(width: int) -> None:
     wide = [12, 5, 9, 7, 7, 7, 30, 2]
-    found = columns.parts(wide, 2, width)
+    found = console.parts(wide, 2, width)
     assert sorted({i for part in found for i in part}) == list(range(len(wide)))
     for part in found:
-        assert sum(wide[i] for i in part) + columns.GAP * (len(part) - 1) <= width or len(part) == 3
+        assert sum(wide[i] for i in part) + console.GAP * (len(part) - 1) <= width or len(part) == 3
+
+
+def test_a_table_is_split_at_the_width_and_leaves_out_empty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "14")
+    first, second = console.tables(["key", "a", "empty", "long"], [[["x", "1", "", "22"]], [["y", "333333", "", ""]]])
+    assert first == "key       a\nx         1\n\nkey  long\nx      22"
+    assert second == "key       a\ny    333333\n\nkey  long\ny"

@@ -1,6 +1,7 @@
 """Imports run one way: encoder → layers → functional → (reference | library → kernels); the rest comes last."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,18 @@ def test_the_path_of_a_call_runs_one_way(position: int) -> None:
     names = imports_of(Path("fastenc") / f"{PATH[position]}.py")
     assert not below(names, *(f"fastenc.{name}" for name in PATH[:position]))
     assert not below(imports_of(Path("fastenc/reference.py")), *(f"fastenc.{name}" for name in PATH))
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    """Those of fastenc, its kernels and bench; imports inside functions count too."""
+    modules = {}
+    for path in (path for folder in ("fastenc", "bench", "kernels") for path in (ROOT / folder).rglob("*.py")):
+        if path.name not in ("__init__.py", "__main__.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            modules[f"fastenc.{name.removeprefix('fastenc.')}"] = path
+    assert {"fastenc.bench.baselines.op", "fastenc.route", "fastenc.kernels.plan"} <= set(modules)
+    graph = {
+        name: (imported(path.read_text(encoding="utf-8"), name.rpartition(".")[0]) & set(modules)) - {name}
+        for name, path in modules.items()
+    }
+    list(TopologicalSorter(graph).static_order())

@@ -22,7 +22,7 @@ import fastenc
 from fastenc import backend, explain
 from fastenc.route import chosen
 
-UNITS = ["netbody.1.conv_list.0", "netbody.1.conv_scale", "netbody.2.conv_scale"]
+LAYERS = ["netbody.1.conv_list.0", "netbody.1.conv_scale", "netbody.2.conv_scale"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +31,15 @@ def _backend_is_put_back() -> Iterator[None]:
         yield
 
 
-def volume(dtype: torch.dtype = torch.float32) -> Tensor:
+def small_input(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 1, 6, 5, 7, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
 def route() -> str:
-    """The route the first unit of a small network takes for float32 on the CPU, seen by what runs."""
+    """The route that the first layer of a small network takes for float32 on the CPU, found from what runs."""
     net, _ = twins(2, [2, 1], dtype=torch.float32)
     with eager_norms() as calls:
-        net(volume())
+        net(small_input())
     return "eager" if calls.call_count else "triton"
 
 
@@ -49,10 +49,9 @@ def test_backend_sets_at_once() -> None:
         assert route() == "eager"
     with taken("triton"):
         assert route() == "triton"
-        backend("eager")
-        assert route() == "eager"
-        backend("triton")
-        assert route() == "triton"
+        for name in ("eager", "triton"):
+            backend(name)
+            assert route() == name
 
 
 def test_backend_restores_what_was_before() -> None:
@@ -89,8 +88,8 @@ def test_a_setting_in_a_block_ends_with_the_block() -> None:
         backend("eager")
         assert chosen() == "eager"
         with backend("auto"):
-            assert chosen() == "auto"
-        assert chosen() == "eager"
+            inside = chosen()
+        assert (inside, chosen()) == ("auto", "eager")
         kept = backend("auto")
         assert chosen() == "auto"
     assert chosen() == "auto"
@@ -237,17 +236,17 @@ def test_explain_in_two_threads_leaves_the_process_alone() -> None:
             done.wait(5)
             return x
 
-    thread = threading.Thread(target=lambda: explain(Waits(), volume()))
+    thread = threading.Thread(target=lambda: explain(Waits(), small_input()))
     thread.start()
     inside.wait(5)
     others.append(in_a_thread(chosen))
-    explain(nn.Identity(), volume())
+    explain(nn.Identity(), small_input())
     done.set()
     thread.join()
     assert [*others, chosen(), in_a_thread(chosen)] == ["auto"] * 3
 
 
-# A process of its own: once torch has made these threads, the process cannot be forked for a backward any more.
+# A separate process: once torch has made these threads, the process can no longer be forked for a backward.
 DESCENDS = """
 import os, sys, threading, torch
 from fastenc import backend
@@ -278,7 +277,7 @@ os._exit(0)  # torch's threads do not always survive the end of the interpreter
 
 @pytest.mark.parametrize("name", ["eager", "triton"])
 def test_backward_threads_have_the_block_that_called_them(name: str) -> None:
-    """A backward inside a backward, 70 deep: torch then goes on in threads of its own, as on a GPU."""
+    """A backward inside a backward, 70 deep: torch then continues in its own threads, as on a GPU."""
     printed = subprocess.check_output([sys.executable, "-c", DESCENDS, name], text=True)
     assert printed.strip() == f"True {{'{name}'}}"
 
@@ -299,7 +298,7 @@ def test_compiled_code_follows_the_backend() -> None:
             assert call(x) == 3
         with backend("triton"):
             assert call(x) == 2
-        explain(nn.Identity(), volume())
+        explain(nn.Identity(), small_input())
     assert compiled.frame_count == 3
 
     @torch.compile(backend="eager", fullgraph=True)
@@ -324,7 +323,7 @@ def test_unknown_backend(name: Any) -> None:
 
 def test_triton_refuses_float64_and_says_so() -> None:
     net, _ = twins(2, [2, 1])
-    x = volume(torch.float64)
+    x = small_input(torch.float64)
     with taken("triton"):
         with pytest.raises(RuntimeError, match="float64"):
             net(x)
@@ -338,7 +337,7 @@ def test_triton_refuses_float64_and_says_so() -> None:
 def test_triton_on_a_cpu_tensor_needs_the_interpreter() -> None:
     net, _ = twins(2, [2, 1], dtype=torch.float32)
     with backend("triton"), pytest.raises(RuntimeError):
-        net(volume())
+        net(small_input())
 
 
 def test_auto_on_a_cpu_is_eager_and_silent(capfd: pytest.CaptureFixture[str]) -> None:
@@ -346,9 +345,9 @@ def test_auto_on_a_cpu_is_eager_and_silent(capfd: pytest.CaptureFixture[str]) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with eager_norms() as calls:
-            y = net(volume())
+            y = net(small_input())
     assert calls.call_count == 3
-    assert torch.equal(y, plain(volume()))
+    assert torch.equal(y, plain(small_input()))
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
@@ -357,10 +356,10 @@ def test_auto_on_a_cpu_is_eager_and_silent(capfd: pytest.CaptureFixture[str]) ->
 def test_explain_and_the_log_give_the_reason(name: str, words: str, caplog: pytest.LogCaptureFixture) -> None:
     net, _ = twins(2, [2, 1], dtype=torch.float32)
     with backend(name):
-        text, found = str(explain(net, volume())), list(explain(net, volume()))
+        text, found = str(explain(net, small_input())), list(explain(net, small_input()))
         with caplog.at_level(logging.DEBUG, logger="fastenc"):
-            net(volume())
-    assert [row.name for row in found] == UNITS
+            net(small_input())
+    assert [row.name for row in found] == LAYERS
     logged_text = "\n".join(r.getMessage() for r in caplog.records if r.name.split(".")[0] == "fastenc")
     for row in found:
         assert row.route == "eager"
@@ -373,15 +372,15 @@ def test_explain_and_the_log_give_the_reason(name: str, words: str, caplog: pyte
 def test_explain_on_the_triton_route() -> None:
     net, _ = twins(2, [2, 1], dtype=torch.float32)
     with taken("triton"):
-        explained = explain(net, volume())
-        assert [(row.name, row.route, row.reason) for row in explained] == [(name, "triton", None) for name in UNITS]
-        assert all(name in str(explained) for name in UNITS)
+        explained = explain(net, small_input())
+        assert [(row.name, row.route, row.reason) for row in explained] == [(name, "triton", None) for name in LAYERS]
+        assert all(name in str(explained) for name in LAYERS)
 
 
 def test_explain_leaves_no_trace() -> None:
     net, _ = twins(2, [2, 1], dtype=torch.float32)
     before = copy.deepcopy(net.state_dict())
-    x = volume().requires_grad_()
+    x = small_input().requires_grad_()
     net.eval()
     explain(net, x)
     assert not net.training
@@ -389,17 +388,17 @@ def test_explain_leaves_no_trace() -> None:
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert torch.equal(x.detach(), volume())
+    assert torch.equal(x.detach(), small_input())
 
 
 def test_explain_leaves_the_running_statistics() -> None:
-    unit = fastenc.ConvModern3d(2, 2, normalizer="batch")
-    before = copy.deepcopy(unit.state_dict())
-    explain(unit, torch.randn(2, 2, 4, 4, 4) + 1)
-    assert all(torch.equal(value, before[key]) for key, value in unit.state_dict().items())
+    layer = fastenc.ConvModern3d(2, 2, normalizer="batch")
+    before = copy.deepcopy(layer.state_dict())
+    explain(layer, torch.randn(2, 2, 4, 4, 4) + 1)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
-def test_explain_a_model_that_calls_a_unit_by_keyword() -> None:
+def test_explain_a_model_that_calls_a_layer_by_keyword() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -412,7 +411,7 @@ def test_explain_a_model_that_calls_a_unit_by_keyword() -> None:
     assert (row.name, row.route) == ("unit", "eager")
 
 
-# A process of its own: the environment, and what an import brings along
+# A separate process: the environment, and what an import brings along
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

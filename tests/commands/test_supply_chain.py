@@ -77,7 +77,7 @@ def needed(name: str, extras: frozenset[str], seen: set[tuple[str, frozenset[str
 
 
 def test_the_list_is_complete() -> None:
-    """Nothing that the tests, the demo and the benchmarks need would be fetched beside the list, unchecked."""
+    """Nothing that the tests, the demo and the benchmarks need would be fetched unchecked, outside the list."""
     found = set(needed("fastenc", frozenset({"dev"}), set()))
     assert {"torch", "monai", "mypy", "pytest", "rich", "sympy"} <= found
     assert found - {"fastenc"} - pins("requirements.txt").keys() == set()
@@ -135,7 +135,7 @@ def test_unsafe_loads_are_seen(source: str, lines: list[int]) -> None:
 
 
 def test_only_weights_are_loaded() -> None:
-    """A checkpoint is somebody else's file, and a pickle runs code."""
+    """A checkpoint is a third-party file, and a pickle runs code."""
     sources = {
         str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
         for room in ("fastenc", "kernels", "bench", "tests")

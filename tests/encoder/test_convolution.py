@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.backends import taken
-from support.plain import assert_all_near, assert_same, small_twins, volume
+from support.plain import assert_all_near, assert_same, small_input, small_twins
 from torch import Tensor, nn
 
 import fastenc
 from fastenc import convolution, live_taps
-from fastenc.convolution import Convolution, Cuts, Way, convolve, prepare, way_of
+from fastenc.convolution import Convolution, ConvPlan, Cuts, convolve, plan_convolution, plan_for
 from fastenc.kernels.layout import MEMORY_FORMAT
 from fastenc.live_taps import window_of
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 
 
 def alive(size: int, kernel: int, stride: int, padding: int) -> list[int]:
-    """The taps that meet the volume, by walking over it."""
+    """The taps that read input, found by visiting every position."""
     outputs = (size + 2 * padding - kernel) // stride + 1
     return sorted({k for k in range(kernel) for o in range(outputs) if 0 <= o * stride - padding + k < size})
 
@@ -93,16 +93,16 @@ def test_any_geometry_against_torch(case: dict[str, Any]) -> None:
     bias = random(c_out).requires_grad_() if case["bias"] else None
     live_taps.CPU_FORWARD = 0 if case["forward"] else 1 << 40
     live_taps.CPU_BACKWARD = 0 if case["backward"] else 1 << 40
-    way_of.cache_clear()
-    way = way_of(
+    plan_convolution.cache_clear()
+    plan = plan_convolution(
         x.shape, weight.shape, case["stride"], case["padding"], (1,) * order, 1, weight.is_contiguous(),
         "cuda" if case["cuda"] else "cpu", case["fused"],
     )  # fmt: skip
-    if way is None:
+    if plan is None:
         return
     leaves = [leaf for leaf in (x, weight, bias) if leaf is not None]
     expected = CONV[order](x, weight, bias, case["stride"], case["padding"])
-    y = Convolution.apply(x, weight, bias, way, None)
+    y = Convolution.apply(x, weight, bias, plan, None)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
     follows = (x.is_contiguous() or case["N"] == 1) and not case["fused"]  # one sample: see test_eager_layout.py
     layout = torch.contiguous_format if follows else MEMORY_FORMAT.get(x.dim(), torch.contiguous_format)
@@ -139,12 +139,12 @@ def test_which_way(
     size: tuple[int, ...], stride: int, device: str, fused: bool, taps: int | None, product: bool
 ) -> None:
     """taps None: torch's own call; 0: the ordinary convolution through the library's own Function."""
-    way = way_of((2, 3, *size), (4, 3, 3, 3, 3), (stride,) * 3, (1, 1, 1), (1, 1, 1), 1, True, device, fused)
+    plan = plan_convolution((2, 3, *size), (4, 3, 3, 3, 3), (stride,) * 3, (1, 1, 1), (1, 1, 1), 1, True, device, fused)
     if taps is None:
-        assert way is None
+        assert plan is None
         return
-    assert way is not None
-    assert (way.window.taps if way.window else 0, way.product_forward) == (taps, product)
+    assert plan is not None
+    assert (plan.window.taps if plan.window else 0, plan.product_forward) == (taps, product)
 
 
 WAYS = {"1³": ((1, 1, 1), 1), "2³ strided": ((2, 2, 2), 2), "2³": ((2, 2, 2), 1), "1×3×4": ((1, 3, 4), 1)}
@@ -155,7 +155,7 @@ def prepared(name: str, dtype: torch.dtype = torch.float64, N: int = 2) -> tuple
     torch.manual_seed(2)
     layer = nn.Conv3d(3, 4, 3, stride, 1).to(dtype)
     x = torch.randn(N, 3, *size, dtype=dtype)
-    assert prepare(layer, x, False) is not None
+    assert plan_for(layer, x, False) is not None
     return layer, x
 
 
@@ -163,10 +163,10 @@ def prepared(name: str, dtype: torch.dtype = torch.float64, N: int = 2) -> tuple
 def test_derivatives_of_the_derivatives(name: str) -> None:
     layer, x = prepared(name)
     inputs = (x.requires_grad_(), *(p.detach().clone().requires_grad_() for p in layer.parameters()))
-    way = prepare(layer, x, False)[2]  # type: ignore[index]
+    plan = plan_for(layer, x, False)[2]  # type: ignore[index]
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return Convolution.apply(x, weight, bias, way, None)
+        return Convolution.apply(x, weight, bias, plan, None)
 
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True, check_batched_grad=True)
@@ -219,7 +219,7 @@ def test_a_backward_under_autocast_of_a_forward_without(name: str) -> None:
 def test_what_does_not_fit_is_torchs_own_call() -> None:
     layer = nn.Conv3d(3, 4, 3, padding=1)
     for x in (torch.randn(2, 5, 2, 2, 2), torch.randn(4, 2, 2, 2), torch.randn(2, 3, 2, 2, 2).double(), torch.randn(3)):
-        assert prepare(layer, x, True) is None
+        assert plan_for(layer, x, True) is None
         with pytest.raises(RuntimeError):
             convolve(layer, x, True)
     unbatched = torch.randn(3, 2, 2, 2)
@@ -257,13 +257,13 @@ def test_a_network_whose_deep_maps_are_small(
     size: tuple[int, ...], route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Output and all gradients equal the plain network's, and the deep convolutions did run as products."""
-    ways: list[Way] = []
+    plans: list[ConvPlan] = []
     forward = convolution.forward
-    monkeypatch.setattr(convolution, "forward", lambda *a, **k: (ways.append(a[3]), forward(*a, **k))[1])
+    monkeypatch.setattr(convolution, "forward", lambda *a, **k: (plans.append(a[3]), forward(*a, **k))[1])
     with taken(route) as dtype:
         net, plain = small_twins(dtype, layers=[1, 2])
-        assert_same(net, plain, volume(size, dtype=dtype))
-    assert any(way.product_forward for way in ways)
+        assert_same(net, plain, small_input(size, dtype=dtype))
+    assert any(plan.product_forward for plan in plans)
 
 
 OPTIONS: dict[str, list[Any]] = {
@@ -322,7 +322,7 @@ def test_options_that_torch_refuses(name: str, value: Any, fused: bool) -> None:
 
 @pytest.mark.parametrize("route", ["auto", "fused"])
 def test_options_inside_a_network(route: str) -> None:
-    """Stem, a unit's convolution and the last one; explain and a frozen copy run them as well."""
+    """The stem, a layer's convolution and the last convolution. explain and a frozen copy run them too."""
     with taken(route) as dtype:
         net, plain = small_twins(dtype, layers=[1, 1])
         for network in (net, plain):
@@ -331,7 +331,7 @@ def test_options_inside_a_network(route: str) -> None:
             network.netbody[1].conv_scale.mconv[2].stride = 2
             network.netbody[2].conv_scale.mconv[2].stride = [1, 2, 1]
             network.netbody[3].dilation = 1
-        x = volume(dtype=dtype)
+        x = small_input(dtype=dtype)
         assert_same(net, plain, x)
         with torch.no_grad():
             assert torch.equal(fastenc.freeze(net)(x), net(x))
@@ -358,7 +358,7 @@ def test_a_dilated_convolution_trained_on_a_small_map(size: tuple[int, ...], dil
 def test_no_bfloat16_weight_gradient_of_torchs_own_on_a_cpu(size: tuple[int, ...]) -> None:
     """Where a CPU multiplies bfloat16, torch 2.13 leaves parts of it unwritten. Against float64."""
     layer, x = nn.Conv3d(8, 16, 3, padding=1), torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last_3d)
-    convolution.way_of.cache_clear()
+    convolution.plan_convolution.cache_clear()
     given: list[torch.dtype] = []
     backward = torch.ops.aten.convolution_backward
 
@@ -385,7 +385,7 @@ def test_no_bfloat16_weight_gradient_of_torchs_own_on_a_cpu(size: tuple[int, ...
             # operands and result are rounded to 8 bits: 3 roundings of each term, and sums of terms of either sign
             assert ((gradient.double() - truth).norm() / truth.norm()).item() < 3 * 2**-8
     assert set(given) == {torch.float32}
-    convolution.way_of.cache_clear()
+    convolution.plan_convolution.cache_clear()
 
 
 def test_a_tensor_subclass_is_left_to_torch() -> None:
@@ -394,7 +394,7 @@ def test_a_tensor_subclass_is_left_to_torch() -> None:
 
     layer, x = prepared("1³")
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Marked))
-    assert prepare(layer, x, False) is None
+    assert plan_for(layer, x, False) is None
 
 
 def test_a_replica_has_its_weights_as_attributes() -> None:
@@ -415,6 +415,8 @@ def test_no_product_where_cublas_would_refuse(variable: str | None, taps: int, m
     else:
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", variable)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    way = way_of(x.shape, layer.weight.shape, (2,) * 3, (1,) * 3, (1,) * 3, 1, True, convolution._device(x), True)
-    assert way is not None
-    assert (way.window.taps if way.window else 0) == taps
+    plan = plan_convolution(
+        x.shape, layer.weight.shape, (2,) * 3, (1,) * 3, (1,) * 3, 1, True, convolution._device(x), True
+    )
+    assert plan is not None
+    assert (plan.window.taps if plan.window else 0) == taps

@@ -20,9 +20,9 @@ def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     if request.param:
         for name in ("CPU_ONE_POSITION", "CPU_FORWARD", "CPU_BACKWARD"):
             monkeypatch.setattr(live_taps, name, 0)
-    convolution.way_of.cache_clear()
+    convolution.plan_convolution.cache_clear()
     yield
-    convolution.way_of.cache_clear()
+    convolution.plan_convolution.cache_clear()
 
 
 ARRANGED: dict[str, Callable[[int, int, tuple[int, ...]], Tensor]] = {

@@ -104,9 +104,9 @@ def test_attributes() -> None:
     assert net.fc.out_features == 4
     assert len(net.netbody) == 6
     assert isinstance(net.netbody[5], nn.AdaptiveAvgPool3d)
-    unit = net.netbody[1].conv_scale
-    assert [name for name, _ in unit.named_children()] == ["mconv"]
-    assert [type(m) for m in unit.mconv] == [nn.InstanceNorm3d, nn.PReLU, nn.Conv3d]
+    layer = net.netbody[1].conv_scale
+    assert [name for name, _ in layer.named_children()] == ["mconv"]
+    assert [type(m) for m in layer.mconv] == [nn.InstanceNorm3d, nn.PReLU, nn.Conv3d]
 
 
 def test_signature() -> None:

@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import taken
-from support.plain import assert_near, small_twins, volume
+from support.backends import either_route, taken
+from support.plain import assert_near, small_input, small_twins
 from torch import Tensor, nn
 
 import fastenc
 from fastenc import freeze
 
-either_route = pytest.mark.parametrize("route", ["auto", "fused"])
-
 
 @either_route
-def test_the_models_numbers_to_the_bit(route: str) -> None:
+def test_bitwise_the_models_numbers(route: str) -> None:
     with taken(route), torch.no_grad():
         net, plain = small_twins(torch.float32)
-        x = volume(dtype=torch.float32)
+        x = small_input(dtype=torch.float32)
         y = freeze(net)(x)
         assert torch.equal(y, net(x))
         assert not y.requires_grad
@@ -33,7 +31,7 @@ def test_the_models_numbers_to_the_bit(route: str) -> None:
 def test_with_a_dtype_it_is_the_model_under_autocast(dtype: torch.dtype, route: str) -> None:
     with taken(route), torch.no_grad():
         net, _ = small_twins(torch.float32)
-        x = volume(dtype=torch.float32)
+        x = small_input(dtype=torch.float32)
         with torch.autocast("cpu", dtype):
             expected = net(x)
         frozen = freeze(net, dtype)
@@ -51,7 +49,7 @@ def test_with_a_dtype_it_is_the_model_under_autocast(dtype: torch.dtype, route: 
 def test_refresh_takes_new_weights_and_nothing_else_does(route: str) -> None:
     with taken(route), torch.no_grad():
         net, plain = small_twins(torch.float32)
-        x = volume(dtype=torch.float32)
+        x = small_input(dtype=torch.float32)
         frozen = freeze(net)
         before = frozen(x)
         memory = {name: p.data_ptr() for name, p in frozen._copy.named_parameters()}
@@ -65,12 +63,12 @@ def test_refresh_takes_new_weights_and_nothing_else_does(route: str) -> None:
         assert memory == {name: p.data_ptr() for name, p in frozen._copy.named_parameters()}
 
 
-def test_a_model_that_changed_its_dtype_or_shape_is_copied_anew() -> None:
+def test_a_model_that_changed_its_dtype_or_shape_is_copied_again() -> None:
     net, _ = small_twins(torch.float32)
     frozen = freeze(net)
     net.fc = nn.Linear(4, 7)
     assert not frozen.refresh()
-    x = volume(dtype=torch.float32)
+    x = small_input(dtype=torch.float32)
     assert torch.equal(frozen(x), net(x).detach())
     net.double()
     assert not frozen.refresh()
@@ -122,10 +120,10 @@ def test_a_copy_is_frozen_from_a_copy_of_the_model(travel: Any) -> None:
     assert not torch.equal(frozen(x), y)
 
 
-def test_training_goes_on_beside_it() -> None:
+def test_training_continues_after_freezing() -> None:
     net, _ = small_twins(torch.float32)
     frozen = freeze(net.train())
-    x = volume(dtype=torch.float32)
+    x = small_input(dtype=torch.float32)
     y = frozen(x)
     net(x).square().sum().backward()
     assert net.training
@@ -203,7 +201,7 @@ def test_buffers_of_a_model_frozen_in_inference_mode() -> None:
 
 
 class Scaled(nn.Module):
-    """A model with options of its own: a number, a list and a function."""
+    """A model with its own options: a number, a list and a function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,7 +274,7 @@ def test_an_embedding_that_shares_a_weight_keeps_its_dtype() -> None:
 def test_a_float64_model_stays_float64(dtype: torch.dtype | None, route: str) -> None:
     """Autocast leaves float64 alone, and so does freezing."""
     net, plain = small_twins(torch.float64)
-    x = volume()
+    x = small_input()
     with taken(route), torch.no_grad():
         frozen = freeze(net, dtype)
         assert {p.dtype for p in frozen._copy.parameters()} == {torch.float64}

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.plain import small_twins, volume
+from support.plain import small_input, small_twins
 from torch import Tensor, nn
 
 from fastenc.graphed import Graphed, graphed
@@ -44,7 +44,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 
 def model_and_sample() -> tuple[nn.Module, Tensor]:
-    return small_twins(torch.float32)[0].eval(), volume(dtype=torch.float32)
+    return small_twins(torch.float32)[0].eval(), small_input(dtype=torch.float32)
 
 
 def made(model: nn.Module, sample: Tensor, borrow: bool = False) -> Graphed:
@@ -121,7 +121,7 @@ def test_an_error_inside_the_capture_leaves_the_model_usable(monkeypatch: pytest
     assert torch.equal(model(sample).detach(), expected)
 
 
-def test_what_waits_for_the_gpu_is_found_ahead_of_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronizing_calls_are_found_before_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture that fails breaks more than itself, so that none must begin."""
     cuda = mock.MagicMock()
     modes: list[object] = [1]
@@ -220,8 +220,8 @@ def test_inference_mode(made_in: Any, called: Any, refreshed_in: Any, recording:
     """Its memory is written to at every call and refresh, in inference mode and outside."""
     model, _ = model_and_sample()
     with made_in():
-        run = made(model, volume(dtype=torch.float32))
-    x = torch.randn_like(volume(dtype=torch.float32))
+        run = made(model, small_input(dtype=torch.float32))
+    x = torch.randn_like(small_input(dtype=torch.float32))
     for _ in range(2):
         with called():
             run(x)

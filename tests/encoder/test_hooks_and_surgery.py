@@ -1,6 +1,6 @@
-"""A unit runs its submodules through __call__ whenever anybody could notice that it does not.
+"""A layer calls its submodules whenever other code could observe that it does not.
 
-The backend is "auto" as on a GPU, with CPU tensors and interpreted kernels. Only the network's middle unit is tampered
+The backend is "auto" as on a GPU, with CPU tensors and interpreted kernels. Only the network's middle layer is tampered
 with: it has to run its submodules, the two others have to stay fused.
 """
 
@@ -8,6 +8,7 @@ import re
 import types
 import warnings
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,21 +22,21 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from fastenc import explain
 
 pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
-UNITS = ["netbody.1.conv_list.0", "netbody.1.conv_scale", "netbody.2.conv_scale"]
-MIDDLE = UNITS[1]
+LAYERS = ["netbody.1.conv_list.0", "netbody.1.conv_scale", "netbody.2.conv_scale"]
+MIDDLE = LAYERS[1]
 
 
 def network_twins() -> tuple[nn.Module, nn.Module]:
     return twins(2, [2, 1], dtype=torch.float32)
 
 
-def volume() -> Tensor:
+def small_input() -> Tensor:
     return torch.randn(2, 1, 6, 5, 7, generator=torch.Generator().manual_seed(1))
 
 
 def results(net: nn.Module, training: bool = True) -> list[Tensor]:
     """Output, then the gradients of the sum of its squares in the input and in every parameter."""
-    x = volume().requires_grad_()
+    x = small_input().requires_grad_()
     y = net.train(training)(x)
     net.zero_grad()
     y.square().sum().backward()
@@ -43,12 +44,12 @@ def results(net: nn.Module, training: bool = True) -> list[Tensor]:
 
 
 def rows(net: nn.Module) -> dict[str, Any]:
-    return {row.name: row for row in explain(net, volume())}
+    return {row.name: row for row in explain(net, small_input())}
 
 
-def assert_only_the_middle_unit_is_eager(net: nn.Module) -> None:
+def assert_only_the_middle_layer_is_eager(net: nn.Module) -> None:
     found = rows(net)
-    assert list(found) == UNITS
+    assert list(found) == LAYERS
     for name, row in found.items():
         if name == MIDDLE:
             assert row.route == "eager"
@@ -96,7 +97,7 @@ def test_hook_on_a_submodule(kind: str, place: str) -> None:
             logs.append(log)
         assert logs == [[place], [place]]
         assert_all_near(*outcomes)
-        assert_only_the_middle_unit_is_eager(net)
+        assert_only_the_middle_layer_is_eager(net)
 
         handles[0].remove()
         logs[0].clear()
@@ -107,33 +108,23 @@ def test_hook_on_a_submodule(kind: str, place: str) -> None:
         assert {row.route for row in rows(net).values()} == {"triton"}
 
 
-@pytest.mark.parametrize("place", ["mconv.0", "mconv.1", "mconv.2", "mconv", ""])
-def test_hook_that_changes_the_output(place: str) -> None:
+CHANGES: dict[str, tuple[str, Callable[..., object]]] = {
+    "output": ("register_forward_hook", lambda module, args, y: 2 * y + 1),
+    "input": ("register_forward_pre_hook", lambda module, args: (args[0] * 3 - 1,)),
+    "gradient": ("register_full_backward_hook", lambda module, grad_input, grad_output: (grad_input[0] * 3,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "place"),
+    [*product(CHANGES, ["mconv.0", "mconv.1", "mconv.2"]), ("output", "mconv"), ("output", "")],
+)
+def test_hook_that_changes_the_result(changed: str, place: str) -> None:
     net, plain = network_twins()
+    register, hook = CHANGES[changed]
     with taken("fused"):
         for network in (net, plain):
-            module = network.get_submodule(f"{MIDDLE}.{place}".rstrip("."))
-            module.register_forward_hook(lambda module, args, y: 2 * y + 1)
-        assert_all_near(results(net), results(plain))
-
-
-@pytest.mark.parametrize("place", ["mconv.0", "mconv.1", "mconv.2"])
-def test_pre_hook_that_changes_the_input(place: str) -> None:
-    net, plain = network_twins()
-    with taken("fused"):
-        for network in (net, plain):
-            module = network.get_submodule(f"{MIDDLE}.{place}")
-            module.register_forward_pre_hook(lambda module, args: (args[0] * 3 - 1,))
-        assert_all_near(results(net), results(plain))
-
-
-@pytest.mark.parametrize("place", ["mconv.0", "mconv.1", "mconv.2"])
-def test_backward_hook_that_changes_the_gradient(place: str) -> None:
-    net, plain = network_twins()
-    with taken("fused"):
-        for network in (net, plain):
-            module = network.get_submodule(f"{MIDDLE}.{place}")
-            module.register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * 3,))
+            getattr(network.get_submodule(f"{MIDDLE}.{place}".rstrip(".")), register)(hook)
         assert_all_near(results(net), results(plain))
 
 
@@ -147,7 +138,7 @@ def test_hooks_on_everything_fire_in_the_same_order(kind: str, route: str) -> No
         for network in (net, plain):
             log: list[str] = []
             for name, module in network.named_modules():
-                if isinstance(module, LEAVES) or name in UNITS:
+                if isinstance(module, LEAVES) or name in LAYERS:
                     getattr(module, HOOKS[kind])(logged(log, name))
             results(network)
             logs.append(log)
@@ -179,37 +170,40 @@ def test_global_hook(kind: str) -> None:
         assert {row.route for row in rows(net).values()} == {"triton"}
 
 
+def results_without_eager_norms(net: nn.Module) -> list[Tensor]:
+    with taken("fused"), eager_norms() as calls:
+        found = results(net)
+    assert calls.call_count == 0
+    return found
+
+
 @pytest.mark.parametrize("place", ["netbody.0", "netbody.3", "netbody.4", "fc", "netbody.1", MIDDLE])
-def test_hook_beside_the_norms_leaves_the_units_fused(place: str) -> None:
+def test_a_hook_on_other_modules_leaves_the_layers_fused(place: str) -> None:
     net, plain = network_twins()
     log: list[str] = []
     net.get_submodule(place).register_forward_hook(logged(log, place))
+    found = results_without_eager_norms(net)
+    assert log == [place]
     with taken("fused"):
-        with eager_norms() as calls:
-            found = results(net)
-        assert calls.call_count == 0
-        assert log == [place]
         assert_all_near(found, results(plain))
 
 
 @pytest.mark.parametrize("name", ["mconv.0.weight", "mconv.0.bias", "mconv.1.weight", "mconv.2.weight"])
 def test_hooks_on_a_parameter(name: str) -> None:
-    """These belong to autograd: the unit stays fused and they fire."""
+    """These hooks belong to autograd: the layer stays fused, and they fire."""
     net, plain = network_twins()
     log: list[str] = []
     for network in (net, plain):
         parameter = network.get_parameter(f"{MIDDLE}.{name}")
         parameter.register_hook(lambda gradient: 5 * gradient)
     net.get_parameter(f"{MIDDLE}.{name}").register_post_accumulate_grad_hook(logged(log, name))
+    found = results_without_eager_norms(net)
+    assert log == [name]
     with taken("fused"):
-        with eager_norms() as calls:
-            found = results(net)
-        assert calls.call_count == 0
-        assert log == [name]
         assert_all_near(found, results(plain))
 
 
-# Submodules that are no longer the ones the unit was built with
+# Submodules that differ from those that the layer was built with
 
 
 class Doubled(nn.Module):
@@ -240,35 +234,35 @@ def running_norm() -> nn.InstanceNorm3d:
 
 
 def put(index: int, module: Callable[[], nn.Module]) -> Callable[[nn.Module], None]:
-    def change(unit: nn.Module) -> None:
+    def change(layer: nn.Module) -> None:
         torch.manual_seed(5)
-        unit.mconv[index] = module()
+        layer.mconv[index] = module()
 
     return change
 
 
 def parametrized(index: int, name: str) -> Callable[[nn.Module], None]:
-    return lambda unit: parametrize.register_parametrization(unit.mconv[index], name, Doubled())
+    return lambda layer: parametrize.register_parametrization(layer.mconv[index], name, Doubled())
 
 
 def own_forward(index: int) -> Callable[[nn.Module], None]:
     """What libraries that move weights between devices do: forward replaced on the instance."""
 
-    def change(unit: nn.Module) -> None:
-        module = unit.mconv[index]
+    def change(layer: nn.Module) -> None:
+        module = layer.mconv[index]
         module.forward = types.MethodType(lambda self, x: type(self).forward(self, x) + 1, module)
 
     return change
 
 
-def old_weight_norm(unit: nn.Module) -> None:
+def old_weight_norm(layer: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        nn.utils.weight_norm(unit.mconv[2])
+        nn.utils.weight_norm(layer.mconv[2])
 
 
-def rebuilt(unit: nn.Module) -> None:
-    unit.mconv = nn.Sequential(unit.mconv[0], unit.mconv[1], nn.Tanh(), unit.mconv[2])
+def rebuilt(layer: nn.Module) -> None:
+    layer.mconv = nn.Sequential(layer.mconv[0], layer.mconv[1], nn.Tanh(), layer.mconv[2])
 
 
 TAMPERED: dict[str, Callable[[nn.Module], Any]] = {
@@ -279,29 +273,36 @@ TAMPERED: dict[str, Callable[[nn.Module], Any]] = {
     "norm is BatchNorm3d": put(0, lambda: nn.BatchNorm3d(2)),
     "norm is a subclass": put(0, lambda: ScaledNorm(2, affine=True)),
     "norm has running statistics": put(0, running_norm),
-    "norm has a forward of its own": own_forward(0),
-    "norm pruned": lambda unit: prune.l1_unstructured(unit.mconv[0], "weight", amount=1),
-    "activation pruned": lambda unit: prune.l1_unstructured(unit.mconv[1], "weight", amount=1),
+    "norm has its own forward": own_forward(0),
+    "norm pruned": lambda layer: prune.l1_unstructured(layer.mconv[0], "weight", amount=1),
+    "activation pruned": lambda layer: prune.l1_unstructured(layer.mconv[1], "weight", amount=1),
     "activation is Tanh": put(1, nn.Tanh),
     "activation is a subclass": put(1, lambda: ShiftedPReLU(2)),
-    "activation has a forward of its own": own_forward(1),
-    "norm compiled by itself": lambda unit: unit.mconv[0].compile(backend="eager"),
+    "activation has its own forward": own_forward(1),
+    "norm compiled by itself": lambda layer: layer.mconv[0].compile(backend="eager"),
 }
 
 
-@pytest.mark.parametrize("name", TAMPERED)
-def test_tampered_unit_runs_its_submodules(name: str) -> None:
+def checked_change(change: Callable[[nn.Module], Any]) -> nn.Module:
+    """The network with its middle layer changed, after a check that its results are those of its changed twin."""
     net, plain = network_twins()
     for network in (net, plain):
-        TAMPERED[name](network.get_submodule(MIDDLE))
+        change(network.get_submodule(MIDDLE))
     with taken("fused"):
         assert_all_near(results(net), results(plain))
         assert_all_near(results(net, training=False), results(plain, training=False))
-        assert_only_the_middle_unit_is_eager(net)
+    return net
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_tampered_layer_runs_its_submodules(name: str) -> None:
+    net = checked_change(TAMPERED[name])
+    with taken("fused"):
+        assert_only_the_middle_layer_is_eager(net)
     with taken("triton"):
         reason = rows(net)[MIDDLE].reason
         with pytest.raises(RuntimeError, match=re.escape(reason)):
-            net(volume())
+            net(small_input())
 
 
 def test_parametrization_removed_is_fused_again() -> None:
@@ -310,22 +311,20 @@ def test_parametrization_removed_is_fused_again() -> None:
         norm = network.get_submodule(MIDDLE).mconv[0]
         parametrize.register_parametrization(norm, "weight", Doubled())
         parametrize.remove_parametrizations(norm, "weight")
+    found = results_without_eager_norms(net)
     with taken("fused"):
-        with eager_norms() as calls:
-            found = results(net)
-        assert calls.call_count == 0
         assert_all_near(found, results(plain))
 
 
 CHANGED: dict[str, Callable[[nn.Module], Any]] = {
     "convolution weight parametrized": parametrized(2, "weight"),
-    "weight_norm": lambda unit: parametrizations.weight_norm(unit.mconv[2]),
+    "weight_norm": lambda layer: parametrizations.weight_norm(layer.mconv[2]),
     "weight_norm by hook": old_weight_norm,
     "convolution is a subclass": put(2, lambda: DoubledConv(2, 2, 3, 2, 1, bias=False)),
-    "convolution has a forward of its own": own_forward(2),
+    "convolution has its own forward": own_forward(2),
     "convolution is a Sequential": put(2, lambda: nn.Sequential(nn.Conv3d(2, 2, 3, 2, 1), nn.Tanh())),
     "a module is added": rebuilt,
-    "a module is appended": lambda unit: unit.mconv.append(nn.Tanh()),
+    "a module is appended": lambda layer: layer.mconv.append(nn.Tanh()),
     "activation is ReLU": put(1, nn.ReLU),
     "activation is ReLU in place": put(1, lambda: nn.ReLU(inplace=True)),
     "activation is LeakyReLU": put(1, lambda: nn.LeakyReLU(0.3)),
@@ -341,16 +340,12 @@ CHANGED: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_changed_unit_gives_the_changed_result(name: str) -> None:
-    """Whether such a unit stays fused, in part or whole, is its own business; its result is not."""
-    net, plain = network_twins()
-    for network in (net, plain):
-        CHANGED[name](network.get_submodule(MIDDLE))
+def test_a_changed_layer_gives_the_changed_result(name: str) -> None:
+    """Such a layer may stay fused or not, but its result must be right."""
+    net = checked_change(CHANGED[name])
     with taken("fused"):
-        assert_all_near(results(net), results(plain))
-        assert_all_near(results(net, training=False), results(plain, training=False))
-        for unit in (UNITS[0], UNITS[2]):
-            assert rows(net)[unit].route == "triton"
+        for layer in (LAYERS[0], LAYERS[2]):
+            assert rows(net)[layer].route == "triton"
 
 
 REPLACED: dict[str, Callable[[nn.Module], None]] = {
@@ -363,7 +358,7 @@ REPLACED: dict[str, Callable[[nn.Module], None]] = {
 
 
 @pytest.mark.parametrize("name", REPLACED)
-def test_replaced_around_the_units(name: str) -> None:
+def test_modules_replaced_around_the_layers(name: str) -> None:
     net, plain = network_twins()
     for network in (net, plain):
         torch.manual_seed(5)
@@ -388,7 +383,7 @@ def test_a_part_compiled_by_itself_is_called(place: str) -> None:
     assert graphs
 
 
-def test_one_unit_used_alone() -> None:
+def test_one_layer_used_alone() -> None:
     net, plain = network_twins()
     x = torch.randn(2, 2, 6, 5, 7)
     with taken("fused"), eager_norms() as calls:

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import eager_norms, taken
+from support.backends import eager_norms, either_route, taken
 from support.plain import assert_near, gradients, twins
 from torch import Tensor, nn
 
 from fastenc import EncoderNet3d
-
-either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 @pytest.mark.parametrize("training", [True, False])

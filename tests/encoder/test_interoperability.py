@@ -15,8 +15,17 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from support.backends import taken
-from support.plain import SMALL, PlainEncoder, assert_all_near, assert_near, assert_same, gradients, small_twins, volume
+from support.backends import either_route, taken
+from support.plain import (
+    SMALL,
+    PlainEncoder,
+    assert_all_near,
+    assert_near,
+    assert_same,
+    gradients,
+    small_input,
+    small_twins,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastenc import EncoderNet3d
 
 pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
-either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 # Copies and files
@@ -39,36 +47,36 @@ either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 def test_pickle(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        net(volume(dtype=dtype))
-        assert_same(pickle.loads(pickle.dumps(net)), plain, volume(dtype=dtype))
+        net(small_input(dtype=dtype))
+        assert_same(pickle.loads(pickle.dumps(net)), plain, small_input(dtype=dtype))
 
 
 @either_route
 def test_deepcopy_shares_nothing(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        net(volume(dtype=dtype))  # a call first, so that anything kept from it would be copied too
+        net(small_input(dtype=dtype))  # a call first, so that anything kept from it would be copied too
         twin = copy.deepcopy(net)
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.zero_()
-        assert_same(twin, plain, volume(dtype=dtype))
+        assert_same(twin, plain, small_input(dtype=dtype))
 
 
 def test_save_and_load(tmp_path: Path) -> None:
     net, plain = small_twins()
-    net(volume())
+    net(small_input())
     torch.save(net, tmp_path / "net.pt")
-    assert_same(torch.load(tmp_path / "net.pt", weights_only=False), plain, volume())
+    assert_same(torch.load(tmp_path / "net.pt", weights_only=False), plain, small_input())
     torch.save(net.state_dict(), tmp_path / "state.pt")
     other = EncoderNet3d(**SMALL).double()
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert_same(other, plain, volume())
+    assert_same(other, plain, small_input())
 
 
 @pytest.mark.parametrize("out_length", [2, None])
 def test_checkpoints_go_both_ways(out_length: int | None) -> None:
-    """Strictly: every key there, none beside, also by assignment and from a meta network."""
+    """Strict loading, also by assignment and from a meta network: all keys are there and no others."""
     net, plain = small_twins(out_length=out_length)
     for assign in (False, True):
         with torch.device("meta" if assign else "cpu"):
@@ -76,8 +84,8 @@ def test_checkpoints_go_both_ways(out_length: int | None) -> None:
             another = EncoderNet3d(**{**SMALL, "out_length": out_length}).double()
         other.load_state_dict(net.state_dict(), assign=assign)
         another.load_state_dict(plain.state_dict(), assign=assign)
-        assert_same(other, net, volume())
-        assert_same(another, plain, volume())
+        assert_same(other, net, small_input())
+        assert_same(another, plain, small_input())
 
 
 @either_route
@@ -85,19 +93,19 @@ def test_safetensors(route: str, tmp_path: Path) -> None:
     """After a step of training: it refuses parameters that are not contiguous."""
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        net(volume(dtype=dtype)).sum().backward()
+        net(small_input(dtype=dtype)).sum().backward()
         safetensors.torch.save_model(net, tmp_path / "net.safetensors")
         assert safetensors.torch.load_file(tmp_path / "net.safetensors").keys() == plain.state_dict().keys()
         other = EncoderNet3d(**SMALL).to(dtype)
         assert safetensors.torch.load_model(other, tmp_path / "net.safetensors") == (set(), [])
-        assert_same(other, plain, volume(dtype=dtype))
+        assert_same(other, plain, small_input(dtype=dtype))
 
 
 @either_route
 def test_deepcopied_between_forward_and_backward(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        x = volume(dtype=dtype)
+        x = small_input(dtype=dtype)
         y = net(x)
         twin = copy.deepcopy(net)
         y.square().sum().backward()
@@ -110,7 +118,7 @@ def test_deepcopied_between_forward_and_backward(route: str) -> None:
 def test_moved_to_another_dtype_and_device() -> None:
     """There and back, through half and an empty meta network filled by a contiguous checkpoint."""
     net, plain = small_twins(torch.float32)
-    x = volume(dtype=torch.float32)
+    x = small_input(dtype=torch.float32)
     state = copy.deepcopy(net.state_dict())
     half = net.to(memory_format=torch.channels_last_3d).half()(x.half())
     assert half.dtype == torch.float16
@@ -129,7 +137,7 @@ def test_moved_to_another_dtype_and_device() -> None:
 def test_checkpoint(use_reentrant: bool, route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        x = volume(dtype=dtype).requires_grad_()
+        x = small_input(dtype=dtype).requires_grad_()
         y = checkpoint(net, x, use_reentrant=use_reentrant)
         y.square().sum().backward()
         found = [y.detach(), x.grad, *(p.grad for p in net.parameters())]
@@ -143,7 +151,7 @@ def test_gradient_penalty(route: str) -> None:
         net, plain = small_twins(dtype)
         found = []
         for network in (net, plain.double()):
-            x = volume(dtype=next(network.parameters()).dtype).requires_grad_()
+            x = small_input(dtype=next(network.parameters()).dtype).requires_grad_()
             (slope,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
             penalty = (slope.square().sum() - 1).square()
             found.append([penalty.detach(), *torch.autograd.grad(penalty, [x, *network.parameters()])])
@@ -155,19 +163,19 @@ def test_saved_tensors_may_travel(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
         with torch.autograd.graph.save_on_cpu():
-            found = gradients(net, volume(dtype=dtype))
-        assert_all_near(found, gradients(plain, volume(dtype=dtype)))
+            found = gradients(net, small_input(dtype=dtype))
+        assert_all_near(found, gradients(plain, small_input(dtype=dtype)))
 
 
 @either_route
 def test_backward_twice(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        loss = net(volume(dtype=dtype)).square().sum()
+        loss = net(small_input(dtype=dtype)).square().sum()
         loss.backward(retain_graph=True)
         loss.backward()
         found = [parameter.grad / 2 for parameter in net.parameters()]
-        assert_all_near(found, gradients(plain, volume(dtype=dtype))[2:])
+        assert_all_near(found, gradients(plain, small_input(dtype=dtype))[2:])
 
 
 @either_route
@@ -176,7 +184,7 @@ def test_flops_are_counted(route: str) -> None:
         counts = []
         for network in small_twins(dtype):
             with FlopCounterMode(display=False) as counter:
-                network(volume(dtype=dtype)).sum().backward()
+                network(small_input(dtype=dtype)).sum().backward()
             counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 
@@ -186,7 +194,7 @@ def test_flops_are_counted(route: str) -> None:
 def test_inference(mode: type, route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        x = volume(dtype=dtype)
+        x = small_input(dtype=dtype)
         with mode():
             found = [net(x), net.eval()(x)]
         expected = plain(x)
@@ -205,7 +213,7 @@ def test_frozen_parameters(route: str) -> None:
             for network in (net, plain):
                 for name, parameter in network.named_parameters():
                     parameter.requires_grad_(kept in name)
-                x = volume(dtype=dtype).requires_grad_(kept == "x")
+                x = small_input(dtype=dtype).requires_grad_(kept == "x")
                 network(x).square().sum().backward()
                 found.append([x.grad, *(p.grad for p in network.parameters())])
             for a, b in zip(*found, strict=True):
@@ -221,20 +229,20 @@ def test_frozen_parameters(route: str) -> None:
 def test_parameters_to_vector(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        net(volume(dtype=dtype)).sum().backward()
+        net(small_input(dtype=dtype)).sum().backward()
         vector = nn.utils.parameters_to_vector(net.parameters())
         assert torch.equal(vector, nn.utils.parameters_to_vector(plain.parameters()))
         nn.utils.parameters_to_vector(p.grad for p in net.parameters())  # a view of each: gradients are contiguous too
         nn.utils.vector_to_parameters(2 * vector, net.parameters())
         nn.utils.vector_to_parameters(2 * vector, plain.parameters())
-        assert_same(net, plain, volume(dtype=dtype))
+        assert_same(net, plain, small_input(dtype=dtype))
 
 
 @either_route
 @pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.SGD, torch.optim.AdamW])
 def test_optimizers(optimizer: type[torch.optim.Optimizer], route: str) -> None:
     with taken(route) as dtype:
-        losses = [loss_of_three_steps(network, optimizer, volume(dtype=dtype)) for network in small_twins(dtype)]
+        losses = [loss_of_three_steps(network, optimizer, small_input(dtype=dtype)) for network in small_twins(dtype)]
     assert losses[0][2] < losses[0][0]
     if dtype == torch.float64:
         torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-9)
@@ -265,7 +273,7 @@ def test_gradient_scaler(route: str) -> None:
             scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
             for scale in (1.0, float("inf"), 1.0):
                 with torch.autocast("cpu", torch.float16):
-                    loss = (network(volume(dtype=torch.float32)).float() - 1).square().mean()
+                    loss = (network(small_input(dtype=torch.float32)).float() - 1).square().mean()
                 scaler.scale(loss * scale).backward()
                 scaler.step(optimizer)
                 scaler.update()
@@ -276,22 +284,25 @@ def test_gradient_scaler(route: str) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=2**-10 * max(1.0, b.abs().max().item()))
 
 
+def sgd_step(network: nn.Module, x: Tensor) -> None:
+    network(x).square().mean().backward()
+    torch.optim.SGD(network.parameters(), lr=0.01).step()
+    network.zero_grad()
+
+
 @either_route
 def test_average_of_the_weights(route: str) -> None:
-    """An exponential moving average runs beside the training, and is evaluated between its steps."""
+    """An exponential moving average is updated during training and evaluated between its steps."""
     with taken(route) as dtype:
         averages = []
         for network in small_twins(dtype):
             average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.8))
-            optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
             for _ in range(3):
-                network(volume(dtype=dtype)).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                sgd_step(network, small_input(dtype=dtype))
                 average.update_parameters(network)
-                average(volume(dtype=dtype))
+                average(small_input(dtype=dtype))
             averages.append(average)
-        assert_same(*averages, volume(dtype=dtype))
+        assert_same(*averages, small_input(dtype=dtype))
 
 
 @either_route
@@ -301,9 +312,9 @@ def test_compiled_as_a_module(route: str) -> None:
         net, plain = small_twins(dtype, layers=[1, 1])
         keys = net.state_dict().keys()
         net.compile(backend="aot_eager", fullgraph=True)
-        assert_same(net, plain, volume(dtype=dtype))
+        assert_same(net, plain, small_input(dtype=dtype))
         assert net.state_dict().keys() == keys
-        assert_same(copy.deepcopy(net), plain, volume(dtype=dtype))
+        assert_same(copy.deepcopy(net), plain, small_input(dtype=dtype))
 
 
 # What torch.nn.utils puts on a layer, put on every convolution and on fc
@@ -344,14 +355,11 @@ def test_convolutions_changed(change: Callable[[nn.Module], object], route: str)
             torch.manual_seed(0)  # of the vectors that a spectral norm starts from
             for layer in [m for m in network.modules() if isinstance(m, (nn.Conv3d, nn.Linear))]:
                 change(layer)
-            optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
             for _ in range(2):
-                network(volume(dtype=dtype)).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                sgd_step(network, small_input(dtype=dtype))
             networks.append(network)
-        assert_same(*networks, volume(dtype=dtype))
-        assert_same(*(network.eval() for network in networks), volume(dtype=dtype))
+        assert_same(*networks, small_input(dtype=dtype))
+        assert_same(*(network.eval() for network in networks), small_input(dtype=dtype))
 
 
 # Several devices
@@ -361,7 +369,7 @@ def test_data_parallel() -> None:
     """Over all GPUs; without one it passes the call on."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net, plain = small_twins()
-    assert_same(nn.DataParallel(net.to(device)), plain.to(device), volume().to(device))
+    assert_same(nn.DataParallel(net.to(device)), plain.to(device), small_input().to(device))
 
 
 @either_route
@@ -373,7 +381,7 @@ def test_replicas(route: str) -> None:
 
     with taken(route) as dtype, mock.patch("torch.nn.parallel.replicate._broadcast_coalesced_reshape", broadcast):
         net, plain = small_twins(dtype)
-        x = volume(batch=4, dtype=dtype)
+        x = small_input(batch=4, dtype=dtype)
         y = torch.cat([replica(part) for replica, part in zip(replicate(net, [0, 1]), x.chunk(2), strict=True)])
         found = [y.detach(), *torch.autograd.grad(y.square().sum(), list(net.parameters()))]
         expected = gradients(plain, x)
@@ -387,7 +395,7 @@ def one_of_the_processes(rank: int, world: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (world,))
     for route in ("auto", "fused"):
         with taken(route) as dtype:
-            whole = volume(batch=2 * world, dtype=dtype)
+            whole = small_input(batch=2 * world, dtype=dtype)
             share = whole.chunk(world)[rank]
             _, plain = small_twins(dtype)
             expected = [gradient / world for gradient in gradients(plain, whole)[2:]]  # the loss sums, DDP averages

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastenc import ConvModern1d, ConvModern2d, ConvModern3d
 
-UNITS = {1: ConvModern1d, 2: ConvModern2d, 3: ConvModern3d}
+LAYERS = {1: ConvModern1d, 2: ConvModern2d, 3: ConvModern3d}
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 SIZES = {1: (9,), 2: (7, 8), 3: (6, 5, 7)}
 
@@ -66,18 +66,18 @@ def compare(options: dict[str, Any], order: int = 3, dtype: torch.dtype = torch.
     with torch.no_grad():
         for parameter in expected.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    unit = UNITS[order](2, 3, **options).to(dtype)
+    layer = LAYERS[order](2, 3, **options).to(dtype)
 
-    assert [name for name, _ in unit.named_children()] == ["mconv"]
-    assert [type(m) for m in unit.mconv] == [type(m) for m in expected]
-    assert [repr(m) for m in unit.mconv] == [repr(m) for m in expected]
+    assert [name for name, _ in layer.named_children()] == ["mconv"]
+    assert [type(m) for m in layer.mconv] == [type(m) for m in expected]
+    assert [repr(m) for m in layer.mconv] == [repr(m) for m in expected]
     state = {f"mconv.{key}": value for key, value in expected.state_dict().items()}
-    assert list(unit.state_dict()) == list(state)
-    unit.load_state_dict(state)
+    assert list(layer.state_dict()) == list(state)
+    layer.load_state_dict(state)
 
     x = torch.randn(2, 2, *SIZES[order], dtype=dtype)
     results: list[list[Tensor]] = []
-    for module in (unit, expected):
+    for module in (layer, expected):
         inp = x.clone().requires_grad_()
         y = module(inp)
         y.square().sum().backward()
@@ -85,7 +85,7 @@ def compare(options: dict[str, Any], order: int = 3, dtype: torch.dtype = torch.
     scale = 100 * torch.finfo(dtype).eps
     for found, truth in zip(*results, strict=True):
         torch.testing.assert_close(found, truth, rtol=scale, atol=scale * max(1.0, truth.abs().max().item()))
-    torch.testing.assert_close(unit.eval()(x), expected.eval()(x), rtol=scale, atol=scale)
+    torch.testing.assert_close(layer.eval()(x), expected.eval()(x), rtol=scale, atol=scale)
 
 
 @pytest.mark.parametrize("layer_order", ["new", "old", "NEW", "", None])
@@ -139,41 +139,41 @@ def test_triton_route(name: str, normalizer: str) -> None:
 @pytest.mark.parametrize("activator", ["prelu", "relu"])
 @pytest.mark.parametrize("layer_order", ["new", "old"])
 def test_recompute(layer_order: str, activator: str) -> None:
-    """Only a unit that ends in its convolution can. PReLU's slopes are negative, so that applying it twice differs."""
+    """Only a layer that ends in its convolution can. PReLU's slopes are negative, so that applying it twice differs."""
     with taken("fused"):
-        unit = ConvModern3d(2, 3, layer_order=layer_order, activator=activator)
-        unit.recompute = True
+        layer = ConvModern3d(2, 3, layer_order=layer_order, activator=activator)
+        layer.recompute = True
         if activator == "prelu":
             with torch.no_grad():
-                next(m for m in unit.mconv if isinstance(m, nn.PReLU)).weight.fill_(-0.7)
+                next(m for m in layer.mconv if isinstance(m, nn.PReLU)).weight.fill_(-0.7)
         x = torch.randn(2, 2, *SIZES[3])
-        assert_all_near(gradients(unit, x), gradients(nn.Sequential(*unit.mconv), x))
+        assert_all_near(gradients(layer, x), gradients(nn.Sequential(*layer.mconv), x))
 
 
 @pytest.mark.parametrize("replacement", [nn.Identity, nn.Dropout, lambda: nn.Flatten(0, 0), nn.AvgPool3d])
 @pytest.mark.parametrize("last", [False, True])
 def test_the_input_stays_where_the_convolution_was_replaced(replacement: Any, last: bool) -> None:
     """What takes its place may return its input, which is the user's."""
-    unit = ConvModern3d(3, 3, layer_order="old").eval()
-    unit.mconv[0] = replacement(1) if replacement is nn.AvgPool3d else replacement()
-    unit.mconv[0].eval()
+    layer = ConvModern3d(3, 3, layer_order="old").eval()
+    layer.mconv[0] = replacement(1) if replacement is nn.AvgPool3d else replacement()
+    layer.mconv[0].eval()
     x = torch.randn(2, 3, *SIZES[3])
     x = x.contiguous(memory_format=torch.channels_last_3d) if last else x
     before = x.clone()
     with taken("fused"), torch.no_grad():
-        y = unit(x)
+        y = layer(x)
         assert torch.equal(x, before)
-        assert_all_near([y], [nn.Sequential(*unit.mconv)(x)])
+        assert_all_near([y], [nn.Sequential(*layer.mconv)(x)])
 
 
 def test_the_representation_of_an_upsampling_layer() -> None:
     """As the reference prints it: one factor for each axis, or the size as it was given."""
-    unit = ConvModern3d(2, 3, stride=2, scaler="up")
-    assert repr(unit.mconv[2]) == "Upsample(scale_factor=(2.0, 2.0, 2.0), mode='trilinear')"
+    layer = ConvModern3d(2, 3, stride=2, scaler="up")
+    assert repr(layer.mconv[2]) == "Upsample(scale_factor=(2.0, 2.0, 2.0), mode='trilinear')"
     assert repr(ConvModern1d(2, 3, stride=3, scaler="up").mconv[2]) == "Upsample(scale_factor=(3.0,), mode='linear')"
     assert repr(ConvModern2d(2, 3, output_size=7, scaler="up").mconv[2]) == "Upsample(size=7, mode='bilinear')"
-    unit = ConvModern3d(2, 3, output_size=(7, 6, 5), stride=2, scaler="up")
-    assert repr(unit.mconv[2]) == "Upsample(size=(7, 6, 5), mode='trilinear')"
+    layer = ConvModern3d(2, 3, output_size=(7, 6, 5), stride=2, scaler="up")
+    assert repr(layer.mconv[2]) == "Upsample(size=(7, 6, 5), mode='trilinear')"
 
 
 def test_signature() -> None:
@@ -181,8 +181,8 @@ def test_signature() -> None:
         "(in_planes, out_planes, kernel_size=3, stride=1, padding=1, output_size=None, "
         "normalizer='pinst', activator='prelu', layer_order='new', scaler='down')"
     )
-    for unit in UNITS.values():
-        parameters = inspect.signature(unit).parameters.values()
+    for layer in LAYERS.values():
+        parameters = inspect.signature(layer).parameters.values()
         bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
         assert str(inspect.Signature(bare)) == expected
 
@@ -193,12 +193,12 @@ def test_relu_is_not_in_place() -> None:
 
 def test_initialisation_draws_what_torch_draws() -> None:
     torch.manual_seed(3)
-    unit = ConvModern3d(2, 3)
+    layer = ConvModern3d(2, 3)
     after = torch.get_rng_state()
     torch.manual_seed(3)
     expected = sequential(2, 3)
     assert torch.equal(torch.get_rng_state(), after)
-    for found, truth in zip(unit.parameters(), expected.parameters(), strict=True):
+    for found, truth in zip(layer.parameters(), expected.parameters(), strict=True):
         assert torch.equal(found, truth)
 
 

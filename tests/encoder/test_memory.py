@@ -1,6 +1,6 @@
-"""What a network keeps: volumes saved for the backward, with and without recompute, and the peak of an inference.
+"""The memory of a network: tensors saved for the backward, with and without recompute, and the peak of inference.
 
-Example 1 of the user's document at full size, the launches replaced by the formula, which says nothing of time.
+The network is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3) at full size. The formula replaces the launches.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.backends import launches_replaced, taken
-from support.plain import assert_all_near, gradients, small_twins, twins, volume
+from support.plain import assert_all_near, gradients, small_input, small_twins, twins
 from torch import Tensor, nn
 from torch.profiler import profile
 
@@ -39,8 +39,8 @@ def saved_bytes(net: nn.Module, x: Tensor) -> int:
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in parameters)
 
 
-def test_volumes_saved_for_the_backward(example_1: tuple[nn.Module, nn.Module]) -> None:
-    """Eager keeps three volumes of a unit, fastenc two, and one with recompute."""
+def test_tensors_saved_for_the_backward(example_1: tuple[nn.Module, nn.Module]) -> None:
+    """Eager saves three tensors per layer, fastenc two, and one with recompute."""
     net, plain = example_1
     x = torch.randn(2, 3, *SIZE)
     eager = saved_bytes(plain, x)
@@ -63,16 +63,16 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def test_peak_of_an_inference(example_1: tuple[nn.Module, nn.Module]) -> None:
-    """The norm writes over what the convolution made: two volumes at once, not the four or five of eager."""
+    """The norm overwrites the convolution's output: two tensors are alive at once, not the four or five of eager."""
     net, plain = example_1
     x = torch.randn(8, 3, *SIZE)
     before = x.clone()
     with torch.no_grad(), launches_replaced():
         eager, fused = peak_bytes(lambda: plain(x)), peak_bytes(lambda: net(x))
-    one_volume = 4 * 8 * 64 * 31 * 32 * 30
-    assert eager > 3 * one_volume, "the tracker sees what eager allocates"
+    one_tensor = 4 * 8 * 64 * 31 * 32 * 30
+    assert eager > 3 * one_tensor, "the tracker sees what eager allocates"
     assert fused <= 0.70 * eager
-    assert fused < 2.2 * one_volume
+    assert fused < 2.2 * one_tensor
     assert torch.equal(x, before)
 
 
@@ -92,23 +92,23 @@ def test_what_a_hook_saw_stays_as_it_was(place: str, kind: str) -> None:
 
     getattr(net.get_submodule(place), kind)(hook)
     with taken("fused"), torch.no_grad():
-        net(volume(dtype=torch.float32))
+        net(small_input(dtype=torch.float32))
     assert seen
     for tensor, copied in seen:
         assert torch.equal(tensor, copied)
 
 
-def test_a_unit_called_alone_leaves_its_input() -> None:
-    unit = fastenc.ConvModern3d(2, 3)
+def test_a_layer_called_alone_leaves_its_input() -> None:
+    layer = fastenc.ConvModern3d(2, 3)
     x = torch.randn(2, 2, 4, 5, 3)
     before = x.clone()
     with taken("fused"), torch.no_grad():
-        unit(x)
+        layer(x)
     assert torch.equal(x, before)
 
 
 def test_a_stem_that_passes_its_input_on() -> None:
-    """Where the stem is no convolution of torch's, its output may be somebody's tensor."""
+    """If the stem is not one of torch's convolutions, its output may be a tensor that other code holds."""
     net, plain = small_twins(torch.float32, in_planes=2)
     for network in (net, plain):
         network.netbody[0] = nn.Identity()
@@ -122,7 +122,7 @@ def test_a_stem_that_passes_its_input_on() -> None:
 
 def test_inference_in_place_gives_the_numbers_of_training() -> None:
     net, _ = small_twins(torch.float32)
-    x = volume(dtype=torch.float32)
+    x = small_input(dtype=torch.float32)
     with taken("fused"):
         expected = net(x).detach()
         for mode in (torch.no_grad, torch.inference_mode):
@@ -141,10 +141,10 @@ def results(net: EncoderNet3d, x: Tensor, recompute: bool) -> list[Tensor]:
 @pytest.mark.usefixtures("no_onednn")
 @pytest.mark.parametrize("size", [(6, 5, 7), (4, 4, 4), (40, 30, 30)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_recompute_is_the_same_to_the_bit(size: tuple[int, ...], autocast: bool) -> None:
+def test_recompute_is_bitwise_equal(size: tuple[int, ...], autocast: bool) -> None:
     """Rows that fit on chip, live taps, and rows that are split."""
     net, _ = small_twins(torch.float32, channel=1)
-    x = volume(size, batch=1 if size[0] == 40 else 2, dtype=torch.float32)
+    x = small_input(size, batch=1 if size[0] == 40 else 2, dtype=torch.float32)
     with taken("fused"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         kept, again = results(net, x, False), results(net, x, True)
     for a, b in zip(kept, again, strict=True):
@@ -155,7 +155,7 @@ def test_recompute_against_the_plain_network() -> None:
     with taken("fused") as dtype:
         net, plain = small_twins(dtype)
         net.recompute = True
-        assert_all_near(gradients(net, volume(dtype=dtype)), gradients(plain, volume(dtype=dtype)))
+        assert_all_near(gradients(net, small_input(dtype=dtype)), gradients(plain, small_input(dtype=dtype)))
 
 
 def test_recompute_with_some_of_the_gradients() -> None:
@@ -166,7 +166,7 @@ def test_recompute_with_some_of_the_gradients() -> None:
                 network.recompute = True
                 for name, parameter in network.named_parameters():
                     parameter.requires_grad_(kept in name)
-                x = volume(dtype=dtype).requires_grad_(kept == "x")
+                x = small_input(dtype=dtype).requires_grad_(kept == "x")
                 network(x).square().sum().backward()
                 found.append([p.grad for p in (x, *network.parameters()) if p.grad is not None])
             assert len(found[0]) == len(found[1]) > 0
@@ -179,11 +179,11 @@ def test_recompute_differentiated_twice_and_vectorised() -> None:
         net.recompute = True
         found = []
         for network in (net, plain.double()):
-            x = volume(dtype=next(network.parameters()).dtype).requires_grad_()
+            x = small_input(dtype=next(network.parameters()).dtype).requires_grad_()
             (slope,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
             found.append(list(torch.autograd.grad(slope.square().sum(), [x, *network.parameters()])))
         assert_all_near(*found)
-        x = volume(dtype=dtype)
+        x = small_input(dtype=dtype)
         expected = torch.autograd.functional.jacobian(plain.to(dtype), x)
         assert_all_near([torch.autograd.functional.jacobian(net, x, vectorize=True)], [expected])
 
@@ -195,9 +195,9 @@ def test_recompute_of_a_tied_parameter(twice: bool) -> None:
         found = []
         for network in small_twins(dtype):
             network.recompute = True
-            for unit in network.netbody[1].conv_list:
-                unit.mconv[1].weight = unit.mconv[0].weight
-            x = volume(dtype=dtype).requires_grad_()
+            for layer in network.netbody[1].conv_list:
+                layer.mconv[1].weight = layer.mconv[0].weight
+            x = small_input(dtype=dtype).requires_grad_()
             leaves = [x, *network.parameters()]
             first = torch.autograd.grad(network(x).square().sum(), leaves, create_graph=twice)
             second = torch.autograd.grad(first[0].square().sum(), leaves) if twice else ()
@@ -207,18 +207,18 @@ def test_recompute_of_a_tied_parameter(twice: bool) -> None:
 
 @pytest.mark.usefixtures("no_onednn")
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_float32_volume_under_autocast(recompute: bool) -> None:
+def test_a_float32_input_under_autocast(recompute: bool) -> None:
     """The activation is where autocast lowers the precision; 2 ULP of bfloat16 in the largest of each sum."""
-    unit = fastenc.ConvModern3d(2, 3)
-    unit.recompute = recompute
+    layer = fastenc.ConvModern3d(2, 3)
+    layer.recompute = recompute
     x = torch.randn(2, 2, 4, 5, 3)
     results = []
     for route in ("fused", "auto"):
         leaf = x.clone().requires_grad_()
         with taken(route):
             with torch.autocast("cpu", torch.bfloat16):
-                y = unit(leaf)
-            results.append([y, *torch.autograd.grad(y.float().square().sum(), [leaf, *unit.parameters()])])
+                y = layer(leaf)
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), [leaf, *layer.parameters()])])
     for found, truth in zip(*results, strict=True):
         assert found.dtype == truth.dtype
         torch.testing.assert_close(found, truth, rtol=0, atol=2 * 2**-7 * truth.abs().max().item())
@@ -227,7 +227,7 @@ def test_a_float32_volume_under_autocast(recompute: bool) -> None:
 def test_recompute_on_a_built_network_and_in_a_pickle() -> None:
     net = EncoderNet3d(2, [2, 1], recompute=True)
     assert net.recompute
-    assert all(unit.recompute for unit in net.modules() if isinstance(unit, fastenc.layers._ConvModernNd))
+    assert all(layer.recompute for layer in net.modules() if isinstance(layer, fastenc.layers._ConvModernNd))
     net.recompute = False
     assert not net.recompute
     assert not EncoderNet3d(2, [2, 1]).recompute
@@ -235,7 +235,7 @@ def test_recompute_on_a_built_network_and_in_a_pickle() -> None:
 
 def test_explain_says_where_recompute_has_no_effect() -> None:
     net, _ = small_twins(torch.float32)
-    x = volume(dtype=torch.float32)
+    x = small_input(dtype=torch.float32)
     assert "recompute" not in str(explain(net, x))
     net.recompute = True
     assert "recompute has no effect on the eager route (3 units)" in str(explain(net, x))

@@ -1,4 +1,4 @@
-"""On the fused route volumes stay channels-last from the first convolution to the last, and Parameters contiguous.
+"""On the fused route, tensors stay channels-last from the first convolution to the last, and Parameters contiguous.
 
 As on a GPU, with CPU tensors: strides of what every convolution is given and gives, and a trace without copies.
 """
@@ -73,9 +73,9 @@ def test_every_convolution_sees_and_makes_channels_last(
         leaves = [x, *net.parameters()]
         gradients = dict(zip(leaves, torch.autograd.grad(y.float().square().sum(), leaves), strict=True))
     assert len(convolutions.forward) == 5
-    assert len(convolutions.backward) == (5 if not recompute else 8)  # a unit's weight, then its input
+    assert len(convolutions.backward) == (5 if not recompute else 8)  # a layer's weight, then its input
     expected = torch.bfloat16 if autocast else torch.float32
-    # Without bfloat16 in its instruction set a CPU convolves it in a contiguous layout of its own.
+    # Without bfloat16 in its instruction set a CPU convolves it in its own contiguous layout.
     made = ("y", "dy", "dx", "dweight") if autocast and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
     for call in convolutions.forward:
         for name, tensor in call.items():
@@ -97,13 +97,15 @@ def test_every_convolution_sees_and_makes_channels_last(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_is_cast_and_laid_out_in_one_op(dtype: torch.dtype) -> None:
+def test_a_weight_is_cast_and_converted_in_one_op(dtype: torch.dtype) -> None:
     layer = nn.Conv3d(4, 4, 3, padding=1)
     x = torch.randn(2, 4, *SIZE, dtype=dtype).contiguous(memory_format=LAST)
-    way = convolution.way_of(x.shape, layer.weight.shape, (1,) * 3, (1,) * 3, (1,) * 3, 1, True, "cuda", True)
-    assert way is not None
+    plan = convolution.plan_convolution(
+        x.shape, layer.weight.shape, (1,) * 3, (1,) * 3, (1,) * 3, 1, True, "cuda", True
+    )
+    assert plan is not None
     with profile() as profiler:
-        weight = convolution._laid_out(layer.weight, LAST, way, dtype)
+        weight = convolution._laid_out(layer.weight, LAST, plan, dtype)
     assert [event.name for event in profiler.events()].count("aten::copy_") == 1
     assert weight.dtype == dtype
     assert weight.is_contiguous(memory_format=LAST)
@@ -130,8 +132,8 @@ def _do_nothing_backward(dy: Tensor, x: Tensor, *parameters: Any, **options: Any
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_no_volume_is_copied_between_the_convolutions(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trace of forward and backward, the launches left out: no clone, copy or contiguous of a volume's size.
+def test_no_tensor_is_copied_between_the_convolutions(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace of forward and backward without the launches contains no clone, copy or contiguous of a large tensor.
 
     Between the stem and the last convolution: these two lay out the input and what the pool gives back.
     """
@@ -139,22 +141,22 @@ def test_no_volume_is_copied_between_the_convolutions(recompute: bool, monkeypat
         monkeypatch.setattr(f"fastenc.{room}.launchers", lambda: (_do_nothing, _do_nothing_backward))
     net, x = net_and_input()
     net.recompute = recompute
-    units = nn.Sequential(*net.netbody[1].units(), *net.netbody[2].units())
+    layers = nn.Sequential(*net.netbody[1].units(), *net.netbody[2].units())
     x = torch.randn(2, 4, *SIZE).contiguous(memory_format=LAST).requires_grad_()
     with taken("fused"):
-        out = units(x)
+        out = layers(x)
         dy = torch.randn_like(out)
         with profile(record_shapes=True) as profiler:
-            units(x).backward(dy)
+            layers(x).backward(dy)
     smallest = out.numel()
-    weights = [list(p.shape) for p in units.parameters() if p.dim() == 5]
+    weights = [list(p.shape) for p in layers.parameters() if p.dim() == 5]
     copying = {"aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy", "aten::empty_strided"}
     seen = {event.name for event in profiler.events()}
     assert "aten::convolution_backward" in seen
     for event in profiler.events():
         for shape in event.input_shapes if event.name in copying else ():
-            is_volume = len(shape) == 5 and torch.Size(shape).numel() >= smallest and shape not in weights
-            assert not is_volume, (event.name, shape)
+            is_large = len(shape) == 5 and torch.Size(shape).numel() >= smallest and shape not in weights
+            assert not is_large, (event.name, shape)
 
 
 def test_a_map_comes_in_the_inputs_format() -> None:
@@ -197,19 +199,19 @@ def assert_laid_out(y: Tensor, layout: str, expected: Tensor) -> None:
 @pytest.mark.parametrize("layer_order", ["new", "old"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_a_units_map_is_laid_out_as_its_input(order: int, layout: str, layer_order: str, recompute: bool) -> None:
-    unit = getattr(fastenc, f"ConvModern{order}d")(3, 4, layer_order=layer_order)
-    unit.recompute = recompute
+def test_a_layers_map_has_its_inputs_layout(order: int, layout: str, layer_order: str, recompute: bool) -> None:
+    layer = getattr(fastenc, f"ConvModern{order}d")(3, 4, layer_order=layer_order)
+    layer.recompute = recompute
     x = given(layout, order, 3)
     with taken("fused"):
-        assert_laid_out(unit(x), layout, unit.mconv(x))
+        assert_laid_out(layer(x), layout, layer.mconv(x))
         with torch.no_grad():
-            assert_laid_out(unit(x), layout, unit.mconv(x))
+            assert_laid_out(layer(x), layout, layer.mconv(x))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_a_networks_map_is_laid_out_as_its_input(order: int, layout: str) -> None:
+def test_a_networks_map_has_its_inputs_layout(order: int, layout: str) -> None:
     net, plain = twins(4, [1, 1], 3, 3, None, order=order, dtype=torch.float32)
     x = given(layout, order, 3)
     with taken("fused"):

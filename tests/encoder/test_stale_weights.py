@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.backends import taken
-from support.plain import assert_all_near, gradients, small_twins, volume
+from support.plain import assert_all_near, gradients, small_input, small_twins
 from torch import Tensor, nn
 
 import fastenc
@@ -36,7 +36,7 @@ def test_network(route: str, recompute: bool) -> None:
         net, plain = small_twins(dtype, layers=[1, 1])
         for block in net.netbody[1:3]:
             block.conv_scale.recompute = recompute
-        x = volume(dtype=dtype)
+        x = small_input(dtype=dtype)
         gradients(net, x)
         for change in CHANGES.values():
             with torch.no_grad():
@@ -51,14 +51,14 @@ def test_network(route: str, recompute: bool) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 def test_live_taps(memory_format: torch.memory_format, route: str) -> None:
     """2³ positions at stride 2: a matrix product, whose weight is cut to 8 of 27 taps where it is channels-last."""
-    unit = fastenc.ConvModern3d(64, 64, stride=2)
+    layer = fastenc.ConvModern3d(64, 64, stride=2)
     with taken(route) as dtype:
-        unit.to(dtype, memory_format=memory_format)
-        plain, x = nn.Sequential(*unit.mconv), torch.randn(2, 64, 2, 2, 2, dtype=dtype)
-        gradients(unit, x)
+        layer.to(dtype, memory_format=memory_format)
+        plain, x = nn.Sequential(*layer.mconv), torch.randn(2, 64, 2, 2, 2, dtype=dtype)
+        gradients(layer, x)
         for change in CHANGES.values():
-            change_all(change, unit)
-            assert_all_near(gradients(unit, x), gradients(plain, x))
+            change_all(change, layer)
+            assert_all_near(gradients(layer, x), gradients(plain, x))
 
 
 @either_route

@@ -16,14 +16,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from support.backends import taken
-from support.plain import assert_near, assert_same, small_twins, volume
+from support.backends import either_route, taken
+from support.plain import assert_near, assert_same, small_input, small_twins
 from torch import fx
 
 pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 OTHER_SIZE = (9, 8, 11)
 vector_and_map = pytest.mark.parametrize("out_length", [2, None])
-either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 @either_route
@@ -34,13 +33,13 @@ def test_jit_trace_runs_at_other_sizes(out_length: int | None, route: str) -> No
         net, plain = small_twins(dtype, out_length=out_length)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            traced = torch.jit.trace(net, volume((4, 4, 4), dtype=dtype))
+            traced = torch.jit.trace(net, small_input((4, 4, 4), dtype=dtype))
             buffer = io.BytesIO()
             torch.jit.save(traced, buffer)
             buffer.seek(0)
             loaded = torch.jit.load(buffer)
         for size, batch in (((4, 4, 4), 2), (OTHER_SIZE, 3), ((5, 6, 7), 1), ((16, 3, 4), 2)):
-            x = volume(size, batch, dtype)
+            x = small_input(size, batch, dtype)
             for network in (traced, loaded):
                 assert_same(network, plain, x)
 
@@ -55,7 +54,7 @@ def test_compile(route: str, dynamic: bool | None, out_length: int | None) -> No
     with taken(route) as dtype:
         net, plain = small_twins(dtype, out_length=out_length)
         compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-        for x in (volume(dtype=dtype), volume(OTHER_SIZE, batch=3, dtype=dtype)):
+        for x in (small_input(dtype=dtype), small_input(OTHER_SIZE, batch=3, dtype=dtype)):
             assert_same(compiled, plain, x)
 
 
@@ -65,7 +64,7 @@ def test_compile_with_inductor() -> None:
     torch.compiler.reset()
     net, plain = small_twins(layers=[1, 1])
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(net, fullgraph=True)(volume()), plain(volume()))
+        torch.testing.assert_close(torch.compile(net, fullgraph=True)(small_input()), plain(small_input()))
 
 
 @pytest.mark.parametrize(("strict", "out_length"), [(False, 2), (True, None)])
@@ -73,14 +72,14 @@ def test_export_holds_aten_only(strict: bool, out_length: int | None, tmp_path: 
     """Without a GPU: it runs where fastenc is not installed."""
     axes = {0: torch.export.Dim("batch", min=2), **dict.fromkeys((2, 3, 4), torch.export.Dim.AUTO)}
     net, plain = small_twins(out_length=out_length)
-    program = torch.export.export(net, (volume((8, 7, 9)),), dynamic_shapes=(axes,), strict=strict)
+    program = torch.export.export(net, (small_input((8, 7, 9)),), dynamic_shapes=(axes,), strict=strict)
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert calls
     for target in calls:
         if isinstance(target, torch._ops.OpOverload):
             assert target.namespace == "aten", target
     torch.export.save(program, tmp_path / "net.pt2")
-    samples = [volume((8, 7, 9)), volume((12, 13, 11), batch=4)]
+    samples = [small_input((8, 7, 9)), small_input((12, 13, 11), batch=4)]
     torch.save(samples, tmp_path / "samples.pt")
     code = (
         "import sys, torch; sys.modules['fastenc'] = None; net = torch.export.load('net.pt2').module(); "
@@ -99,7 +98,7 @@ def test_fx_symbolic_trace(out_length: int | None, route: str) -> None:
         graph = fx.symbolic_trace(net)
         leaves = {node.target for node in graph.graph.nodes if node.op == "call_module"}
         assert {"netbody.0", "netbody.1.conv_list.0.mconv.0", "netbody.1.conv_list.0.mconv.1"} <= leaves
-        for x in (volume(dtype=dtype), volume(OTHER_SIZE, dtype=dtype)):
+        for x in (small_input(dtype=dtype), small_input(OTHER_SIZE, dtype=dtype)):
             assert_same(graph, plain, x)
 
 
@@ -109,12 +108,12 @@ def test_onnx(route: str, out_length: int | None, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     with taken(route):
         net, plain = small_twins(torch.float32, out_length=out_length)
-        sample = volume((8, 7, 9), dtype=torch.float32)
+        sample = small_input((8, 7, 9), dtype=torch.float32)
         torch.onnx.export(net.eval(), (sample,), path, dynamic_shapes=(axes,), dynamo=True, verbose=False)
     model = onnx.load(path)
     onnx.checker.check_model(model)
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for x in (sample, volume((12, 13, 11), batch=4, dtype=torch.float32)):
+    for x in (sample, small_input((12, 13, 11), batch=4, dtype=torch.float32)):
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert_near(torch.from_numpy(found), plain(x))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.backends import taken
 from support.plain import assert_near
-from support.small_models import assert_like_untouched, stack, twins, volume
+from support.small_models import assert_like_untouched, small_input, stack, twins
 from test_custom_ops import Compiled, fused_nodes
 from test_third_party import NETWORKS, SIZE
 from torch import Tensor, nn
@@ -38,14 +38,14 @@ def test_a_pair_is_one_operator(name: str, between: tuple[nn.Module, ...]) -> No
     net, untouched = twins(stack(ACTIVATIONS[name](), *between).eval())
     with taken("fused"):
         compiled = Compiled(net)
-        assert_like_untouched(compiled, untouched, volume())  # type: ignore[arg-type]
+        assert_like_untouched(compiled, untouched, small_input())  # type: ignore[arg-type]
     assert compiled.graphs == [1, 1]
 
 
 def test_dropout_in_training_drops_the_same() -> None:
     """In one dimension, where the layout is the same."""
     net, untouched = twins(stack(nn.PReLU(4), nn.Dropout(0.5), order=1))
-    x = volume(order=1)
+    x = small_input(order=1)
     with taken("fused"):
         torch.compiler.reset()
         compiled = torch.compile(net, fullgraph=True, backend="eager")
@@ -60,7 +60,7 @@ def test_hooks_unfuse(watched: int) -> None:
     net, untouched = twins(stack(nn.PReLU(4), nn.Dropout(0.0)))
     for each in (net, untouched):
         each[watched].register_forward_hook(lambda module, args, output: 2 * output)
-    x = volume()
+    x = small_input()
     with taken("fused"):
         compiled = Compiled(net)
         assert_near(compiled(x), untouched(x).double())
@@ -93,7 +93,7 @@ def negated_between(net: Any) -> None:
 @pytest.mark.parametrize("surgery", [replaced_norm, replaced_activation, removed_activation, negated_between])
 def test_surgery(surgery: Callable[[Any], None]) -> None:
     net, untouched = twins(stack(nn.PReLU(4)))
-    x = volume()
+    x = small_input()
     for each in (net, untouched):
         surgery(each)
     with taken("fused"):
@@ -110,9 +110,9 @@ class Tapped(nn.Sequential):
         return self[2](z), z
 
 
-def test_a_sequential_with_a_forward_of_its_own() -> None:
+def test_a_sequential_with_its_own_forward() -> None:
     net, untouched = twins(Tapped(*stack(nn.LeakyReLU(0.1))[:3]))
-    x = volume()
+    x = small_input()
     with taken("fused"):
         compiled = Compiled(net)
         for found, expected in zip(compiled(x), untouched(x), strict=True):
@@ -127,9 +127,9 @@ class Backwards(nn.Sequential):
         return reversed(self._modules.values())  # type: ignore[arg-type]
 
 
-def test_a_sequential_with_an_order_of_its_own() -> None:
+def test_a_sequential_with_its_own_order() -> None:
     net, untouched = twins(Backwards(*reversed(stack(nn.PReLU(4)))))
-    x = volume()
+    x = small_input()
     with taken("fused"), torch.no_grad():
         compiled = Compiled(net)
         assert_near(compiled(x), untouched(x).double())
@@ -148,10 +148,10 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("part", ["", "pair"])
-def test_undone_and_done_anew_after_compiling(part: str) -> None:
+def test_undone_and_repeated_after_compiling(part: str) -> None:
     """What was compiled runs the forward of now. torch itself does not compile the forward of a plain nn.Sequential."""
     net, untouched = twins(Wrapped())
-    x = volume()
+    x = small_input()
     expected = untouched.get_submodule(part)(x).double()
     with taken("fused"), torch.no_grad():
         compiled = Compiled(net.get_submodule(part), fullgraph=not part)
@@ -179,7 +179,7 @@ def test_networks(name: str) -> None:
 def test_autocast(activation: nn.Module) -> None:
     """As outside torch.compile, PReLU's result comes in autocast's dtype and LeakyReLU's in its input's."""
     net, _ = twins(nn.Sequential(nn.InstanceNorm3d(4), copy.deepcopy(activation)))
-    x = volume().repeat(1, 2, 1, 1, 1)
+    x = small_input().repeat(1, 2, 1, 1, 1)
     with taken("fused"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         compiled = Compiled(net)
         found, expected = compiled(x), net(x)
@@ -196,11 +196,11 @@ def test_half_a_pair_of_parameters(missing: str) -> None:
     net, untouched = twins(net)
     with taken("fused"):
         compiled = Compiled(net)
-        assert_like_untouched(compiled, untouched, volume())  # type: ignore[arg-type]
+        assert_like_untouched(compiled, untouched, small_input())  # type: ignore[arg-type]
     assert compiled.graphs == [1, 1]
 
 
-def test_volumes_go_channels_last() -> None:
+def test_inputs_are_converted_to_channels_last() -> None:
     net, _ = twins(stack(nn.PReLU(4)))
     seen: list[Tensor] = []
 
@@ -211,7 +211,7 @@ def test_volumes_go_channels_last() -> None:
 
     torch.compiler.reset()
     with taken("fused"), torch.no_grad():
-        y = torch.compile(net, fullgraph=True, backend=aot_autograd(fw_compiler=look))(volume())
+        y = torch.compile(net, fullgraph=True, backend=aot_autograd(fw_compiler=look))(small_input())
     assert len(seen) == 2
     assert all(tensor.is_contiguous(memory_format=torch.channels_last_3d) for tensor in seen)
     assert y.is_contiguous()
@@ -229,7 +229,7 @@ def test_another_size_compiles_nothing() -> None:
 
 def test_exported() -> None:
     net, untouched = twins(stack(nn.PReLU(4)).eval())
-    x = volume()
+    x = small_input()
     with taken("fused"):
         program = torch.export.export(net, (x,))
         assert fused_nodes(program.graph) == 1
@@ -239,7 +239,7 @@ def test_exported() -> None:
 @pytest.mark.parametrize("slope", [nn.PReLU(4), nn.LeakyReLU(0.1)])
 def test_instance_norm_act(slope: nn.Module) -> None:
     net = fastenc.InstanceNormAct3d(4, slope, affine=True)
-    x = volume().repeat(1, 2, 1, 1, 1)
+    x = small_input().repeat(1, 2, 1, 1, 1)
     with taken("fused"):
         compiled = Compiled(net)
         assert_near(compiled(x), slope(net.norm(x)).double())

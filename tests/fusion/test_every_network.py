@@ -1,7 +1,7 @@
 """accelerate on the networks that MONAI and dynamic-network-architectures offer, one of every kind, tiny.
 
 The formula in place of each launch: what is compared is how norms, activations and autograd are wired. In float64 to
-the last digits; in float32, where a CPU's convolutions keep volumes channels-last, for what that layout does. A network
+the last digits; in float32, where a CPU's convolutions keep tensors channels-last, for what that layout does. A network
 whose norms are fixed to be batch or group norms has them replaced by instance norms first.
 """
 

@@ -52,7 +52,7 @@ def outcome(net: nn.Module, x: Tensor) -> list[Tensor]:
     return found
 
 
-def volume() -> Tensor:
+def small_input() -> Tensor:
     return torch.randn(2, 3, 3, 4, 5)
 
 
@@ -110,29 +110,29 @@ FORWARDS: dict[str, Forward] = {
 @pytest.mark.parametrize("name", FORWARDS)
 def test_numbers_of_the_untouched_network(name: str) -> None:
     net, untouched = twins(FORWARDS[name])
-    x = volume()
+    x = small_input()
     with launches_replaced():
         found = outcome(net, x)
     assert_all_near(found, outcome(untouched.double(), x.double()))
 
 
 @torch.no_grad()
-def test_copies_of_what_waits() -> None:
+def test_copies_of_deferred_outputs() -> None:
     net, untouched = twins(
         lambda net, x: [z := net.z(x), copy.deepcopy(z), torch.tensor(z.tolist()), net.activation(z)]
     )
-    x = volume()
+    x = small_input()
     with launches_replaced():
         for found, expected in zip(net(x), untouched(x), strict=True):
             assert type(found) is Tensor
             assert_near(found, expected.double())
         net.run = lambda net, x: net.z(x).data_ptr()
-        assert net(x) != 0, "what a kernel of somebody else reads"
+        assert net(x) != 0, "what a third-party kernel reads"
 
 
-def test_too_late() -> None:
+def test_hook_after_fusion_raises() -> None:
     """Where the untouched network's gradient would go another way, it is an error, not another number."""
-    x = volume().requires_grad_()
+    x = small_input().requires_grad_()
 
     def hook_after_activation(net: Unit, x: Tensor) -> Tensor:
         z = net.z(x)
@@ -168,7 +168,7 @@ def test_checkpointed_functions(name: str, use_reentrant: bool, scope: bool, act
         return checkpoint(lambda x: CHECKPOINTED[name](net, x), x, use_reentrant=use_reentrant)
 
     net, untouched = twins(run, activation)
-    x = volume()
+    x = small_input()
     with launches_replaced():
         found = outcome(net if scope else Direct(net), x)
     assert_all_near(found, outcome(untouched.double(), x.double()))
@@ -185,10 +185,10 @@ class Direct(nn.Module):
         return self.net.forward(x)
 
 
-def test_view_of_a_volume() -> None:
-    """A channels-last volume has none: said once, and volumes stay contiguous, whichever layout they come in."""
+def test_view_of_a_tensor() -> None:
+    """A channels-last tensor has none: said once, and tensors stay contiguous, whichever layout they come in."""
     net, untouched = twins(lambda net, x: net.activation(net.z(x)).view(len(x), -1))
-    x = volume()
+    x = small_input()
     with launches_replaced():
         with pytest.warns(RuntimeWarning, match="calls view on a volume"):
             found = outcome(net, x)
@@ -212,7 +212,7 @@ def test_view_where_running_statistics_would_count_twice() -> None:
 
     net, untouched = twins(forward)
     net.norm0 = untouched.norm0 = norm
-    x = volume()
+    x = small_input()
     with launches_replaced():
         with pytest.raises(RuntimeError, match=r"Unit calls view on a volume.*once in eval mode"):
             net(x)
@@ -231,5 +231,5 @@ def test_a_list_that_the_forward_fills() -> None:
 
     features: list[Tensor] = []
     with launches_replaced():
-        y = fastenc.accelerate(Fills(lambda net, x: x))(volume(), features)
+        y = fastenc.accelerate(Fills(lambda net, x: x))(small_input(), features)
     assert_near(features[0], y.double())

@@ -17,7 +17,7 @@ import pytest
 import torch
 from support.backends import launches_replaced, taken
 from support.plain import assert_all_near, assert_near, gradients
-from support.small_models import assert_like_untouched, fused_calls, stack, twins, volume
+from support.small_models import assert_like_untouched, fused_calls, small_input, stack, twins
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -82,9 +82,9 @@ def test_classes_of_every_layout(kind: type[Net]) -> None:
     assert net.accelerated.count("fused") == 1
     with taken("fused"):
         with fused_calls() as search:
-            net(volume())
+            net(small_input())
         assert search.call_count == 1
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
     assert set(vars(fastenc.accelerate(net, undo=True))) == set(vars(untouched))
 
 
@@ -97,10 +97,10 @@ def test_calls_by_keyword() -> None:
     net, untouched = twins(ByKeyword())
     with taken("fused"):
         with fused_calls() as search:
-            net(x=volume())
+            net(x=small_input())
         assert search.call_count == 1
-        assert_like_untouched(net, untouched, volume())
-    assert_near(net(x=(x := volume())), untouched(x).double())
+        assert_like_untouched(net, untouched, small_input())
+    assert_near(net(x=(x := small_input())), untouched(x).double())
 
 
 def test_the_search_sees_operands_by_keyword() -> None:
@@ -129,10 +129,10 @@ def test_an_attribute_called_accelerated() -> None:
         net, untouched = twins(Scales(own))
         assert type(net.accelerated) is type(own)
         assert vars(net)[SUMMARY].count("fused") == 1
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
         fastenc.accelerate(nn.Sequential(net), undo=True)
         assert set(vars(net)) == set(vars(untouched))
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
 
 
 def test_undo_of_parametrized_modules() -> None:
@@ -145,7 +145,7 @@ def test_undo_of_parametrized_modules() -> None:
         parametrize.register_parametrization(model[2], "weight", Absolute())
         parametrize.register_parametrization(model[1], "weight", Absolute())
     with taken("fused"), torch.no_grad():
-        assert_near(net(x := volume()), untouched(x).double())
+        assert_near(net(x := small_input()), untouched(x).double())
     fastenc.accelerate(net, undo=True)
     for at in (1, 2):
         parametrize.remove_parametrizations(net[at], "weight")
@@ -161,7 +161,7 @@ def test_a_forward_that_the_user_had_set() -> None:
     own = vars(net[0])["forward"]
     fastenc.accelerate(net)
     with taken("fused"), torch.no_grad():
-        assert_near(net(x := volume()), untouched(x).double())
+        assert_near(net(x := small_input()), untouched(x).double())
     fastenc.accelerate(net, undo=True)
     assert vars(net[0])["forward"] is own
     for part, detail in (("norm", "its forward was replaced"), ("act", "goes to a LeakyReLU whose forward was repl")):
@@ -184,7 +184,7 @@ def test_a_forward_that_the_user_wraps_later(part: str) -> None:
         module.forward = lambda x, forward=module.forward: forward(x) + 1
     with taken("fused"), torch.no_grad():
         for _ in range(2):
-            assert_near(net(x := volume()), untouched(x).double())
+            assert_near(net(x := small_input()), untouched(x).double())
             fastenc.accelerate(net, undo=True)
 
 
@@ -201,7 +201,7 @@ def test_a_class_that_the_user_gives_later() -> None:
     for model in net, untouched:
         model.act.__class__ = Squared
     with taken("fused"), torch.no_grad():
-        assert_near(net(x := volume()), untouched(x).double())
+        assert_near(net(x := small_input()), untouched(x).double())
         for model in net, untouched:
             model.norm.__class__ = Halved
         assert_near(net(x), untouched(x).double())
@@ -211,7 +211,7 @@ def test_all_or_nothing() -> None:
     """An error at any point leaves the model as it was, untouched or accelerated."""
     from fastenc.fusion import modules, search
 
-    x = volume()
+    x = small_input()
     for net in (Net(), fastenc.accelerate(Net())):
         before = [dict(vars(module)) for module in net.modules()]
         for where, name in ((search, "find"), (modules.Activation, "install"), (modules.FusionScope, "install")):
@@ -261,7 +261,7 @@ def test_copies_run_on_their_own(copied: Callable[[nn.Module], nn.Module]) -> No
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
-        x = volume()
+        x = small_input()
         expected = untouched(x).double()
         with taken("fused"):
             for _ in range(2):
@@ -297,7 +297,7 @@ def test_loads_weights_only() -> None:
     with torch.serialization.safe_globals([getattr(sys.modules[module], name) for module, _, name in names]):
         other = torch.load(buffer, weights_only=True)
     with taken("fused"), fused_calls() as search, torch.no_grad():
-        assert torch.equal(other(x := volume()), net(x))
+        assert torch.equal(other(x := small_input()), net(x))
     assert search.call_count == 2
 
 
@@ -359,7 +359,7 @@ def test_exports(export: str) -> None:
     for model in net, untouched:
         model.look = lambda z: found.append(EXPORTS[export](z))
     with taken("fused"), torch.no_grad():
-        y = net(x := volume())
+        y = net(x := small_input())
         assert_near(y, untouched(x).double())
     assert_near(found[0], found[1].double())
 
@@ -372,7 +372,7 @@ def test_exports_that_require_a_gradient() -> None:
         for model in net, untouched:
             model.look = EXPORTS[export]
             with taken("fused"), pytest.raises((RuntimeError, BufferError)) as error:
-                model(volume())
+                model(small_input())
             errors.append(str(error.value))
         assert errors[0] == errors[1]
 
@@ -382,7 +382,7 @@ def test_an_address_asked_for_in_c() -> None:
     net, _ = twins(Net())
     net.look = torch.utils.dlpack.to_dlpack
     with taken("fused"), torch.no_grad(), pytest.raises(RuntimeError, match="Cannot access data pointer"):
-        net(volume())
+        net(small_input())
 
 
 # What outlives the forward.
@@ -424,7 +424,7 @@ class Keeps(Net):
 def test_a_norms_output_that_outlives_the_forward(wrapped: bool, how: str, activation: nn.Module) -> None:
     """Read after a step of the optimizer; and a loss of it, whose gradient takes the way that torch's takes."""
     net, untouched = twins(nn.Sequential(Keeps(activation)) if wrapped else Keeps(activation))
-    given = volume()
+    given = small_input()
     features, grads = [], []
     for model, x in ((net, given), (untouched.double(), given.double())):
         keeps: Any = model[0] if wrapped else model
@@ -455,7 +455,7 @@ def test_a_norms_output_kept_before_an_addition_in_place(gradient: bool) -> None
 
     net, untouched = twins(Adds(nn.LeakyReLU(0.1, inplace=True)))
     with taken("fused"), torch.set_grad_enabled(gradient):
-        x = volume()
+        x = small_input()
         assert_near(net(x), untouched(x).double())
         net.norm.weight.data.zero_()
         assert_near(net.kept * 1, untouched.kept.double())
@@ -466,7 +466,7 @@ def test_nothing_is_computed_that_is_not_kept() -> None:
     net[1].conv = nn.Conv3d(4, 4, 1)
     for gradient in (True, False):
         with taken("fused"), torch.set_grad_enabled(gradient), fused_calls() as search:
-            net(volume())
+            net(small_input())
         assert search.call_count == 2
 
 
@@ -529,7 +529,7 @@ def test_pairs_fuse_in_inference_mode() -> None:
     for model, expected in ((net, untouched), (net[0], untouched[0])):
         with taken("fused"), torch.inference_mode():
             with fused_calls() as search:
-                y = model(x := volume())
+                y = model(x := small_input())
             assert search.call_count == 1
             assert_near(y, expected(x).double())
             assert torch.is_inference_mode_enabled()
@@ -563,10 +563,10 @@ def test_hooks_on_modules_between(part: str | None, before: bool) -> None:
     if before:
         fastenc.accelerate(net)
     with taken("fused"):
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
         if part in ("", None):
             with fused_calls() as search:
-                net(volume())
+                net(small_input())
             assert search.call_count == 1
     assert set(seen) <= {(Tensor, Tensor)}
 
@@ -576,7 +576,7 @@ def test_a_freed_weight_is_an_error() -> None:
     storage = net.norm.weight.untyped_storage()
     net.look = lambda z: storage.resize_(0)
     with taken("fused"), torch.no_grad(), pytest.raises(RuntimeError, match="was freed before its output was used"):
-        net(volume())
+        net(small_input())
 
 
 @pytest.fixture
@@ -602,7 +602,7 @@ def test_fsdp2(mesh: Any) -> None:
                     fully_shard(module, mesh=mesh)
             else:
                 fastenc.accelerate(net, undo=step == "undo")
-        x = volume()
+        x = small_input()
         with launches_replaced():
             found = net(x)
             found.square().sum().backward()

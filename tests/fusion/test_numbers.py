@@ -1,6 +1,6 @@
 """accelerate, on small networks of plain torch: the numbers of the untouched model, in training and under tracers.
 
-"auto" is the eager route, where equal means to the bit; "fused" is the Triton route as on a GPU, interpreted.
+"auto" is the eager route, where equal means bitwise; "fused" is the Triton route as on a GPU, interpreted.
 """
 
 import warnings
@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.backends import eager_norms, taken
 from support.plain import assert_all_near, assert_near, gradients
-from support.small_models import ACTIVATIONS, Shared, assert_like_untouched, fused_calls, stack, twins, volume
+from support.small_models import ACTIVATIONS, Shared, assert_like_untouched, fused_calls, small_input, stack, twins
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,9 +21,9 @@ import fastenc
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_eager_route_to_the_bit(activation: str, order: int) -> None:
+def test_eager_route_is_bitwise_equal(activation: str, order: int) -> None:
     net, untouched = twins(stack(ACTIVATIONS[activation](), order=order))
-    x = volume(order)
+    x = small_input(order)
     for found, expected in zip(gradients(net, x), gradients(untouched, x), strict=True):
         assert torch.equal(found, expected)
 
@@ -34,9 +34,9 @@ def test_fused(activation: str, order: int) -> None:
     net, untouched = twins(stack(ACTIVATIONS[activation](), nn.Identity(), order=order))
     with taken("fused"):
         with fused_calls() as pairs:
-            gradients(net, volume(order))
+            gradients(net, small_input(order))
         assert pairs.call_count == 1
-        assert_like_untouched(net, untouched, volume(order))
+        assert_like_untouched(net, untouched, small_input(order))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -44,7 +44,7 @@ def test_fused(activation: str, order: int) -> None:
 def test_dropout_commutes(dropout: nn.Module, training: bool) -> None:
     """The same seed drops the same elements; in 1-D, where the layout in which torch draws them stays."""
     net, untouched = twins(stack(nn.LeakyReLU(0.1), dropout, order=1).train(training))
-    x = volume(1)
+    x = small_input(1)
     with taken("fused"):
         if not (training and dropout.inplace):
             with fused_calls() as pairs:
@@ -60,7 +60,7 @@ def test_dropped_and_then_not_activated() -> None:
     """A dropout whose activation was taken away still drops what it drops, in the gradients too."""
     net, untouched = twins(stack(nn.LeakyReLU(0.1), nn.Dropout(0.5), order=1))
     net[3], untouched[3] = nn.Tanh(), nn.Tanh()
-    x = volume(1)
+    x = small_input(1)
     torch.manual_seed(3)
     with taken("fused"):
         found = gradients(net, x)
@@ -78,7 +78,7 @@ def test_shared_activation_and_a_norm_alone() -> None:
         eager_norms() as norms,
         mock.patch.object(nn.functional, "prelu", wraps=nn.functional.prelu) as p,
     ):
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
     assert p.call_count == 1 + 3, "one after the convolution, and the untouched model's three"
     assert norms.call_count == 3, "the untouched model's"
 
@@ -104,7 +104,7 @@ def test_double_backward() -> None:
         (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         return list(torch.autograd.grad(dx.square().sum(), [x, *model.parameters()], allow_unused=True))[:-1]
 
-    x = volume()
+    x = small_input()
     with taken("fused"):
         found = penalty(net, x)
     assert_all_near(found, penalty(untouched.double(), x.double()))
@@ -125,7 +125,7 @@ def test_checkpointed(use_reentrant: bool) -> None:
                 x = checkpoint(block, x, use_reentrant=use_reentrant)
             return x
 
-    x = volume(1).requires_grad_()
+    x = small_input(1).requires_grad_()
     with taken("fused"), fused_calls() as pairs:
         torch.manual_seed(3)
         found = Checkpointed(net)
@@ -140,7 +140,7 @@ def test_checkpointed(use_reentrant: bool) -> None:
 @pytest.mark.parametrize("activation", ["PReLU", "LeakyReLU"])
 def test_autocast(activation: str) -> None:
     net, untouched = twins(stack(ACTIVATIONS[activation]()))
-    x = volume()
+    x = small_input()
     with torch.autocast("cpu", torch.bfloat16):
         with taken("fused"):
             found = gradients(net, x)
@@ -153,7 +153,7 @@ def test_autocast(activation: str) -> None:
 def test_inference_mode() -> None:
     net, untouched = twins(stack(nn.PReLU(4)))
     with taken("fused"), torch.inference_mode():
-        x = volume()
+        x = small_input()
         with fused_calls() as pairs:
             y = net(x)
         assert pairs.call_count == 1
@@ -191,14 +191,14 @@ def jitted(net: nn.Module, x: Tensor) -> Callable[..., Any]:
 def test_tracers(tracer: Callable[..., Any], route: str) -> None:
     torch.compiler.reset()
     net, untouched = twins(stack(nn.PReLU(4)).eval())
-    x = volume()
+    x = small_input()
     with taken(route):
         assert_near(tracer(net, x)(x), untouched(x).double())
 
 
 def test_functional_transforms() -> None:
     net, untouched = twins(stack(nn.PReLU(4)))
-    x = volume()
+    x = small_input()
     with taken("fused"):
         found, expected = (torch.func.vmap(model)(x[:, None]) for model in (net, untouched))
         assert torch.equal(found, expected)
@@ -207,11 +207,11 @@ def test_functional_transforms() -> None:
 # The layout.
 
 
-def test_volumes_go_channels_last() -> None:
+def test_inputs_are_converted_to_channels_last() -> None:
     net = fastenc.accelerate(stack(nn.PReLU(4))[:3])
     seen: list[Tensor] = []
     net[0].register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
-    x = volume()
+    x = small_input()
     with taken("fused"):
         y = net(x)
         assert all(tensor.is_contiguous(memory_format=torch.channels_last_3d) for tensor in seen)
@@ -256,7 +256,7 @@ def test_arguments_of_any_kind() -> None:
             return {"y": y if extra is None else y + extra["shift"], "scale": scale, "all": [y, y.sum()]}
 
     net, untouched = twins(Many())
-    x, shift = volume(), torch.randn(2, 2, 2, 3, 4)
+    x, shift = small_input(), torch.randn(2, 2, 2, 3, 4)
     with taken("fused"):
         for arguments, keywords in (((x,), {}), ((x, 2.0), {"extra": {"shift": shift}}), ((), {"x": x})):
             found, expected = net(*arguments, **keywords), untouched(*arguments, **keywords)
@@ -279,7 +279,7 @@ class Annotated(Tensor):
 
 def test_annotated_tensors() -> None:
     net, untouched = twins(stack(nn.PReLU(4)))
-    x = volume().as_subclass(Annotated)
+    x = small_input().as_subclass(Annotated)
     x.note = "kept"
     with taken("fused"):
         with fused_calls() as pairs:
@@ -287,5 +287,7 @@ def test_annotated_tensors() -> None:
         assert pairs.call_count == 1
     assert type(y) is Annotated
     assert y.note == "kept"
-    assert_near(y.as_subclass(Tensor), untouched(volume().as_subclass(Annotated).copy_(x)).as_subclass(Tensor).double())
+    assert_near(
+        y.as_subclass(Tensor), untouched(small_input().as_subclass(Annotated).copy_(x)).as_subclass(Tensor).double()
+    )
     assert torch.equal(net(x), untouched(x))

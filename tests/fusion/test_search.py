@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.backends import eager_norms, taken
 from support.plain import gradients
-from support.small_models import Changes, Shared, assert_like_untouched, fused_calls, stack, twins, volume
+from support.small_models import Changes, Shared, assert_like_untouched, fused_calls, small_input, stack, twins
 from torch import Tensor, nn
 
 import fastenc
@@ -53,8 +53,8 @@ def test_copies_are_accelerated(copied: Callable[[nn.Module], nn.Module]) -> Non
         net[1].weight.zero_()  # the copy's own
     with taken("fused"):
         with fused_calls():
-            gradients(other, volume())
-        assert_like_untouched(other, untouched, volume())
+            gradients(other, small_input())
+        assert_like_untouched(other, untouched, small_input())
     assert str(other.accelerated) == str(net.accelerated)
     assert [type(module) for module in fastenc.accelerate(other, undo=True).modules()] == [
         type(module) for module in untouched.modules()
@@ -83,12 +83,12 @@ def test_a_part_then_the_whole() -> None:
     untouched = copy.deepcopy(net)
     fastenc.accelerate(net[0])
     with taken("fused"):
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
         fastenc.accelerate(net)
         assert net.accelerated.count("fused") == 2
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
         fastenc.accelerate(net[0], undo=True)
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
 
 
 # Finding.
@@ -114,9 +114,9 @@ def test_untraceable_module() -> None:
     assert "Untraceable cannot be traced" in net.accelerated.norms[0].detail
     with taken("fused"):
         with fused_calls() as pairs:
-            net(volume())
+            net(small_input())
         assert pairs.call_count == 3
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
 
 
 class Box(nn.Module):
@@ -156,7 +156,7 @@ def test_only_one_mode_pairs() -> None:
     assert net.accelerated.norms[0].detail == "with act (ReLU); its output is the model's"
     with taken("fused"):
         for training in True, False:
-            assert_like_untouched(net.train(training), untouched.train(training), volume())
+            assert_like_untouched(net.train(training), untouched.train(training), small_input())
 
 
 def test_the_search_leaves_no_trace() -> None:
@@ -210,7 +210,7 @@ def test_an_activation_that_is_not_registered() -> None:
     assert (norm.outcome, norm.detail) == ("alone", "its output goes to a ReLU that is not registered in the model")
     assert "forward" not in vars(elsewhere)
     with taken("fused"):
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
 
 
 class OwnNorm(nn.InstanceNorm3d):
@@ -232,7 +232,7 @@ def test_norms_that_are_left() -> None:
     text = str(net.accelerated)
     assert "5 instance norms: 0 fused, 2 alone, 3 left" in text
     with taken("fused"):
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
     assert net[0].running_mean.any()
 
 
@@ -245,8 +245,8 @@ def test_running_statistics_asked_for_later(tracks: bool) -> None:
         model[1].register_buffer("running_var", torch.ones(4))
         model[1].track_running_stats = tracks
     with taken("fused"):
-        net(volume())
-        (row,) = fastenc.explain(net, volume())
+        net(small_input())
+        (row,) = fastenc.explain(net, small_input())
     assert row.reason == "it keeps running statistics"
     assert net[1].running_mean.any()
 
@@ -267,9 +267,9 @@ def test_nothing_to_do(net: nn.Module) -> None:
 def test_a_norm_as_the_model() -> None:
     net, untouched = twins(nn.InstanceNorm3d(2, affine=True))
     with taken("fused"), eager_norms() as norms:
-        net(volume())
+        net(small_input())
         assert norms.call_count == 0
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
 
 
 # Bad input.
@@ -334,15 +334,15 @@ def test_errors_are_torchs_own(misfit: Callable[[nn.Module], Tensor]) -> None:
 def test_prelu_of_a_wrong_length() -> None:
     net, untouched = twins(stack(nn.PReLU(3)))
     with pytest.raises(RuntimeError) as expected:
-        untouched(volume())
+        untouched(small_input())
     with taken("fused"), pytest.raises(RuntimeError) as found:
-        net(volume())
+        net(small_input())
     assert str(found.value) == str(expected.value)
 
 
 def test_unbatched() -> None:
     net, untouched = twins(stack(nn.ReLU()))
-    x = volume()[0]
+    x = small_input()[0]
     with taken("fused"):
         assert torch.equal(net(x), untouched(x))
 
@@ -352,12 +352,12 @@ def test_unbatched() -> None:
 
 def test_explain() -> None:
     net = fastenc.accelerate(Shared())
-    rows = list(fastenc.explain(net, volume()))
+    rows = list(fastenc.explain(net, small_input()))
     assert [row.name for row in rows] == ["norm1", "norm2", "norm3"]
     assert {row.route for row in rows} == {"eager"}
     net.norm2.register_forward_hook(lambda *_: None)
     with taken("fused"):
-        rows = list(fastenc.explain(net, volume()))
+        rows = list(fastenc.explain(net, small_input()))
     assert [row.route for row in rows] == ["triton", "eager", "triton"]
     assert rows[1].reason == "a hook is registered on InstanceNorm3d"
     assert not net.norm1._forward_pre_hooks
@@ -367,4 +367,4 @@ def test_triton_by_name_says_why_not() -> None:
     net = fastenc.accelerate(stack(nn.ReLU()))
     net[1].register_forward_hook(lambda *_: None)
     with taken("triton"), pytest.raises(RuntimeError, match="a hook is registered on InstanceNorm3d"):
-        net(volume())
+        net(small_input())

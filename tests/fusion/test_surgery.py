@@ -1,4 +1,4 @@
-"""Whatever happens to a network after acceleration, it gives the numbers that the untouched one would give."""
+"""A network that is changed after acceleration gives the results of an unaccelerated one with the same changes."""
 
 import copy
 from collections.abc import Callable
@@ -7,12 +7,12 @@ import pytest
 import torch
 from support.backends import taken
 from support.plain import assert_near
-from support.small_models import Changes, assert_like_untouched, stack, twins, volume
+from support.small_models import Changes, assert_like_untouched, small_input, stack, twins
 from torch import Tensor, nn
 
 import fastenc
 
-# What happens to a network after acceleration. Each takes the accelerated and the untouched one alike.
+# Changes after acceleration. Each is made to the accelerated and to the untouched network.
 
 
 def tap(net: nn.Sequential) -> nn.Module:
@@ -65,52 +65,34 @@ def tap_of_the_middle(net: nn.Sequential) -> nn.Module:
     return nn.Sequential(net[0], net[1:3])
 
 
-def hook(net: nn.Sequential) -> nn.Module:
-    net[1].register_forward_hook(lambda module, args, output: 2 * output)
-    return net
+HOOKS: dict[str, tuple[int, str, Callable[..., object]]] = {
+    "hook": (1, "register_forward_hook", lambda module, args, output: 2 * output),
+    "pre_hook": (1, "register_forward_pre_hook", lambda module, args: (args[0].flip(2),)),
+    "backward_hook": (1, "register_full_backward_hook", lambda module, dx, dy: (2 * dx[0],)),
+    "activation_hook": (2, "register_forward_hook", lambda module, args, output: output + args[0]),
+    "activation_pre_hook": (2, "register_forward_pre_hook", lambda module, args: (args[0].neg(),)),
+    "activation_pre_hook_in_place": (2, "register_forward_pre_hook", lambda module, args: (args[0].add_(1.0),)),
+    "activation_backward_hook": (2, "register_full_backward_hook", lambda module, dx, dy: (2 * dx[0],)),
+    "activation_backward_pre_hook": (2, "register_full_backward_pre_hook", lambda module, dy: (3 * dy[0],)),
+}
 
 
-def pre_hook(net: nn.Sequential) -> nn.Module:
-    net[1].register_forward_pre_hook(lambda module, args: (args[0].flip(2),))
-    return net
+def hooked(name: str) -> Callable[[nn.Sequential], nn.Module]:
+    """Adds one of HOOKS."""
 
+    def change(net: nn.Sequential) -> nn.Module:
+        index, register, hook = HOOKS[name]
+        getattr(net[index], register)(hook)
+        return net
 
-def backward_hook(net: nn.Sequential) -> nn.Module:
-    net[1].register_full_backward_hook(lambda module, dx, dy: (2 * dx[0],))
-    return net
-
-
-def activation_hook(net: nn.Sequential) -> nn.Module:
-    net[2].register_forward_hook(lambda module, args, output: output + args[0])
-    return net
-
-
-def activation_pre_hook(net: nn.Sequential) -> nn.Module:
-    net[2].register_forward_pre_hook(lambda module, args: (args[0].neg(),))
-    return net
-
-
-def activation_pre_hook_in_place(net: nn.Sequential) -> nn.Module:
-    net[2].register_forward_pre_hook(lambda module, args: (args[0].add_(1.0),))
-    return net
-
-
-def activation_backward_hook(net: nn.Sequential) -> nn.Module:
-    net[2].register_full_backward_hook(lambda module, dx, dy: (2 * dx[0],))
-    return net
-
-
-def activation_backward_pre_hook(net: nn.Sequential) -> nn.Module:
-    net[2].register_full_backward_pre_hook(lambda module, dy: (3 * dy[0],))
-    return net
+    change.__name__ = name
+    return change
 
 
 SURGERY = [
     tap, tap_by_hand, norm_replaced, norm_replaced_by_a_fresh_one, activation_replaced, activation_removed,
     activation_copied_out, activation_twice, norm_copied_out, norm_twice, tap_of_the_middle,
-    hook, pre_hook, backward_hook,
-    activation_hook, activation_pre_hook, activation_pre_hook_in_place, activation_backward_hook,
-    activation_backward_pre_hook,
+    *map(hooked, HOOKS),
 ]  # fmt: skip
 
 
@@ -119,10 +101,10 @@ def test_surgery(surgery: Callable[[nn.Sequential], nn.Module]) -> None:
     net, untouched = twins(stack(nn.LeakyReLU(0.1)))
     net, untouched = surgery(net), surgery(untouched)
     with taken("fused"):
-        assert type(net(volume())) is Tensor, "nothing deferred gets out"
-        assert_like_untouched(net, untouched, volume())
+        assert type(net(small_input())) is Tensor, "nothing deferred gets out"
+        assert_like_untouched(net, untouched, small_input())
         with torch.no_grad():
-            x = volume()
+            x = small_input()
             assert_near(net(x), untouched(x).double())
 
 
@@ -130,7 +112,8 @@ def test_hook_on_an_activation_in_place() -> None:
     """By the time a forward hook runs, the activation's input is its output."""
     net, untouched = twins(stack(nn.LeakyReLU(0.1, inplace=True)))
     with taken("fused"):
-        assert_like_untouched(activation_hook(net), activation_hook(untouched), volume())
+        change = hooked("activation_hook")
+        assert_like_untouched(change(net), change(untouched), small_input())
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -141,7 +124,7 @@ def test_hook_that_keeps_the_norms_output(inplace: bool) -> None:
     kept: list[Tensor] = []
     for model in net, untouched:
         model[0].register_forward_hook(lambda module, args, output: kept.append(output))
-    x = volume()
+    x = small_input()
     with taken("fused"):
         assert_near(net(x), untouched(x).double())
         with torch.no_grad():
@@ -156,9 +139,9 @@ def test_a_forward_that_becomes_another_one(then: str) -> None:
     net, untouched = twins(Changes())
     net.then = untouched.then = then
     with taken("fused"):
-        assert_like_untouched(net, untouched, volume())
+        assert_like_untouched(net, untouched, small_input())
         with torch.no_grad():
-            x = volume()
+            x = small_input()
             assert_near(net(x), untouched(x).double())
 
 
@@ -166,7 +149,7 @@ def test_a_forward_that_becomes_another_one(then: str) -> None:
 def test_input_overwritten_before_the_activation() -> None:
     net, untouched = twins(Changes("overwrite the input"))
     assert [norm.detail for norm in net.accelerated] == ["its input is used again before the activation"]
-    x = volume()
+    x = small_input()
     with taken("fused"):
         assert_near(net(x), untouched(x).double())
         net = fastenc.accelerate(Changes())
@@ -190,7 +173,7 @@ def test_gradient_modes_that_change_in_between() -> None:
                 return self.act(z)
 
     net, untouched = twins(Modes())
-    x = volume()
+    x = small_input()
     with taken("fused"):
         assert not net(x).requires_grad
         for model in net, untouched:

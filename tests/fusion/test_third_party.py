@@ -53,7 +53,7 @@ def test_what_fuses(name: str) -> None:
 
 
 @network
-def test_eager_route_to_the_bit(name: str) -> None:
+def test_eager_route_is_bitwise_equal(name: str) -> None:
     net, untouched, x = twins(name)
     for found, expected in zip(gradients(net, x), gradients(untouched, x), strict=True):
         assert torch.equal(found, expected)
@@ -188,12 +188,12 @@ def test_parts_fuse_too() -> None:
 KEPT = Path(__file__).parents[2] / "bench" / "third_party.md"
 
 
-def test_the_table_that_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_committed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What the command prints and writes is what the repository keeps, and counts what COUNTS does."""
     assert main(["accelerate", "--out", str(tmp_path / "table.md")]) == 0
     kept = KEPT.read_text(encoding="utf-8")
     assert kept == capsys.readouterr().out == (tmp_path / "table.md").read_text(encoding="utf-8"), (
-        f"python -m fastenc accelerate --out bench/{KEPT.name} writes it anew"
+        f"python -m fastenc accelerate --out bench/{KEPT.name} writes it again"
     )
     for name, (fused, alone) in COUNTS.items():
         assert f"| {name} | {fused + alone} | {fused} | {alone} | 0 |" in kept

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +71,21 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def on_a_side_stream() -> Callable[..., Any]:
+    """Calls a function with a copy of x, on a side stream that is still busy making that copy."""
+
+    def run(call: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
+        made = torch.zeros_like(x)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            made.copy_(x)
+            results = call(made)
+        stream.synchronize()
+        return results
+
+    return run

@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class ResidualBlock(Block):
-    """The second norm's output and a normalised skip are added ahead of the last activation."""
+    """The second norm's output and a normalised skip are added before the last activation."""
 
     def __init__(self, in_planes: int, out_planes: int, stride: int) -> None:
         super().__init__(in_planes, out_planes, stride)
@@ -94,7 +94,7 @@ def test_as_near_as_torch(twins: tuple[nn.Module, nn.Module]) -> None:
         assert (mine - value).norm() <= limit
 
 
-def test_volumes_stay_channels_last(twins: tuple[nn.Module, nn.Module]) -> None:
+def test_tensors_stay_channels_last(twins: tuple[nn.Module, nn.Module]) -> None:
     net, _ = twins
     seen: list[Tensor] = []
     convolutions = [module for module in net.modules() if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d))]

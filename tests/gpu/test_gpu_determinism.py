@@ -1,4 +1,4 @@
-"""Repeats on a GPU are equal bit for bit: the kernels always, a training step under deterministic algorithms."""
+"""Repeats on a GPU are bitwise equal: the kernels always, a training step under deterministic algorithms."""
 
 import copy
 

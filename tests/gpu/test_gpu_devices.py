@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,18 +62,13 @@ def test_a_stream_of_another_gpu() -> None:
 
 
 @recomputing
-def test_training_on_a_side_stream(recompute: bool, deterministic: None) -> None:
+def test_training_on_a_side_stream(
+    recompute: bool, deterministic: None, on_a_side_stream: Callable[..., list[Tensor]]
+) -> None:
     """Forward and backward on a stream that is still busy making x."""
     net, x = network(recompute), torch.randn(SIZE, device="cuda")
     expected = results(net, x)
-    made = torch.zeros_like(x)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
-        made.copy_(x)
-        found = results(net, made)
-    stream.synchronize()
+    found = on_a_side_stream(lambda made: results(net, made), x)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -81,19 +77,19 @@ def test_training_on_a_side_stream(recompute: bool, deterministic: None) -> None
 @recomputing
 def test_a_parameter_elsewhere_gives_the_error_that_torch_gives(name: str, recompute: bool) -> None:
     x = torch.randn(2, 8, 6, 6, 6, device="cuda")
-    unit = fastenc.ConvModern3d(8, 8).cuda()
-    unit.recompute = recompute
+    layer = fastenc.ConvModern3d(8, 8).cuda()
+    layer.recompute = recompute
     owner, _, attribute = name.rpartition(".")
-    setattr(unit.get_submodule(owner), attribute, nn.Parameter(unit.get_parameter(name).cpu()))
+    setattr(layer.get_submodule(owner), attribute, nn.Parameter(layer.get_parameter(name).cpu()))
     with pytest.raises(RuntimeError) as expected:
-        nn.Sequential(*unit.mconv)(x)
+        nn.Sequential(*layer.mconv)(x)
     with pytest.raises(RuntimeError) as found:
-        unit(x)
+        layer(x)
     assert str(found.value) == str(expected.value)
 
 
 def test_an_error_of_earlier_work_is_raised_as_it_is() -> None:
-    """An illegal access breaks the context for good, so a process of its own meets it."""
+    """An illegal access breaks the context permanently, so it happens in a separate process."""
     code = """
 import warnings, torch, fastenc
 from fastenc import route

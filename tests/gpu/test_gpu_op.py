@@ -6,12 +6,13 @@ few roundings of the result's dtype, plus what float32 statistics cannot avoid. 
 and a sum of M terms in float32 by a few 2⁻²⁴ of the sum of their sizes when it is taken in blocks.
 
 Where z is within that of 0 its sign, and with it the branch of PReLU, is not determined: dy is 0 there. With a residual
-r, PyTorch rounds z to its dtype ahead of the sum z + r, which takes z's place: that much more is not determined.
+r, PyTorch rounds z to its dtype before the sum z + r, which takes z's place: that much more is not determined.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,17 +128,10 @@ def settle(problem: Problem) -> Problem:
     return replace(problem, dy=problem.dy.masked_fill(undetermined(problem), 0))
 
 
-def plain(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    eps: float,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The PyTorch lines that the op replaces; torch.prelu wants slope in x's dtype, and cuDNN five axes at most."""
-    volume = x if x.dim() <= 5 else x.flatten(2)
-    z = F.instance_norm(volume, weight=weight, bias=bias, eps=eps).view_as(x)
+def plain(x: Tensor, weight: Any, bias: Any, slope: Any, eps: float, residual: Tensor | None = None) -> Tensor:
+    """The PyTorch lines that the operation replaces. torch.prelu needs slope in x's dtype, cuDNN at most five axes."""
+    tensor = x if x.dim() <= 5 else x.flatten(2)
+    z = F.instance_norm(tensor, weight=weight, bias=bias, eps=eps).view_as(x)
     z = z if residual is None else z + residual
     return F.prelu(z, slope.to(z.dtype)) if isinstance(slope, Tensor) else F.leaky_relu(z, slope)
 
@@ -357,7 +351,7 @@ def test_one_gradient_alone_is_the_same(wanted: str, S: int, layout: str) -> Non
         (4, 64, 29760, True),
     ],
 )  # fmt: skip
-def test_bit_for_bit_over_100_runs(N: int, C: int, S: int, residual: bool, dtype: torch.dtype, layout: str) -> None:
+def test_bitwise_equal_over_100_runs(N: int, C: int, S: int, residual: bool, dtype: torch.dtype, layout: str) -> None:
     problem = random_problem((N, C, *SPATIAL[S]), dtype, layout, residual=residual)
     first = run(fastenc.instance_norm_prelu, problem)
     for _ in range(99):
@@ -388,7 +382,7 @@ def test_input_is_not_changed() -> None:
 
 @pytest.mark.parametrize("layout", MEMORY_FORMATS)
 def test_beyond_two_to_the_31_elements(layout: str) -> None:
-    """The first and the last row of a volume of more than 2³¹ elements are what they are alone."""
+    """The first and the last row of a tensor of more than 2³¹ elements are what they are alone."""
     shape = (2, 520, 128, 128, 128)
     needed = 14 * 2 * shape[1] * 2**21
     if torch.cuda.mem_get_info()[0] < needed:

@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 import torch
-from support.opinfo import NORMS, SOURCES, distinct_calls, outcome, units
+from support.opinfo import NORMS, SOURCES, distinct_calls, layers, outcome
 from support.plain import assert_all_near
 from test_gpu_op import Problem, check, settle
 
@@ -30,12 +30,12 @@ def test_kernels_by_the_rule(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NORMS[:3])
-def test_units(name: str, training: bool) -> None:
+def test_layers(name: str, training: bool) -> None:
     """Running statistics and inputs without a batch among them: the same numbers or the same kind of error."""
     torch.manual_seed(0)
-    for unit, twin, x in units(name, "cuda", torch.float32, training):
+    for layer, twin, x in layers(name, "cuda", torch.float32, training):
         with fastenc.backend("auto"):
-            found, expected = outcome(unit, x), outcome(twin, x)
+            found, expected = outcome(layer, x), outcome(twin, x)
         if isinstance(expected, type):
             assert found is expected
         else:

@@ -33,7 +33,7 @@ def net() -> fastenc.EncoderNet3d:
     return example_1()
 
 
-def volume(N: int = 2) -> Tensor:
+def small_input(N: int = 2) -> Tensor:
     return torch.randn(N, 3, *SIZE, generator=torch.Generator("cuda").manual_seed(N), device="cuda")
 
 
@@ -46,13 +46,13 @@ def gradients(network: nn.Module, x: Tensor, autocast: bool) -> list[Tensor]:
 
 
 def test_copied_across_devices(net: fastenc.EncoderNet3d) -> None:
-    """To the CPU, copied and pickled there, and back: the same network to the bit."""
+    """Moved to the CPU, copied and pickled there, and moved back: bitwise the same network."""
     there = pickle.loads(pickle.dumps(copy.deepcopy(net).cpu()))
     with fastenc.backend("auto"):
-        assert {row.route for row in fastenc.explain(there, volume().cpu())} == {"eager"}
+        assert {row.route for row in fastenc.explain(there, small_input().cpu())} == {"eager"}
     back = there.to("cuda")
     with torch.no_grad():
-        assert torch.equal(back(volume()), net(volume()))
+        assert torch.equal(back(small_input()), net(small_input()))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -61,7 +61,7 @@ def test_no_kernel_converts_a_layout(
     autocast: bool, recompute: bool, net: fastenc.EncoderNet3d, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(net, "recompute", recompute)
-    x = volume()
+    x = small_input()
     with settings(tf32=True, benchmark=False):  # as torch comes: exact float32 has few channels-last kernels in cuDNN
         gradients(net, x, autocast)
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -73,11 +73,9 @@ def test_no_kernel_converts_a_layout(
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
-def test_recompute_is_the_same_to_the_bit(
-    autocast: bool, net: fastenc.EncoderNet3d, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recompute_is_bitwise_equal(autocast: bool, net: fastenc.EncoderNet3d, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    x = volume()
+    x = small_input()
     kept = gradients(net, x, autocast)
     monkeypatch.setattr(net, "recompute", True)
     again = gradients(net, x, autocast)
@@ -96,10 +94,10 @@ def peak(call: Callable[[], object]) -> int:
 
 
 def test_memory(net: fastenc.EncoderNet3d, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inference in place, two volumes of a unit in training, one with recompute. cuDNN's workspaces are in it."""
+    """Inference in place, two tensors of a layer in training, one with recompute. cuDNN's workspaces are in it."""
     with torch.device("cuda"):
         plain = plain_encoder(EXAMPLE_1)
-    x = volume(8)
+    x = small_input(8)
 
     def infer(network: nn.Module) -> None:
         with torch.no_grad():
@@ -147,7 +145,7 @@ def test_the_stem(channels: int) -> None:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_frozen_and_graphed(dtype: torch.dtype | None) -> None:
     net = example_1().eval()
-    x = volume(1)
+    x = small_input(1)
     frozen, graph = fastenc.freeze(net, dtype), fastenc.graphed(net, x, dtype)
     with torch.no_grad(), torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
         expected = net(x)
@@ -155,7 +153,7 @@ def test_frozen_and_graphed(dtype: torch.dtype | None) -> None:
     for call in (frozen, graph):
         assert call(x).dtype == expected.dtype
         assert distance(call(x), expected) < floor
-    other = volume(2)
+    other = small_input(2)
     assert distance(graph(other), frozen(other)) < floor
     kept = graph(x)
     graph(torch.zeros_like(x))
@@ -170,7 +168,7 @@ def test_frozen_and_graphed(dtype: torch.dtype | None) -> None:
 
 
 def test_a_borrowed_output_is_overwritten() -> None:
-    net, x = example_1().eval(), volume(1)
+    net, x = example_1().eval(), small_input(1)
     graph = fastenc.graphed(net, x, borrow=True)
     first = graph(x)
     copied = first.clone()
@@ -188,7 +186,7 @@ def test_an_error_inside_a_capture_leaves_the_model_usable() -> None:
             y = self.net(x)
             return y if y.sum().item() else -y
 
-    model, x = Asks().eval(), volume(1)
+    model, x = Asks().eval(), small_input(1)
     with pytest.raises(RuntimeError, match="could not be captured"):
         fastenc.graphed(model, x)
     with torch.no_grad():
@@ -202,7 +200,7 @@ def test_training_as_graphed_callables() -> None:
     """What README shows for training: the same losses, step by step, as without graphs."""
     losses = []
     for graphs in (False, True):
-        net, x = example_1(), volume(2)
+        net, x = example_1(), small_input(2)
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
         call = torch.cuda.make_graphed_callables(net, (x.clone(),)) if graphs else net
         seen = []
@@ -221,6 +219,6 @@ def test_compiled(dynamic: bool, net: fastenc.EncoderNet3d) -> None:
     torch.compiler.reset()
     compiled = torch.compile(net, fullgraph=True, dynamic=dynamic)
     for N in (2, 3):
-        expected = gradients(net, volume(N), False)
-        for found, truth in zip(gradients(compiled, volume(N), False), expected, strict=True):
+        expected = gradients(net, small_input(N), False)
+        for found, truth in zip(gradients(compiled, small_input(N), False), expected, strict=True):
             assert distance(found, truth) < 6e-3  # the floor of `agreement` for gradients of single parameters

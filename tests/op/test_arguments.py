@@ -118,7 +118,7 @@ def failing(error: Exception) -> Callable[..., object]:
 
 @pytest.fixture
 def _a_gpu_that_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under "auto", CPU tensors are taken for CUDA ones, so that the fallback can be watched."""
+    """Under "auto", CPU tensors count as CUDA tensors, so that the fallback can be observed."""
     monkeypatch.setattr(route, "device_reason", lambda x: route._faults.get(x.device))
     monkeypatch.setattr(route, "_faults", {})
     monkeypatch.setattr(route, "_warned", set())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.backends import taken
-from support.plain import assert_all_near, assert_near, assert_same, gradients, small_twins, volume
+from support.plain import assert_all_near, assert_near, assert_same, gradients, small_input, small_twins
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
@@ -136,11 +136,11 @@ def test_compiled_op_under_autocast(dtype: torch.dtype, slope: Tensor | float) -
 
 @pytest.mark.parametrize("route", ["fused", "triton"])
 def test_compiled_network(route: str) -> None:
-    """Every unit is one operator, and another size compiles nothing."""
+    """Every layer is one operator, and another size compiles nothing."""
     with taken(route) as dtype:
         net, plain = small_twins(dtype, out_length=None)
         compiled = Compiled(net, dynamic=True)
-        for x in (volume(dtype=dtype), volume(OTHER_SIZE, batch=3, dtype=dtype)):
+        for x in (small_input(dtype=dtype), small_input(OTHER_SIZE, batch=3, dtype=dtype)):
             found = compiled(x)
             assert found.stride() == net(x).stride()
             assert_near(found, plain(x))
@@ -155,14 +155,14 @@ def test_another_backend_compiles_again() -> None:
         compiled = Compiled(net)
         for name in ("auto", "eager", "auto"):
             with fastenc.backend(name), torch.no_grad():
-                assert_near(compiled(volume(dtype=dtype)), plain(volume(dtype=dtype)))
+                assert_near(compiled(small_input(dtype=dtype)), plain(small_input(dtype=dtype)))
     assert compiled.graphs == [3, 0]
 
 
-def test_asked_for_triton_in_vain() -> None:
+def test_triton_backend_raises_with_reason() -> None:
     net, _ = small_twins(torch.float64)
     with taken("triton"), pytest.raises(RuntimeError, match="float64"):
-        Compiled(net, fullgraph=False)(volume())
+        Compiled(net, fullgraph=False)(small_input())
 
 
 HOOKS: dict[str, Callable[[nn.Module], Any]] = {
@@ -181,8 +181,8 @@ def test_hooks_are_compiled_too(kind: str, place: str) -> None:
         for network in (net, plain):
             HOOKS[kind](network.get_submodule(f"netbody.1.conv_scale.{place}"))
         compiled = Compiled(net, fullgraph=kind != "backward")
-        assert_same(compiled, plain, volume(dtype=dtype))
-    assert sum(compiled.graphs) == 2  # the other unit, forward and backward
+        assert_same(compiled, plain, small_input(dtype=dtype))
+    assert sum(compiled.graphs) == 2  # the other layer, forward and backward
 
 
 TRANSFORMS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
@@ -196,7 +196,7 @@ def test_a_transform_inside_stays_plain(name: str) -> None:
     with taken("fused") as dtype:
         net, plain = small_twins(dtype, layers=[1, 1])
         compiled = Compiled(TRANSFORMS[name](net))
-        x = volume(dtype=dtype)
+        x = small_input(dtype=dtype)
         assert_near(compiled(x), TRANSFORMS[name](plain)(x))
     assert set(compiled.graphs) == {0}
 
@@ -206,16 +206,16 @@ def exported(request: pytest.FixtureRequest) -> torch.export.ExportedProgram:
     axes = {0: torch.export.Dim("batch", min=2), **dict.fromkeys((2, 3, 4), torch.export.Dim.AUTO)}
     with taken("fused") as dtype:
         net, _ = small_twins(dtype)
-        x = volume((8, 7, 9), dtype=dtype)
+        x = small_input((8, 7, 9), dtype=dtype)
         return torch.export.export(net, (x,), dynamic_shapes=(axes,), strict=request.param)
 
 
 def test_export_on_the_triton_route(exported: torch.export.ExportedProgram) -> None:
-    """Three operators for three units; run, differentiated once and twice, at another size."""
+    """Three operators for three layers; run, differentiated once and twice, at another size."""
     assert fused_nodes(exported.graph) == fused_nodes(exported.run_decompositions().graph) == 3
     with taken("fused") as dtype:
         _, plain = small_twins(dtype)
-        module, x = exported.module(), volume(OTHER_SIZE, batch=3, dtype=dtype)
+        module, x = exported.module(), small_input(OTHER_SIZE, batch=3, dtype=dtype)
         assert_all_near(gradients(module, x)[:2], gradients(plain, x)[:2])
         penalties = []
         for network in (module, plain):
@@ -229,7 +229,7 @@ def test_an_operator_loses_no_tangent(exported: torch.export.ExportedProgram) ->
     """That of a gradient goes through the formula; that of an input is refused, where a zero would come back."""
     with taken("fused") as dtype:
         _, plain = small_twins(dtype)
-        module, x = exported.module(), volume(OTHER_SIZE, batch=3, dtype=dtype).requires_grad_()
+        module, x = exported.module(), small_input(OTHER_SIZE, batch=3, dtype=dtype).requires_grad_()
         y = module(x)
         moved = torch.arange(1.0, 1 + y.numel(), dtype=dtype).view_as(y)
         with dual_level():
@@ -272,10 +272,10 @@ def test_a_gpu_is_asked_while_tracing(
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_the_onnx_exporter_gets_aten(strict: bool) -> None:
-    """Strictly too: Dynamo on its own answers that nobody is exporting to ONNX."""
+    """Strict mode too: Dynamo by itself answers that no ONNX export is running."""
     with taken("fused") as dtype:
         net, _ = small_twins(dtype, layers=[1, 1])
-        program = set_onnx_exporting_flag(torch.export.export)(net, (volume(dtype=dtype),), strict=strict)
+        program = set_onnx_exporting_flag(torch.export.export)(net, (small_input(dtype=dtype),), strict=strict)
     assert fused_nodes(program.graph) == 0
 
 

@@ -1,4 +1,4 @@
-"""Repeats are equal bit for bit, on both routes, and no operation runs that torch knows not to be repeatable.
+"""Repeats are bitwise equal on both routes, and no operation runs that torch knows not to be repeatable.
 
 On a GPU what could break this is a sum whose order is not fixed. Here programs run one after another, so the order is
 what the tests change: whatever it is, the bits are the same.
@@ -72,7 +72,7 @@ def assert_repeats(call: Callable[[], list[Tensor]], route: str) -> None:
         assert all(map(torch.equal, first, other))
 
 
-def volumes(layout: str, rows: str) -> list[Tensor]:
+def tensors(layout: str, rows: str) -> list[Tensor]:
     """x, dy and a residual."""
     shape = (2, *SHAPES[layout, rows])
     return [torch.randn(shape).contiguous(memory_format=MEMORY_FORMATS[layout]) for _ in range(3)]
@@ -82,7 +82,7 @@ def volumes(layout: str, rows: str) -> list[Tensor]:
 @pytest.mark.parametrize(("layout", "rows"), SHAPES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_operation(route: str, layout: str, rows: str, residual: bool) -> None:
-    x, dy, r = volumes(layout, rows)
+    x, dy, r = tensors(layout, rows)
     C = x.shape[1]
     parameters = torch.randn(C), torch.randn(C), torch.rand(1)
 
@@ -95,7 +95,7 @@ def test_operation(route: str, layout: str, rows: str, residual: bool) -> None:
 
 @pytest.mark.parametrize(("layout", "rows"), SHAPES)
 def test_no_atomic_operation(layout: str, rows: str) -> None:
-    x, dy, r = volumes(layout, rows)
+    x, dy, r = tensors(layout, rows)
     C = x.shape[1]
     with taken("triton"), Traffic() as traffic:
         for residual in (None, r):
@@ -134,13 +134,13 @@ def test_network(route: str, recompute: bool) -> None:
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """The fused route of CPU tensors with what it does on CUDA tensors alone: the pool, and the live taps."""
-    way_of = convolution.way_of
+    plan_convolution = convolution.plan_convolution
 
-    def cuda_way_of(*arguments: Any) -> convolution.Way | None:
-        return way_of(*arguments[:7], "cuda", *arguments[8:])
+    def cuda_plan(*arguments: Any) -> convolution.ConvPlan | None:
+        return plan_convolution(*arguments[:7], "cuda", *arguments[8:])
 
     cuda = mock.patch.object(Tensor, "is_cuda", True, create=True)
-    with taken("fused"), cuda, mock.patch.object(convolution, "way_of", cuda_way_of):
+    with taken("fused"), cuda, mock.patch.object(convolution, "plan_convolution", cuda_plan):
         yield
 
 

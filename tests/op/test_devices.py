@@ -28,7 +28,7 @@ def elsewhere(devices: Devices, count: int) -> bool:
 
 @pytest.mark.parametrize("plan", SPATIAL)
 def test_launches_where_the_tensors_are(plan: str) -> None:
-    """The forward here, the backward in a thread of its own, which starts on GPU 0 as every thread does."""
+    """The forward runs here, the backward in its own thread, which starts on GPU 0 as every thread does."""
     forward, backward = LAUNCHES[plan]
     with two_gpus() as devices:
         y = InstanceNormPReLU.apply(*leaves(SPATIAL[plan]), None, 0.1, None, 1e-5, None)
@@ -76,11 +76,11 @@ def test_tensors_on_the_current_device_need_no_change() -> None:
 def test_a_parameter_elsewhere_gives_the_error_that_torch_gives(name: str, recompute: bool) -> None:
     """Here "meta" stands for another device. (To a convolution's weight torch does not object there.)"""
     net, plain = small_twins(torch.float32)
-    unit, its = net.netbody[1].conv_scale, plain.netbody[1].conv_scale
-    unit.recompute = recompute
+    layer, its = net.netbody[1].conv_scale, plain.netbody[1].conv_scale
+    layer.recompute = recompute
     x = torch.randn(2, 2, 4, 5, 6)
     errors = []
-    for module in (its, unit):
+    for module in (its, layer):
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, nn.Parameter(module.get_parameter(name).to("meta")))
         with taken_for_cuda():

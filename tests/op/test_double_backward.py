@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.backends import launches_replaced, taken
-from support.plain import small_twins, volume
+from support.plain import small_input, small_twins
 from torch import Tensor, nn
 
 import fastenc
@@ -99,7 +99,7 @@ def test_a_module(affine: bool, activation: nn.Module) -> None:
 
 
 class Residual(nn.Module):
-    """A pair, in a Sequential or in a forward of its own, which may add its input."""
+    """A pair in a Sequential, or in its own forward, which may add the input."""
 
     def __init__(self, add: bool) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_a_network(recompute: bool) -> None:
     """Every gradient in every parameter, the launches replaced by the formula."""
     net, untouched = small_twins(torch.float32, channel=1, layers=[1, 1])
     net.recompute = recompute
-    x = volume((4, 3, 4), dtype=torch.float32)
+    x = small_input((4, 3, 4), dtype=torch.float32)
     op, parameters = of_module(untouched)
     truth = seconds(op, {"x": x, **parameters}, torch.float64)
     op, parameters = of_module(net)

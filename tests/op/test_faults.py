@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from support.fake_gpu import GPU, fake_driver, taken_for_cuda
-from support.plain import assert_near, small_twins, volume
+from support.plain import assert_near, small_input, small_twins
 from torch import Tensor
 from triton.runtime import build, cache
 
@@ -148,7 +148,7 @@ def test_one_warning_for_a_cause_on_several_gpus(warned: list[str]) -> None:
     assert [text.count("cuda:0 from now on") for text in warned] == [1, 1]
 
 
-# What is nobody's lack: raised as it is, nothing recorded, and the next launch is tried again
+# Errors that do not come from the environment: raised unchanged, not recorded, and the next launch is tried
 
 MEMORY = "Triton Error [CUDA]: out of memory"
 BROKEN = "CUDA error: an illegal memory access was encountered"
@@ -217,7 +217,7 @@ def test_triton_not_installed_where_a_gpu_is(warned: list[str], monkeypatch: pyt
 
 @contextlib.contextmanager
 def on_gpus_of(capability: tuple[int, int]) -> Iterator[None]:
-    """CPU tensors are taken for such on `GPU`, of this compute capability; what is known of it is asked anew."""
+    """CPU tensors count as tensors on `GPU` with this compute capability. Cached facts about it are dropped."""
     route._lacking.cache_clear()
     asked = mock.patch("torch.cuda.get_device_capability", return_value=capability)
     with taken_for_cuda(), asked, mock.patch.multiple(route, device_reason=lambda x: route._cuda_reason(0)):
@@ -238,7 +238,7 @@ def test_a_gpu_that_is_not_covered_is_named(
     """Silently under "auto", as every reason that is no fault."""
     monkeypatch.setattr(torch.version, "hip", hip)
     net, plain = small_twins(torch.float32)
-    x = volume(dtype=torch.float32)
+    x = small_input(dtype=torch.float32)
     with on_gpus_of(capability):
         assert_near(net(x), plain(x))
         assert all(row.route == "eager" and reason in row.reason for row in fastenc.explain(net, x))
@@ -260,7 +260,7 @@ def test_eps_of_any_number_type_is_no_fault(eps: Any) -> None:
 
 
 def test_triton_that_cannot_be_imported(tmp_path: Path) -> None:
-    """In a process of its own: on a GPU a warning and the eager result, on a CPU the reason under "triton"."""
+    """In a separate process: on a GPU a warning and the eager result, on a CPU the reason under "triton"."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: undefined symbol')")
     code = """

@@ -22,7 +22,7 @@ LAYOUTS = ("contiguous", "channels_last")
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.empty hands out is NaN, so that an element nobody writes, or reads too early, shows."""
+    """torch.empty returns NaN, so that an element that is never written, or is read too early, shows."""
 
     def poison(empty: Callable[..., Tensor], *args: object, **kwargs: object) -> Tensor:
         tensor = empty(*args, **kwargs)
@@ -72,7 +72,7 @@ def test_parameters_in_low_precision(N: int, layout: str, dtype: torch.dtype) ->
     check(x, weight.to(dtype), bias.to(dtype), slope.to(dtype), dy)
 
 
-def test_a_shared_slope_in_float32_beside_parameters_in_low_precision() -> None:
+def test_a_shared_slope_in_float32_with_parameters_in_low_precision() -> None:
     """Its gradient is as near as float32 is, which torch's is not."""
     x, weight, bias, slope, dy = arguments(2, 24, 120, "channels_last", torch.bfloat16)
     given = x, weight.bfloat16(), bias.bfloat16(), slope[:1], 1e-5
@@ -89,7 +89,7 @@ def test_gradients_of_a_big_batch(N: int) -> None:
 
 @pytest.mark.parametrize("low", list(itertools.product([True, False], repeat=3)))
 def test_each_parameters_gradient_is_as_exact_as_its_dtype(low: tuple[bool, ...]) -> None:
-    """Parameters in float32 beside others in low precision: theirs alone are rounded to it."""
+    """Parameters in float32 together with others in low precision: only the gradients of the latter are rounded."""
     x, *parameters, dy = arguments(2, 8, 120, "channels_last", torch.bfloat16)
     parameters = [
         each.bfloat16().to(torch.bfloat16 if is_low else torch.float32)
@@ -113,7 +113,7 @@ def test_rows_split_in_many_chunks(layout: str) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_more_chunks_than_a_combining_program_holds_at_a_time(channels_last: bool) -> None:
-    """The combining launches alone, on the partials of short chunks: of a 128³ volume, too big to interpret."""
+    """The combining launches alone, on the partials of short chunks: a 128³ input is too large to interpret."""
     C, size = 8, 5
     plan = make_plan(1, C, 128**3, 4, channels_last=True, sms=132, backward=False)
     assert plan.chunks > plan.COMBINE_K
@@ -323,7 +323,7 @@ def test_only_the_gradients_asked_for() -> None:
             (grad,) = torch.autograd.grad(y, [leaves[wanted]], dy)
         moved[wanted] = traffic.sectors
         assert torch.equal(grad, full[f"d{wanted}"])
-    assert moved["weight"] < 0.5 * moved["x"], "dx is not written, nor x and dy read again, where nobody wants dx"
+    assert moved["weight"] < 0.5 * moved["x"], "without dx, neither is dx written nor are x and dy read again"
 
 
 def test_without_gradients_as_with() -> None:

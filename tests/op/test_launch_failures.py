@@ -39,7 +39,7 @@ def failing(at: int | None, error: Exception = LACK) -> Iterator[list[str]]:
         yield made
 
 
-def volume(C: int = 3) -> Tensor:
+def small_input(C: int = 3) -> Tensor:
     return torch.randn(2, C, *SPATIAL).contiguous(memory_format=MEMORY_FORMAT[5])
 
 
@@ -48,7 +48,7 @@ def parameters() -> list[Tensor]:
 
 
 def trained() -> Callable[[], list[Tensor]]:
-    x, leaves = volume().requires_grad_(), parameters()
+    x, leaves = small_input().requires_grad_(), parameters()
 
     def run() -> list[Tensor]:
         y = fastenc.instance_norm_prelu(x, *leaves)
@@ -58,7 +58,7 @@ def trained() -> Callable[[], list[Tensor]]:
 
 
 def with_a_residual() -> Callable[[], list[Tensor]]:
-    x, r, leaves = volume().requires_grad_(), volume().requires_grad_(), parameters()
+    x, r, leaves = small_input().requires_grad_(), small_input().requires_grad_(), parameters()
 
     def run() -> list[Tensor]:
         y = fastenc.instance_norm_prelu(x, *leaves, residual=r)
@@ -71,25 +71,25 @@ def with_a_residual() -> Callable[[], list[Tensor]]:
 
 def recomputed() -> Callable[[], list[Tensor]]:
     """dx is written over the gradient that the formula would need, had it not been launched in vain."""
-    unit, x = fastenc.ConvModern3d(3, 2), volume()
-    unit.recompute = True
-    return lambda: gradients(unit, x)
+    layer, x = fastenc.ConvModern3d(3, 2), small_input()
+    layer.recompute = True
+    return lambda: gradients(layer, x)
 
 
 def in_place() -> Callable[[], list[Tensor]]:
     """Without gradients y is written over x, which the formula needs."""
-    unit, x = fastenc.ConvModern3d(3, 2), volume()
+    layer, x = fastenc.ConvModern3d(3, 2), small_input()
 
     def run() -> list[Tensor]:
         with torch.no_grad():
-            return [unit.run_fused(x.clone(memory_format=torch.preserve_format), True)[0]]
+            return [layer.run_fused(x.clone(memory_format=torch.preserve_format), True)[0]]
 
     return run
 
 
 def operator() -> Callable[[], list[Tensor]]:
     """What torch.compile and torch.export write down; a fault that is known by then is no reason to refuse."""
-    x, leaves = volume().requires_grad_(), parameters()
+    x, leaves = small_input().requires_grad_(), parameters()
 
     def run() -> list[Tensor]:
         weight, bias, slope = leaves
@@ -103,7 +103,7 @@ def operator() -> Callable[[], list[Tensor]]:
 
 
 def operator_with_a_residual() -> Callable[[], list[Tensor]]:
-    x, r, leaves = volume().requires_grad_(), volume().requires_grad_(), parameters()
+    x, r, leaves = small_input().requires_grad_(), small_input().requires_grad_(), parameters()
 
     def run() -> list[Tensor]:
         weight, bias, _ = leaves
@@ -123,12 +123,12 @@ def test_whichever_launch_fails(case: Callable[[], Callable[[], list[Tensor]]]) 
     run = case()
     with failing(None) as made:
         expected = run()
-    assert any("apply" in name for name in made)  # split: many launches, and the last writes the volume
+    assert any("apply" in name for name in made)  # split: many launches, and the last writes the tensor
     for at in range(len(made)):
         with failing(at):
             for _ in range(2):
                 assert_all_near(run(), expected)
-            assert "device kernel image is invalid" in str(route.reason(volume()))
+            assert "device kernel image is invalid" in str(route.reason(small_input()))
 
 
 def test_out_of_memory_at_any_launch_is_raised_and_passes() -> None:
@@ -152,13 +152,13 @@ def test_an_error_of_the_convolution_is_its_own() -> None:
         with pytest.raises(RuntimeError) as caught:
             run()
         assert caught.value is error
-        assert route.reason(volume()) is None
+        assert route.reason(small_input()) is None
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["x's dtype", "autocast's"])
 def test_what_an_operator_gives_by_the_formula_is_what_it_has_declared(dtype: torch.dtype | None) -> None:
-    """dtypes, strides, and empty tensors for gradients that nobody wants; of an x that is neither layout too."""
-    x = volume().transpose(2, 4)
+    """dtypes, strides, and empty tensors for gradients that are not needed; of an x that is neither layout too."""
+    x = small_input().transpose(2, 4)
     weight, bias, slope = (parameter.detach() for parameter in parameters())
     wanted = [True, False, True, True, False]
 

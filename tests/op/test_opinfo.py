@@ -1,11 +1,11 @@
-"""PyTorch's own sample inputs of InstanceNorm, PReLU and LeakyReLU, through the fused operation and through units."""
+"""PyTorch's own sample inputs of InstanceNorm, PReLU and LeakyReLU, through the fused operation and through layers."""
 
 from unittest import mock
 
 import pytest
 import torch
 from support.backends import launches_replaced, taken
-from support.opinfo import ACTIVATIONS, NORMS, SOURCES, activations, calls, distinct_calls, information, outcome, units
+from support.opinfo import ACTIVATIONS, NORMS, SOURCES, activations, calls, distinct_calls, information, layers, outcome
 from support.plain import assert_all_near
 from test_forward_backward import check
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ def results(y: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_eager_is_torchs_composition_to_the_bit(name: str, dtype: torch.dtype) -> None:
+def test_eager_is_bitwise_torchs_composition(name: str, dtype: torch.dtype) -> None:
     samples = list(calls(name, "cpu", dtype))
     assert samples
     for call in samples:
@@ -83,11 +83,11 @@ def test_samples_that_are_refused(backend: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NORMS[:3])
 @pytest.mark.parametrize("route", ["auto", "fused"])
-def test_units(route: str, name: str, training: bool) -> None:
+def test_layers(route: str, name: str, training: bool) -> None:
     """Running statistics and inputs without a batch among them: the same numbers or the same kind of error."""
     with taken(route) as dtype:
-        for unit, twin, x in units(name, "cpu", dtype, training):
-            found, expected = outcome(unit, x), outcome(twin, x)
+        for layer, twin, x in layers(name, "cpu", dtype, training):
+            found, expected = outcome(layer, x), outcome(twin, x)
             if isinstance(expected, type):
                 assert found is expected
             else:
@@ -95,13 +95,13 @@ def test_units(route: str, name: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("route", ["auto", "fused"])
-def test_units_with_the_error_inputs_of_prelu(route: str) -> None:
+def test_layers_with_the_error_inputs_of_prelu(route: str) -> None:
     entry = information()["nn.functional.prelu"]
     with taken(route):
         for error in entry.error_inputs_func(entry, "cpu"):
             x, slope = error.sample_input.input, error.sample_input.kwargs["weight"]
-            unit = fastenc.ConvModern1d(8, 2)
-            unit.mconv[1].weight = nn.Parameter(slope)
-            found, expected = outcome(unit, x), outcome(unit.mconv, x)
+            layer = fastenc.ConvModern1d(8, 2)
+            layer.mconv[1].weight = nn.Parameter(slope)
+            found, expected = outcome(layer, x), outcome(layer.mconv, x)
             assert isinstance(expected, type)
             assert found is expected

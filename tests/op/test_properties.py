@@ -168,7 +168,7 @@ def under(context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Call
 
 
 # What PyTorch is doing at the time of a call, and the reason that it is for the eager route.
-WATCHED: dict[str, tuple[Callable[..., Tensor], str | None]] = {
+OBSERVED: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "nothing": (lambda call, x: call(x), None),
     "autocast": (under(lambda: torch.autocast("cpu", torch.bfloat16)), None),
     "no gradients": (under(torch.no_grad), None),
@@ -182,12 +182,12 @@ WATCHED: dict[str, tuple[Callable[..., Tensor], str | None]] = {
 }
 
 
-def expected_reason(backend: str, watched: str, dtype: torch.dtype, gpu: bool) -> str | None:
+def expected_reason(backend: str, observed: str, dtype: torch.dtype, gpu: bool) -> str | None:
     """Why a call takes the eager route, as DESIGN tells it: the user's wish, PyTorch's, the dtype, the device."""
     if backend == "eager":
         return 'backend "eager" was asked for'
-    if WATCHED[watched][1] is not None:
-        return WATCHED[watched][1]
+    if OBSERVED[observed][1] is not None:
+        return OBSERVED[observed][1]
     if dtype == torch.float64:
         return "x is float64; the kernels compute in float32, bfloat16 and float16"
     if gpu:
@@ -215,11 +215,11 @@ def launches(gpu: bool) -> Iterator[list[Tensor]]:
 
 
 @examples(800)
-@given(cases(small_shapes()), st.sampled_from(route.BACKENDS), st.sampled_from(list(WATCHED)), st.booleans())
-def test_route_and_reason(case: Case, backend: str, watched: str, gpu: bool) -> None:
+@given(cases(small_shapes()), st.sampled_from(route.BACKENDS), st.sampled_from(list(OBSERVED)), st.booleans())
+def test_route_and_reason(case: Case, backend: str, observed: str, gpu: bool) -> None:
     _, x, *rest = tensors(replace(case, parameters=case.dtype))
-    around, reason = WATCHED[watched][0], expected_reason(backend, watched, case.dtype, gpu)
-    leaf = x.requires_grad_("x" in case.needs and watched != "vmap")
+    around, reason = OBSERVED[observed][0], expected_reason(backend, observed, case.dtype, gpu)
+    leaf = x.requires_grad_("x" in case.needs and observed != "vmap")
 
     def run(function: Callable[..., Tensor]) -> Tensor:
         with warnings.catch_warnings(action="ignore"):  # jit.trace's
@@ -290,7 +290,7 @@ def test_triton_route_in_one_pass(case: Case) -> None:
     as_near_as_torch(case)
 
 
-# The smallest volumes whose rows are split: 33 to 39 channels break sectors, so that a program takes them all.
+# The smallest tensors whose rows are split: slices of 33 to 39 channels break sectors, so a program takes them all.
 long_rows = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(16385, 34000))
 wide_blocks = st.tuples(st.integers(1, 2), st.integers(33, 39), st.integers(257, 300))
 
@@ -387,6 +387,6 @@ def test_fused_network_is_as_near_as_the_plain_one(network: Network) -> None:
 
 
 def parts(results: list[Tensor]) -> dict[str, Tensor]:
-    """Output, gradient of x, and the parameters' gradients as one: some are zero but for rounding, ahead of a norm."""
+    """Output, gradient of x, and the parameters' gradients as one: some are zero except for rounding."""
     y, dx, *others = results
     return {OUTPUT: y, "x": dx, "parameters": torch.cat([gradient.flatten() for gradient in others])}

@@ -123,7 +123,7 @@ def test_a_residual_that_alone_needs_a_gradient(layout: str) -> None:
     assert (dr.double() - expected["residual"]).norm() <= 1e-5 * expected["residual"].norm()
 
 
-def test_eager_route_to_the_bit() -> None:
+def test_eager_route_is_bitwise_equal() -> None:
     args = arguments(ONE_PASS)
     dy = torch.randn(args[0].shape)
     expected = outcome(plain, args, dy)

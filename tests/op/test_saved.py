@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.backends import launches_replaced, taken
-from support.plain import small_twins, volume
+from support.plain import small_input, small_twins
 from torch import Tensor, nn
 
 import fastenc
@@ -72,7 +72,7 @@ def test_network(recompute: bool, route: str) -> None:
         if isinstance(module, nn.InstanceNorm3d) and module is not net.netbody[1].conv_scale.mconv[0]:
             module.bias = None
     with launches_replaced(), fastenc.backend("eager" if route == "eager" else "auto"):
-        kept = list(saved_by(net(volume(dtype=torch.float32))))
+        kept = list(saved_by(net(small_input(dtype=torch.float32))))
     names = {name for name, _ in kept}
     assert (names & {"InstanceNormPReLUBackward", "RecomputedUnitBackward"}) or route == "eager"
     assert all(isinstance(tensor, Tensor) for _, tensors in kept for tensor in tensors)

@@ -147,13 +147,13 @@ def test_the_launchers(spatial: tuple[int, ...]) -> None:
 
 
 def test_modules() -> None:
-    """The fused module, an accelerated model, the network's unit: Parameters of any strides, assigned or swapped in."""
+    """Parameters of any strides, assigned or swapped: in the fused module, an accelerated model, a network's layer."""
     x, weight, bias, slope = given(ONE_PASS)
     strided = [nn.Parameter(column(each)) for each in (weight, bias, slope)]
     plain = nn.Sequential(nn.InstanceNorm3d(C, affine=True), nn.PReLU(C))
     names = [name for name, _ in plain.named_parameters()]
     fused = fastenc.InstanceNormAct3d(C, nn.PReLU(C), affine=True)
-    unit, network = fastenc.ConvModern3d(C, C), fastenc.EncoderNet3d(C, [1, 1], in_planes=C)
+    layer, network = fastenc.ConvModern3d(C, C), fastenc.EncoderNet3d(C, [1, 1], in_planes=C)
     with taken("triton"):
         expected = fastenc.instance_norm_prelu(x, weight, bias, slope)
         plain.load_state_dict(dict(zip(names, strided, strict=True)), assign=True)
@@ -161,7 +161,7 @@ def test_modules() -> None:
         assert torch.equal(fastenc.accelerate(plain)(x), expected)
         fused.norm.weight, fused.norm.bias, fused.activation.weight = strided
         assert torch.equal(fused(x), expected)
-        for module in (unit, network):
+        for module in (layer, network):
             state = {name: each.detach().clone() for name, each in module.named_parameters()}
             moved = {name: column(each) if each.shape == (C,) else each for name, each in state.items()}
             assert any(each.stride() == (3,) for each in moved.values())

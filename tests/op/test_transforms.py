@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
-from support.backends import launches_replaced, taken
-from support.plain import assert_all_near, assert_near, gradients, small_twins, volume
+from support.backends import either_route, launches_replaced, taken
+from support.plain import assert_all_near, assert_near, gradients, small_input, small_twins
 from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
@@ -20,7 +20,6 @@ from fastenc import explain
 from fastenc import route as routes
 
 pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
-either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 # Function transforms
@@ -31,7 +30,7 @@ def test_functional_call(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
         other = {name: 1.5 * parameter.detach() for name, parameter in plain.named_parameters()}
-        x = volume(dtype=dtype)
+        x = small_input(dtype=dtype)
         assert_near(functional_call(net, other, (x,)), functional_call(plain, other, (x,)))
         assert_near(net(x), plain(x))
 
@@ -40,7 +39,7 @@ def test_functional_call(route: str) -> None:
 def test_vmap_over_samples(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        x = volume(batch=3, dtype=dtype)
+        x = small_input(batch=3, dtype=dtype)
         assert_near(vmap(lambda sample: net(sample[None])[0])(x), plain(x))
 
 
@@ -49,7 +48,7 @@ def test_vmap_over_ensembles(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
         state = {name: torch.stack([p.detach(), 0.5 * p.detach()]) for name, p in plain.named_parameters()}
-        x = volume(dtype=dtype)
+        x = small_input(dtype=dtype)
         found = vmap(lambda parameters: functional_call(net, parameters, (x,)))(state)
         expected = [functional_call(plain, {n: p[i] for n, p in state.items()}, (x,)) for i in (0, 1)]
         assert_near(found, torch.stack(expected))
@@ -59,7 +58,7 @@ def test_vmap_over_ensembles(route: str) -> None:
 def test_grad_of_each_sample(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        x = volume(batch=3, dtype=dtype)
+        x = small_input(batch=3, dtype=dtype)
         state = {name: parameter.detach() for name, parameter in net.named_parameters()}
 
         def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ def test_grad_of_each_sample(route: str) -> None:
 def test_jacrev(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype, layers=[1, 1])
-        x = volume((4, 3, 4), batch=1, dtype=dtype)
+        x = small_input((4, 3, 4), batch=1, dtype=dtype)
         assert_near(jacrev(net)(x), torch.autograd.functional.jacobian(plain, x))
 
 
@@ -83,7 +82,7 @@ def test_jvp(route: str) -> None:
     """Forward mode against the derivative in backward mode, so that a silent zero shows."""
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        x, tangent = volume(dtype=dtype), volume(dtype=dtype).flip(2)
+        x, tangent = small_input(dtype=dtype), small_input(dtype=dtype).flip(2)
         y, moved = jvp(net, (x,), (tangent,))
         assert_near(y, plain(x))
         jacobian = torch.autograd.functional.jacobian(plain, x)
@@ -94,7 +93,7 @@ def test_jvp(route: str) -> None:
 def test_dual_numbers(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        x, tangent = volume(dtype=dtype), volume(dtype=dtype).flip(3)
+        x, tangent = small_input(dtype=dtype), small_input(dtype=dtype).flip(3)
         with dual_level():
             found = unpack_dual(net(make_dual(x, tangent)))
         expected = jvp(plain, (x,), (tangent,))
@@ -129,10 +128,10 @@ def test_the_reason_is_said(transform: Callable[..., Any], reason: str) -> None:
         return net(x)
 
     with taken("fused"):
-        transform(asked, volume(dtype=torch.float32))
+        transform(asked, small_input(dtype=torch.float32))
     assert [(row.route, row.reason) for row in found] == [("eager", reason)] * 3
     with taken("triton"), pytest.raises(RuntimeError) as error:
-        transform(net, volume(dtype=torch.float32))
+        transform(net, small_input(dtype=torch.float32))
     assert reason in str(error.value)
 
 
@@ -140,7 +139,7 @@ def test_the_reason_is_said(transform: Callable[..., Any], reason: str) -> None:
 def test_hessian(route: str) -> None:
     with taken(route) as dtype:
         net, plain = small_twins(dtype, layers=[1, 1])
-        x = volume((4, 3, 4), batch=1, dtype=dtype)
+        x = small_input((4, 3, 4), batch=1, dtype=dtype)
         expected = torch.autograd.functional.hessian(lambda x: plain(x).square().sum(), x)
         assert_near(hessian(lambda x: net(x).square().sum())(x), expected)
 
@@ -167,7 +166,7 @@ def test_forward_mode_over_the_backward(route: str, recompute: bool, tangents: C
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
         net.recompute = recompute
-        x = volume(dtype=dtype).requires_grad_()
+        x = small_input(dtype=dtype).requires_grad_()
         y = net(x)
         dy, moved = torch.ones_like(y), torch.arange(1.0, 1 + y.numel(), dtype=dtype).view_as(y)
 
@@ -183,7 +182,7 @@ def test_batched_gradients(route: str) -> None:
     """The backward under vmap, in the input and in every parameter: what a vectorized Jacobian does."""
     with taken(route) as dtype:
         net, plain = small_twins(dtype)
-        x = volume((4, 4, 4), dtype=dtype).requires_grad_()  # the last map has one live tap
+        x = small_input((4, 4, 4), dtype=dtype).requires_grad_()  # the last map has one live tap
         y, expected = net(x), plain(x)
         many = torch.eye(y.numel(), dtype=dtype).view(-1, *y.shape)
         found = torch.autograd.grad(y, [x, *net.parameters()], many, is_grads_batched=True)
@@ -206,14 +205,14 @@ def test_gradcheck_on_the_triton_route(recompute: bool) -> None:
     with launches_replaced(), wide:
         net, _ = small_twins(channel=1, layers=[1, 1])
         net.recompute = recompute
-        assert {row.route for row in explain(net, volume((4, 3, 4)))} == {"triton"}
+        assert {row.route for row in explain(net, small_input((4, 3, 4)))} == {"triton"}
         check_gradients(net)
 
 
 def check_gradients(net: nn.Module) -> None:
     """First and second derivatives in the input and in every parameter, with the settings of PyTorch's own tests."""
     names, values = zip(*net.named_parameters(), strict=True)
-    inputs = (volume((4, 3, 4)).requires_grad_(), *(v.detach().clone().requires_grad_() for v in values))
+    inputs = (small_input((4, 3, 4)).requires_grad_(), *(v.detach().clone().requires_grad_() for v in values))
 
     def network(x: Tensor, *parameters: Tensor) -> Tensor:
         return functional_call(net, dict(zip(names, parameters, strict=True)), (x,))
@@ -224,6 +223,6 @@ def check_gradients(net: nn.Module) -> None:
 
 def test_gradcheck_slow_in_the_input() -> None:
     net, _ = small_twins(channel=1, layers=[1, 1])
-    x = volume((3, 3, 4), batch=1).requires_grad_()
+    x = small_input((3, 3, 4), batch=1).requires_grad_()
     assert torch.autograd.gradcheck(net, (x,), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(net, (x,))

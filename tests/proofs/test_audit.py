@@ -32,7 +32,7 @@ THIS = sys.modules[__name__]
 
 
 @pytest.mark.parametrize(("layers", "size"), [((2, 1, 3), (9, 8, 5)), ((3, 3), (7, 7, 7)), ((1, 1), (4, 5, 6))])
-def test_unit_inputs_are_what_the_network_normalises(layers: tuple[int, ...], size: tuple[int, ...]) -> None:
+def test_norm_inputs_are_what_the_network_normalises(layers: tuple[int, ...], size: tuple[int, ...]) -> None:
     seen = []
     net = EncoderNet3d(2, layers)
     for module in net.modules():
@@ -40,11 +40,11 @@ def test_unit_inputs_are_what_the_network_normalises(layers: tuple[int, ...], si
             module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     net(torch.randn(1, 1, *size))
     expected = [(shape[1], shape[2:].numel()) for shape in seen]
-    assert cases.unit_inputs(2, layers, size) == list(dict.fromkeys(expected))
+    assert cases.norm_inputs(2, layers, size) == list(dict.fromkeys(expected))
 
 
 def test_example_1_of_the_seed() -> None:
-    assert cases.unit_inputs(*cases.EXAMPLE_1) == [
+    assert cases.norm_inputs(*cases.EXAMPLE_1) == [
         (64, 29760), (64, 3840), (128, 3840), (128, 512), (256, 512), (256, 64), (512, 64), (512, 8), (1024, 8),
     ]  # fmt: skip
 
@@ -85,9 +85,9 @@ def test_prediction_is_within_a_percent_of_the_count(N: int, C: int, S: int, res
         assert findings.predict(case) == pytest.approx(count.bytes, rel=0.01), case
 
 
-def test_counting_says_how_many_programs_stand_for_how_many() -> None:
+def test_counting_says_how_many_programs_were_interpreted() -> None:
     case = Case("", 8, 64, 3840, "float32", False, False)  # a program for each of 512 rows, all alike
-    assert findings.count_cases([case]) == [Count(2 * case.volume + 512 * 5 * 32, 1, 512)]
+    assert findings.count_cases([case]) == [Count(2 * case.x_bytes + 512 * 5 * 32, 1, 512)]
 
 
 def test_a_grid_that_the_plan_does_not_explain_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def a_row(
     residual: bool = False,
 ) -> Row:
     case = Case("", 2, C, S, "bfloat16", channels_last, backward, residual)
-    moved = round(bytes_over_x * case.volume)
+    moved = round(bytes_over_x * case.x_bytes)
     return Row.of(case, one_pass, moved, Count(moved, 1, 1), {"sm_80": GOOD, "sm_90": compiled, "gfx942": Compiled()})
 
 
@@ -228,7 +228,7 @@ def a_row(
     ],
 )  # fmt: skip
 def test_ceilings_are_the_designs(S: int, backward: bool, split: bool, ceiling: float) -> None:
-    row = (44 + 12 / 4 if backward else 20) / (S / 4)  # N = 4, itemsize 1: the volume has S bytes
+    row = (44 + 12 / 4 if backward else 20) / (S / 4)  # N = 4, itemsize 1: x has S bytes
     assert ceilings.traffic_ceiling(4, 1, S // 4, 1, backward, split) == pytest.approx(ceiling + row, rel=1e-5)
     added = ceilings.traffic_ceiling(4, 1, S // 4, 1, backward, split, residual=True) - ceiling - row
     assert added == pytest.approx(2 if backward else 1, rel=1e-4)  # r read; backward r read, dr written
@@ -262,7 +262,7 @@ def test_ceilings_are_the_designs(S: int, backward: bool, split: bool, ceiling: 
         (a_row(compiled=Compiled(failure="Error: no")), ["does not compile for sm_90: Error: no"]),
     ],
 )
-def test_what_breaks_a_ceiling(row: Row, words: list[str]) -> None:
+def test_broken_ceilings(row: Row, words: list[str]) -> None:
     broken = rows.violations(row)
     assert len(broken) == len(words)
     for text, expected in zip(broken, words, strict=True):
@@ -419,7 +419,7 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert [table.cells(row)[4] for row in rows] == ["once", "twice", "twice*", "once"]
 
 
-def test_progress_is_told_without_a_terminal(
+def test_progress_is_printed_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit, "TARGETS", {})

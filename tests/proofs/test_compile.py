@@ -12,7 +12,7 @@ from fastenc.kernels.layout import MEMORY_FORMAT
 
 ARCHITECTURES = (80, 90, 100)
 SPATIAL = {2: (2, 1, 1), 3: (3, 1, 1), 7: (7, 1, 1), 120: (4, 5, 6), 1000: (10, 10, 10), 4097: (17, 241, 1)}
-# Example 1's layers at batch 2: (C, spatial).
+# The layers of Example 1, EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3), at batch 2: (C, spatial).
 EXAMPLE_1 = [
     (64, (31, 32, 30)), (64, (16, 16, 15)), (128, (16, 16, 15)), (128, (8, 8, 8)), (256, (8, 8, 8)),
     (256, (4, 4, 4)), (512, (4, 4, 4)), (512, (2, 2, 2)), (1024, (2, 2, 2)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from executed import executed
 from support.backends import eager_norms
-from support.plain import small_twins, volume
+from support.plain import small_input, small_twins
 from torch import Tensor, nn
 
 import fastenc
@@ -53,7 +53,7 @@ def test_encoder(recompute: bool, architecture: int) -> None:
 
 def test_encoder_is_the_plain_network() -> None:
     net, plain = small_twins(torch.float32)
-    x = volume(dtype=torch.float32)
+    x = small_input(dtype=torch.float32)
     with executed(90, "auto"):
         ours = gradients(net, x)
     near(ours, gradients(plain, x), gradients(plain.double(), x.double()))
@@ -75,7 +75,7 @@ def test_recompute_is_bitwise_the_same_network() -> None:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_freeze(dtype: torch.dtype | None) -> None:
     net, _ = small_twins(torch.float32)
-    x = volume(dtype=torch.float32)
+    x = small_input(dtype=torch.float32)
     with executed(90, "auto") as machine, torch.no_grad():
         y = fastenc.freeze(net, dtype)(x)
         count = len(machine.launches)

@@ -240,7 +240,7 @@ def test_gradients_of_any_strides(through: Callable[[Tensor], Tensor], layout: s
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_place(dtype: torch.dtype, layout: str) -> None:
-    """y over x and dx over dy: bitwise what they are in memory of their own, and every element is written."""
+    """y overwrites x and dx overwrites dy: bitwise the same as in separate memory, and every element is written."""
     for shape in split_and_whole(layout, dtype):
         x, weight, bias, slope, dy = arguments(shape, layout, dtype)
         with executed():

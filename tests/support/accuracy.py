@@ -1,10 +1,11 @@
-"""The rule that results of instance_norm_prelu are held to, and the formula in float64 that they are compared with.
+"""The tolerance for results of instance_norm_prelu, and the float64 formula that they are compared with.
 
-DESIGN's criterion: no farther from float64 than twice torch's own operations at the same dtype, plus a few units in the
-last place of the result's (for a sum: of its terms') magnitude.
+A result may be at most twice as far from float64 as torch's operations at the same dtype, plus a few units in the last
+place of the result's magnitude (for a sum: of its terms' magnitude).
 """
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,24 +14,23 @@ import fastenc
 
 ULPS = 4
 NAMES = ("x", "weight", "bias", "slope", "residual")
+Value = Tensor | float | None
 
 
-def formula(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    eps: float,
-    residual: Tensor | None = None,
-) -> Tensor:
+def arguments(
+    x: Tensor, weight: Value, bias: Value, slope: Value, eps: float, residual: Value = None
+) -> tuple[Any, ...]:
+    """The arguments of the operation, of which the last may be missing."""
+    return x, weight, bias, slope, eps, residual
+
+
+def formula(x: Tensor, weight: Value, bias: Value, slope: Value, eps: float, residual: Value = None) -> Tensor:
     """The definition, in whatever precision x has."""
     z = preactivation(x, weight, bias, eps, residual)
     return torch.where(z > 0, z, (per_channel(slope, x) if isinstance(slope, Tensor) else slope) * z)
 
 
-def preactivation(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None = None
-) -> Tensor:
+def preactivation(x: Tensor, weight: Value, bias: Value, eps: float, residual: Value = None) -> Tensor:
     """z of the formula."""
     axes = tuple(range(2, x.dim()))
     mean = x.mean(axes, keepdim=True)
@@ -50,17 +50,10 @@ def double(value: Tensor | float | None) -> Tensor | float | None:
 
 
 def gradients(
-    function: Callable[..., Tensor],
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    eps: float,
-    residual: Tensor | None = None,
-    needs: Collection[str] = NAMES,
+    function: Callable[..., Tensor], dy: Tensor, *given: Any, needs: Collection[str] = NAMES
 ) -> dict[str, Tensor]:
     """y and the gradient of every tensor argument named in `needs`, of function applied to fresh leaves."""
+    x, weight, bias, slope, eps, residual = arguments(*given)
     x, weight, bias, slope, residual = leaves = [
         value.detach().requires_grad_(name in needs) if isinstance(value, Tensor) else value
         for name, value in zip(NAMES, (x, weight, bias, slope, residual), strict=True)
@@ -73,20 +66,13 @@ def gradients(
     return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
-def magnitudes(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    eps: float,
-    residual: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """What a unit in the last place is taken of: the terms of y and of the gradients, before they cancel.
+def magnitudes(dy: Tensor, *given: Any) -> dict[str, Tensor]:
+    """The magnitudes that units in the last place refer to: the terms of y and of the gradients, before they cancel.
 
     y = x̂·weight + bias + r. dx = rstd·weight·(dz − Σdz/S − x̂·Σdz·x̂/S): three terms that cancel, entirely where
     S is 2. The parameters' gradients are sums, over all channels where they share a slope.
     """
+    x, weight, bias, slope, eps, residual = arguments(*given)
     _, rstd, xhat = statistics(x, eps)
     axes, w, steepest = tuple(range(2, x.dim())), size(weight, 1.0, x), size(slope, 0.0, x).clamp(min=1)
     z = xhat * w + size(bias, 0.0, x) + (0.0 if residual is None else residual.double().abs())
@@ -101,19 +87,12 @@ def magnitudes(
     }
 
 
-def unavoidable(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    eps: float,
-    residual: Tensor | None = None,
-) -> dict[str, Tensor]:
+def unavoidable(dy: Tensor, *given: Any) -> dict[str, Tensor]:
     """How far statistics in float32 alone take results away: torch may be nearer by luck, where elements are few.
 
     A mean in float32 is off by half a unit in its last place, and x̂ by that·rstd. For float64 the same, in its units.
     """
+    x, weight, _, slope, eps, _ = arguments(*given)
     mean, rstd, xhat = statistics(x, eps)
     axes, w, steepest = tuple(range(2, x.dim())), size(weight, 1.0, x), size(slope, 0.0, x).clamp(min=1)
     off = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps / 2 * mean * rstd
@@ -155,15 +134,9 @@ def largest(terms: Tensor) -> Tensor:
 
 
 def check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    dy: Tensor,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
+    x: Tensor, weight: Value, bias: Value, slope: Value, dy: Tensor, eps: float = 1e-5, residual: Value = None,
     through: Callable[[Tensor], Tensor] = lambda y: y,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Hold through(op(x, …)) and its gradients to the criterion; returns them."""
 
     def op(*args: object) -> Tensor:
@@ -183,18 +156,10 @@ def check(
     return ours
 
 
-def without_undecided(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    eps: float,
-    residual: Tensor | None = None,
-) -> Tensor:
+def without_undecided(dy: Tensor, *given: Any) -> Tensor:
     """dy, with zeros where z is so near 0 that its rounding decides which branch of PReLU a gradient takes."""
-    given = *(double(value) for value in (x, weight, bias)), eps, double(residual)
-    z = preactivation(*given).detach()  # type: ignore[arg-type]
+    x, weight, bias, _, eps, residual = arguments(*given)
+    z = preactivation(double(x), double(weight), double(bias), eps, double(residual)).detach()
     rounding = ULPS * torch.finfo(x.dtype).eps * magnitudes(dy, x, weight, bias, 1.0, eps, residual)["y"]
     off = 2 * unavoidable(dy, x, weight, bias, 1.0, eps, residual)["y"]
     undecided = (z != 0) & (z.abs() <= rounding + off)

@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import nn
 
 import fastenc
 from fastenc.bench.proofs.interpret import interpreted
+
+either_route = pytest.mark.parametrize("route", ["auto", "fused"])
 
 
 @contextlib.contextmanager

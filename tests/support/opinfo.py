@@ -1,4 +1,4 @@
-"""PyTorch's own sample inputs of its norms and activations, composed into calls of the fused operation and into units.
+"""PyTorch's own sample inputs of its norms and activations, composed into calls of the fused operation and into layers.
 
 They come from torch.testing._internal, which needs the package expecttest: nothing of it is imported before it is asked
 for, so that this module can be imported without.
@@ -20,13 +20,15 @@ import fastenc
 NORMS = ("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "nn.functional.instance_norm")
 ACTIVATIONS = ("PReLU", "LeakyReLU", "nn.functional.prelu", "nn.functional.leaky_relu")
 SOURCES = (*NORMS, *ACTIVATIONS[:3])  # of inputs that have positions
-UNITS = {3: fastenc.ConvModern1d, 4: fastenc.ConvModern2d, 5: fastenc.ConvModern3d}  # by the axes of x
+LAYERS = {3: fastenc.ConvModern1d, 4: fastenc.ConvModern2d, 5: fastenc.ConvModern3d}  # by the axes of x
 
 
 @cache
 def information() -> dict[str, Any]:
     """The entries of module_db and of op_db by their names."""
-    with mock.patch("torch.backends.disable_global_flags"):  # from then on nobody could set a flag of torch.backends
+    with mock.patch(
+        "torch.backends.disable_global_flags"
+    ):  # otherwise no flag of torch.backends could be set afterwards
         from torch.testing._internal.common_methods_invocations import op_db
         from torch.testing._internal.common_modules import module_db
     modules = {entry.module_cls.__name__: entry for entry in module_db}
@@ -139,14 +141,14 @@ def distinct_calls(name: str, device: str, dtype: torch.dtype) -> list[Call]:
     return list(alike.values())
 
 
-def units(name: str, device: str, dtype: torch.dtype, training: bool) -> Iterator[tuple[nn.Module, nn.Module, Tensor]]:
+def layers(name: str, device: str, dtype: torch.dtype, training: bool) -> Iterator[tuple[nn.Module, nn.Module, Tensor]]:
     """A ConvModern whose norm and activation are modules of the samples, its twin in plain torch.nn, and an input."""
     kinds = {repr(module): module for kind in ACTIVATIONS[:2] for module, _ in modules(kind, device, dtype)}
     for norm, x in modules(name, device, dtype, training):
         for activation in kinds.values():
-            unit = UNITS[2 + int(name[-2])](norm.num_features, 2).to(device, dtype).train(training)
-            unit.mconv[0], unit.mconv[1] = copy.deepcopy(norm), copy.deepcopy(activation)
-            yield unit, copy.deepcopy(unit.mconv), x
+            layer = LAYERS[2 + int(name[-2])](norm.num_features, 2).to(device, dtype).train(training)
+            layer.mconv[0], layer.mconv[1] = copy.deepcopy(norm), copy.deepcopy(activation)
+            yield layer, copy.deepcopy(layer.mconv), x
 
 
 def outcome(module: nn.Module, x: Tensor) -> list[Tensor] | type[Exception]:

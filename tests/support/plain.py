@@ -31,7 +31,7 @@ class PlainUnit(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """A stack of units; the first one widens and the last one strides."""
+    """A stack of layers; the first one widens and the last one strides."""
 
     def __init__(self, order: int, in_planes: int, out_planes: int, depth: int, kernel: list[int]) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class PlainBlock(nn.Module):
         self.conv_scale = PlainUnit(order, widths[-2], widths[-1], kernel, [2 if k > 1 else 1 for k in kernel])
 
     def forward(self, x: Tensor) -> Tensor:
-        for unit in self.conv_list:
-            x = unit(x)
+        for layer in self.conv_list:
+            x = layer(x)
         return self.conv_scale(x)
 
 
@@ -52,15 +52,9 @@ class PlainEncoder(nn.Module):
     """EncoderNet1d, 2d or 3d for order 1, 2 or 3."""
 
     def __init__(
-        self,
-        channel: int,
-        layers: Sequence[int],
-        kernel_size: int | Sequence[int] = 3,
-        in_planes: int = 1,
-        out_length: int | None = 2,
-        *,
+        self, channel: int, layers: Sequence[int], kernel_size: Any = 3, in_planes: int = 1, out_length: Any = 2, *,
         order: int = 3,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         asked = [kernel_size] * order if isinstance(kernel_size, int) else list(kernel_size)
         kernel = [k if k > 1 else 1 for k in asked]
@@ -139,7 +133,7 @@ def small_twins(dtype: torch.dtype = torch.float64, **arguments: Any) -> tuple[n
     return twins(dtype=dtype, **{**SMALL, **arguments})
 
 
-def volume(size: tuple[int, ...] = (6, 5, 7), batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+def small_input(size: tuple[int, ...] = (6, 5, 7), batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
     """An input of the small twins, the same at each call."""
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, 1, *size, generator=generator, dtype=torch.float64).to(dtype)

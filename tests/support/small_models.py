@@ -36,7 +36,7 @@ def stack(activation: nn.Module, *between: nn.Module, order: int = 3, affine: bo
     return net
 
 
-def volume(order: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+def small_input(order: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 2, *SIZE[order], dtype=dtype)
 
 

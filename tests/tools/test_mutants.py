@@ -1,4 +1,4 @@
-"""That `make mutants` has work to do: its entries still fit the product. Whether each is caught is a run of its own."""
+"""The entries of mutants.toml still apply to the product. `make mutants` checks that each is caught."""
 
 from collections import Counter
 
@@ -32,7 +32,7 @@ def test_a_line_that_is_gone_is_named() -> None:
         gone.made_of("")
 
 
-def test_what_nobody_tests_survives(tmp_path, capsys) -> None:
+def test_a_mutant_that_no_test_covers_survives(tmp_path, capsys) -> None:
     (tmp_path / "test_nothing.py").write_text("def test_nothing():\n    pass\n")
     assert outcome(tmp_path, ["test_nothing.py"])[0] == 0
     (tmp_path / "test_nothing.py").write_text("def test_nothing():\n    assert False\n")

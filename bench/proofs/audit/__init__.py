@@ -1,1 +1,1 @@
-"""The parts of `python -m fastenc bench audit`: its cases, what is found about them, and the rows of its table."""
+"""The parts of `python -m fastenc bench audit`: cases, findings, and the rows and text of its table."""

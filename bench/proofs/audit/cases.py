@@ -1,4 +1,7 @@
-"""What the audit looks at: the seed's network, a bigger one, and shapes that are awkward. Pure."""
+"""The audit's cases: layers of two networks, and awkward shapes. Nothing here needs triton.
+
+Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3) on inputs of 31×32×30.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ ITEMSIZE: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
 
 EXAMPLE_1 = (64, (3, 3, 3, 3, 3), (31, 32, 30))
 BIGGER = (32, (2, 2, 2, 2, 2), (128, 128, 128))
-# (N, C, S) with a residual: some of the others, of every kind; 16384 is the longest contiguous row in one pass.
+# (N, C, S) with a residual: some shapes of every kind. 16384 is the longest contiguous row that is read once.
 RESIDUAL = (
     (8, 64, 29760), (8, 128, 512), (8, 1024, 8), (2, 20, 1000), (2, 48, 33**3), (2, 32, 4097), (2, 32, 16384),
 )  # fmt: skip
@@ -22,7 +25,7 @@ AWKWARD = ((24, 1000), (20, 1000), (3, 1000), (32, 4097), (48, 33**3), (64, 1024
 
 @dataclass(frozen=True)
 class Case:
-    """One direction of the op on x (N, C, S), with a residual or without, and where such an x is met."""
+    """One direction of the operation on x (N, C, S), with or without a residual. origin: where such an x occurs."""
 
     origin: str
     N: int
@@ -42,7 +45,7 @@ class Case:
         return ITEMSIZE[self.dtype]
 
     @property
-    def volume(self) -> int:
+    def x_bytes(self) -> int:
         """Bytes of x."""
         return self.N * self.C * self.S * self.itemsize
 
@@ -57,33 +60,37 @@ def direction(backward: bool) -> str:
     return "backward" if backward else "forward"
 
 
-def unit_inputs(channel: int, layers: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:
-    """(C, S) of what each unit of EncoderNet3d(channel, layers) normalises, for an input of spatial `size`; no doubles.
+def norm_inputs(channel: int, layers: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:
+    """(C, S) of the input of each InstanceNorm of EncoderNet3d(channel, layers), without duplicates.
 
-    The first unit of a block widens, the last one halves the map, rounding up.
+    The first layer of a block doubles the channels. The last one halves the map and rounds up.
+
+    Args:
+        channel, layers: the network's arguments.
+        size: the spatial shape of the network's input.
     """
     inputs = []
     C = channel
     for block, count in enumerate(layers):
-        for unit in range(count):
+        for layer in range(count):
             inputs.append((C, prod(size)))
-            if unit == 0 and block > 0:
+            if layer == 0 and block > 0:
                 C *= 2
         size = [(length + 1) // 2 for length in size]
     return list(dict.fromkeys(inputs))
 
 
 def shapes() -> list[tuple[str, int, int, int]]:
-    """(origin, N, C, S) of everything audited."""
+    """(origin, N, C, S) of all audited shapes without a residual."""
     return [
-        *(("Example 1", N, C, S) for N in (1, 8) for C, S in unit_inputs(*EXAMPLE_1)),
-        *(("32 channels, 128³", 2, C, S) for C, S in unit_inputs(*BIGGER)),
+        *(("Example 1", N, C, S) for N in (1, 8) for C, S in norm_inputs(*EXAMPLE_1)),
+        *(("32 channels, 128³", 2, C, S) for C, S in norm_inputs(*BIGGER)),
         *(("awkward", 2, C, S) for C, S in AWKWARD),
     ]
 
 
 def residual_shapes() -> list[tuple[str, int, int, int]]:
-    """The same of what is audited with a residual."""
+    """(origin, N, C, S) of all audited shapes with a residual."""
     return [("with a residual", N, C, S) for N, C, S in RESIDUAL]
 
 

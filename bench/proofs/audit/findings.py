@@ -20,7 +20,7 @@ from ..access_width import share
 from ..compile import Launch, recorded, resources
 from ..interpret import Traffic, interpreted, sampled_programs
 from ..traffic import FLOAT_BYTES, Programs, predicted_bytes
-from .cases import EXAMPLE_1, Case, Precision, unit_inputs
+from .cases import EXAMPLE_1, Case, Precision, norm_inputs
 
 EPS = 1e-5
 OTHER_BATCHES = (3, 8, 32)
@@ -196,7 +196,7 @@ def _variants(
     N: int, channel: int, layers: Sequence[int], size: Sequence[int], dtype: Precision, channels_last: bool
 ) -> frozenset[str]:
     with recorded(90) as launches:
-        for C, S in unit_inputs(channel, layers, size):
+        for C, S in norm_inputs(channel, layers, size):
             for backward in (False, True):
                 launch(Case("variants", N, C, S, dtype, channels_last, backward))
     return frozenset(made.key for made in launches)

@@ -1,4 +1,4 @@
-"""The audit's rows, and which ceilings they break. Pure."""
+"""The audit's rows, and which ceilings they break. Nothing here needs triton."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found out about one case.
+    """The findings about one case.
 
-    one_pass: rows are held on chip, x read once. moved: bytes loaded and stored over the bytes of x,
-    counted by interpreting `interpreted` of the launches' `programs`, each for all that move the same; predicted where
-    kernels cannot be interpreted, and then both are 0. predicted: the same by arithmetic on the plan. ceiling: the
-    most that moved may be. split_excused: the row is short enough for one pass, but a slice of its channels would move
-    partial sectors. compiled: by target.
+    one_pass: rows are held on chip, so x is read once.
+    moved: bytes loaded and stored over the bytes of x. Counted, or predicted if kernels cannot be interpreted.
+    predicted: the same, predicted by arithmetic on the plan.
+    ceiling: the largest allowed value of `moved`.
+    interpreted, programs: to count, so many of the launches' programs were interpreted; both are 0 if predicted.
+    split_excused: the row is short enough for one pass, but slices of its channels would move partial sectors.
+    compiled: by target.
     """
 
     case: Case
@@ -36,14 +38,14 @@ class Row:
 
     @classmethod
     def of(cls, case: Case, one_pass: bool, predicted: int, count: Count | None, compiled: dict[str, Compiled]) -> Row:
-        """The row of `case` from its plan's kind, the bytes predicted and counted, and the compiles by target."""
+        """The row of `case`. predicted, count: bytes moved. compiled: the compiled launches, by target."""
         short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
         shape = case.N, case.C, case.S
         return cls(
             case=case,
             one_pass=one_pass,
-            moved=(predicted if count is None else count.bytes) / case.volume,
-            predicted=predicted / case.volume,
+            moved=(predicted if count is None else count.bytes) / case.x_bytes,
+            predicted=predicted / case.x_bytes,
             ceiling=ceilings.traffic_ceiling(*shape, case.itemsize, case.backward, not one_pass, case.residual),
             interpreted=0 if count is None else count.interpreted,
             programs=0 if count is None else count.programs,
@@ -53,7 +55,7 @@ class Row:
 
 
 def violations(row: Row) -> list[str]:
-    """The ceilings that a row breaks, in words."""
+    """A sentence for each ceiling that a row breaks."""
     return [f"{row.case}: {what}" for what in _broken(row)]
 
 
@@ -83,7 +85,7 @@ def _broken(row: Row) -> Iterator[str]:
 
 
 def variant_violations(variants: Variants) -> list[str]:
-    """The ceilings that the variants of Example 1 break, in words. They are for the network, which is channels-last."""
+    """A sentence for each ceiling that the variants of Example 1 break. Ceilings apply to channels-last only."""
     if not variants.channels_last:
         return []
     counts = (

@@ -1,4 +1,4 @@
-"""The audit's rows as a table."""
+"""The audit as text: tables of the rows, then a summary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ... import columns
+from ... import console
 from ..ceilings import SHARED_BYTES
 from .cases import direction, layout
 from .rows import Row, violations
@@ -19,12 +19,11 @@ HEADINGS = (
     "N×C×S", "layout", "dtype", "direction", "x read", "launches", "bytes/x", "ceiling", "counted on",
     "registers", "spills", "16-byte", "shared",
 )  # fmt: skip
-KEYS = 4  # columns that say which row it is
-BROKEN = " !"  # behind a row that breaks a ceiling
+KEYS = 4  # the first columns identify a row
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as text, in the order of HEADINGS."""
+    """The cells of a row, as in HEADINGS."""
     case = row.case
     compiled = [one for target, one in row.compiled.items() if target in SHARED_BYTES]
     registers = "/".join("–" if each.registers is None else str(each.registers) for each in compiled)
@@ -47,25 +46,20 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print the rows under where their shape is met, in as many tables as the terminal's width takes."""
-    lines = [HEADINGS, *map(cells, rows)]
-    wide = columns.widths(lines)
-    for origin, group in groupby(rows, lambda row: row.case.origin):
-        chosen = list(group)
-        print(f"{origin}:")
-        for part in columns.parts(wide, KEYS, columns.terminal() - len(BROKEN)):
-            print(columns.aligned(HEADINGS, wide, part))
-            for row in chosen:
-                print(columns.aligned(cells(row), wide, part) + (BROKEN if violations(row) else ""))
-            print()
+    """Print a table for each origin of the shapes, with "!" behind a row that breaks a ceiling."""
+    groups = {origin: list(group) for origin, group in groupby(rows, lambda row: row.case.origin)}
+    marked = [[(*cells(row), "!" if violations(row) else "") for row in group] for group in groups.values()]
+    for origin, table in zip(groups, console.tables((*HEADINGS, ""), marked, KEYS), strict=True):
+        print(f"{origin}:", table, "", sep="\n")
 
 
 def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[str]) -> list[str]:
-    """What the table does not say, and at the end every broken ceiling in words."""
+    """A legend, the results that are not in the table, and a sentence for each broken ceiling."""
     lines = [
-        f"registers a thread on {', '.join(SHARED_BYTES)}; spills in bytes a thread, shared memory in bytes a block: "
-        "the most of these; 16-byte: share of the bytes of accesses to x, y, r and their gradients, the least of these",
-        "counted on: programs interpreted, one for all that move the same, of those launched at full size",
+        f"registers: per thread, on {', '.join(SHARED_BYTES)}. spills: bytes per thread; shared: bytes per block; the "
+        "largest of these targets. 16-byte: share of the bytes of x, y, r and their gradients that moves in 16-byte "
+        "accesses; the smallest of these targets",
+        "counted on: programs that were interpreted, one of each kind that moves the same, of all programs launched",
     ]
     if any(map(violations, rows)):
         lines.append("!: the row breaks a ceiling")
@@ -75,6 +69,8 @@ def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[
         failures = Counter(row.compiled[target].failure for row in rows)
         lines.append(f"{target}: {failures.pop(None, 0)} of {len(rows)} rows compile")
         lines += [f"  {count}: {why}" for why, count in failures.items()]
+    if variants:
+        lines.append("Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3)")
     lines += [
         f"Example 1 {each.dtype} {layout(each.channels_last)}: {each.example} compiled variants, "
         f"{each.other_batch} more for other batch sizes, {each.other_volume} more for another volume"

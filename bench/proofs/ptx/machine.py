@@ -12,16 +12,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from ..driver import StandInDriver
 from .batch import Batch
 from .counts import Counts
 from .execute import Prepared, prepared, run
@@ -30,7 +29,6 @@ from .memory import Global, Shared
 from .operations import bits_of
 from .parse import parse
 
-SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}  # the most that a program may have
 LANES = 16384  # threads that run at a time: their registers stay in the cache
 POISON = 0xFF  # every byte of what torch.empty returns: a NaN in each floating dtype that no arithmetic produces
 
@@ -117,23 +115,12 @@ def _granule(kernel: Prepared, space: str) -> int:
     return min(sizes)
 
 
-class _Driver:
-    """What Triton asks of a GPU's driver."""
+class _Driver(StandInDriver):
+    """Executes launches on the machine."""
 
     def __init__(self, architecture: int, machine: Machine) -> None:
-        self.target = GPUTarget("cuda", architecture, 32)
+        super().__init__(architecture, lambda name, binary, shared, device: (None, binary.decode(), 0, 0, 1024))
         self.machine = machine
-        properties = {
-            "max_shared_mem": SHARED_BYTES.get(architecture, SHARED_BYTES[90]),
-            "multiprocessor_count": 132,
-            "max_num_regs": 65536,
-            "warpSize": 32,
-        }
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties,
-            load_binary=lambda name, binary, shared, device: (None, binary.decode(), 0, 0, 1024),
-            unload_module=lambda module: None,
-        )
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         kinds = list(source.signature.values())
@@ -146,20 +133,8 @@ class _Driver:
 
         return launch
 
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
     def get_current_device(self) -> int:
         return 1000 + self.target.arch  # Triton caches kernels by device: each architecture is one
-
-    def set_current_device(self, device: int) -> None:
-        pass
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 def _without_assembler(*arguments: Any) -> tuple[str, str] | None:

@@ -263,18 +263,22 @@ class Shared:
                 found[-1][np.broadcast_to(lane.mask, access.shape)] = values
         return found
 
-    def _may_write(self, access: Access, units: Array, stamp: Array) -> None:
-        self._written_by_others(access, units, stamp, "write")
-        race = self._same_epoch(self.reader.take(units), stamp)
-        if race.any():
-            raise access.fault("write of shared memory that another warp read, without a barrier between", race)
-
-    def store(self, access: Access, values: Sequence[Array]) -> None:
+    def _to_write(self, access: Access) -> tuple[Access, Array, Array, Array] | None:
+        """The settled access and its `_located` places, after the checks of a write; None if no lane takes part."""
         lane = settled(access)
         if lane is None:
-            return
+            return None
         address, units, stamp = self._located(lane)
-        self._may_write(lane, units, stamp)
+        self._written_by_others(lane, units, stamp, "write")
+        race = self._same_epoch(self.reader.take(units), stamp)
+        if race.any():
+            raise lane.fault("write of shared memory that another warp read, without a barrier between", race)
+        return lane, address, units, stamp
+
+    def store(self, access: Access, values: Sequence[Array]) -> None:
+        if (written := self._to_write(access)) is None:
+            return
+        lane, address, units, stamp = written
         self.writer[units] = stamp
         view, index = self.views[access.size], address // access.size
         given = [lane.spread(value) for value in values]
@@ -290,11 +294,9 @@ class Shared:
 
     def copy(self, access: Access, values: Sequence[Array]) -> None:
         """Start an asynchronous copy of 32-bit `values`, which arrives when its group is waited for."""
-        lane = settled(access)
-        if lane is None:
+        if (written := self._to_write(access)) is None:
             return
-        address, units, stamp = self._located(lane)
-        self._may_write(lane, units, stamp)
+        lane, address, units, stamp = written
         self.flying[units] = 1
         words = (address // 4)[:, None] + np.arange(len(values))
         row = lane.spread(np.arange(access.shape[0])[:, None])

@@ -21,16 +21,16 @@ class Register:
     bits: int
 
 
+# A vector is a tuple, an immediate an int or a float. A special register, a label and a parameter are their names.
+Operand: TypeAlias = "Register | Address | tuple[Operand, ...] | int | float | str"
+
+
 @dataclass(frozen=True)
 class Address:
     """[base + offset]: a register, or None for the start of shared memory."""
 
     base: Register | None
     offset: int
-
-
-# A vector is a tuple, an immediate an int or a float. A special register, a label and a parameter are their names.
-Operand: TypeAlias = "Register | Address | tuple[Operand, ...] | int | float | str"
 
 
 @dataclass(frozen=True)
