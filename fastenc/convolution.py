@@ -1,9 +1,9 @@
-"""The convolution beside the fused operation: its memory format, its live taps, and what it keeps for the backward.
+"""The convolution next to the fused operation: its memory format, its padding-only taps, its backward.
 
-A tap of the kernel that meets only padding contributes nothing. On the small maps at the deep end of an encoder most
-taps are dead: 26 of 27 on a 1³ map, 19 of 27 on a 2³ map at stride 2. `convolve` runs the same convolution on the taps
-that are alive, and as a matrix product where few positions are left. Under autograd it keeps x and the Parameter alone:
-no weight that was cast, laid out or cut outlives a call.
+A tap of the kernel that meets only padding contributes nothing. Most taps are such on the small maps at the deep end of
+an encoder: 26 of 27 on a 1³ map, 19 of 27 on a 2³ map at stride 2. `convolve` runs the same convolution on the other
+taps, the live ones. Where few positions are left it is a matrix product. Under autograd only x and the Parameter are
+kept. No copy of the weight outlives a call, whether it was cast, converted to channels-last or cut.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _TENSORS = frozenset((nn.Parameter, Tensor))
 
 
 class Cuts(dict[tuple[Window, bool], Tensor]):
-    """A frozen convolution's weight as matrices, by window and order of the columns: made once, kept."""
+    """The matrices that a frozen convolution keeps of its weight, by window and order of the columns."""
 
     def matrix(self, weight: Tensor, window: Window, dtype: torch.dtype, last: bool) -> Tensor:
-        """The window's taps of weight, made at the first call; `refresh` cannot write to what inference mode made."""
+        """The window's taps of weight, made once and outside inference mode, so that `refresh` can write to them."""
         found = self.get((window, last))
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -42,24 +42,24 @@ class Cuts(dict[tuple[Window, bool], Tensor]):
         return found
 
     def refresh(self, weight: Tensor) -> None:
-        """Take weight's numbers again, into the same memory."""
+        """Copy weight's numbers into the same memory again."""
         for (window, last), matrix in self.items():
             matrix.copy_(_matrix(weight, window, matrix.dtype, last))
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x (N, C, *spatial) laid out as (N, *spatial, C), where torch's convolutions have that layout: 2-D and 3-D."""
+    """x (N, C, *spatial) in channels-last memory format if it is 2-D or 3-D. torch has none for 1-D: x itself."""
     memory_format = MEMORY_FORMAT.get(x.dim())
     if memory_format is None:
         return x
     if x.shape[1] == 1:
-        # One channel is both layouts at once; cuDNN goes by the strides, so spell them out.
+        # A tensor of one channel has both layouts. cuDNN looks at the strides, so they are set here.
         return x.squeeze(1).contiguous().unsqueeze(-1).movedim(-1, 1)
     return x.contiguous(memory_format=memory_format)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether torch's convolutions take x for channels-last: they go by the order of its strides."""
+    """Whether torch's convolutions treat x as channels-last. They look at the order of its strides."""
     if x.dim() not in MEMORY_FORMAT or x.is_contiguous():
         return False
     stride = [x.stride(axis) for axis in (1, *range(x.dim() - 1, 1, -1), 0)]
@@ -67,8 +67,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def plan_for(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, ConvPlan] | None:
-    """weight, bias and way of layer for x; None where layer(x) is to be called: torch's own way, or its own error."""
-    if is_compiling():  # a choice by the size would be baked in, and a graph must hold at every size
+    """The weight, bias and plan of layer for x. None if layer(x) is to be called, which may raise torch's own error."""
+    if is_compiling():  # the choice depends on the size, and a graph must hold for every size
         return None
     if type(layer) not in PLAIN or layer.padding_mode != "zeros" or type(layer.padding) is str:
         return None
@@ -88,7 +88,7 @@ def plan_for(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None,
 
 
 def _per_axis(option: Any, axes: int) -> tuple[int, ...] | None:
-    """A convolution's option as one int for each axis, read as torch reads it; None if torch refuses it."""
+    """A convolution's option as one int per axis, interpreted as torch does. None if torch refuses it."""
     try:
         values = tuple(map(operator.index, option if isinstance(option, (list, tuple)) else (option,)))
     except TypeError:
@@ -98,7 +98,7 @@ def _per_axis(option: Any, axes: int) -> tuple[int, ...] | None:
 
 
 def _device(x: Tensor) -> str:
-    """The kind of x's device in deterministic mode; an unknown kind where cuBLAS would refuse a product.
+    """The kind of x's device in deterministic mode. An unknown kind if a matrix product would raise there.
 
     In that mode torch raises at a matrix product on CUDA unless this variable is set. A convolution does not need it.
     """
@@ -108,10 +108,10 @@ def _device(x: Tensor) -> str:
 
 
 def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:
-    """layer(x), for a caller that has asked `route` whether a hook could observe it.
+    """layer(x), for a caller that has checked for hooks.
 
-    A layer that is no plain nn.Conv1d, 2d or 3d is called. On the fused route x is channels-last where torch has such a
-    layout, and so is the result.
+    A layer that is not exactly an nn.Conv1d, 2d or 3d is called. On the fused route x and the result are channels-last
+    in 2-D and 3-D.
     """
     prepared = plan_for(layer, x, fused)
     if prepared is None:
@@ -126,7 +126,7 @@ def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast runs a convolution of x in, None where it leaves it alone."""
+    """The dtype in which autocast runs a convolution of x. None if autocast does not change it."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -134,7 +134,7 @@ def compute_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class Convolution(torch.autograd.Function):
-    """A convolution that keeps x and the Parameter for its backward, and no copy made of them."""
+    """A convolution that saves x and the Parameter for its backward, and no copies of them."""
 
     @staticmethod
     def forward(
@@ -160,9 +160,9 @@ def forward(
     dtype: torch.dtype | None = None,
     cuts: Cuts | None = None,
 ) -> Tensor:
-    """The convolution of x (N, in, *size) with weight (out, in, *kernel) by `plan`, in `dtype` (x's where None).
+    """The convolution of x (N, in, *size) with weight (out, in, *kernel) by `plan`, in `dtype`, or x's if None.
 
-    y is channels-last where `plan` is fused, else in x's layout. cuts: where a frozen weight keeps its matrices.
+    y is channels-last if `plan` is fused, and otherwise has x's layout. cuts: the matrices of a frozen weight.
     """
     if dtype is None:
         dtype = x.dtype
@@ -176,7 +176,7 @@ def forward(
         y = torch.convolution(
             x, weight, bias, plan.stride, padding, plan.dilation, False, (0,) * len(padding), plan.groups
         )
-        return y.contiguous(memory_format=layout)  # cuDNN's y is; some convolutions of a CPU know one layout only
+        return y.contiguous(memory_format=layout)  # no copy on CUDA; some CPU convolutions support one layout only
     window = plan.window
     assert window is not None
     last = _channels_are_last(x, weight, plan)
@@ -197,12 +197,11 @@ def backward(
     dtype: torch.dtype | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight and dbias, each where `needs` asks for it, in the dtype and memory layout of what they belong to.
+    """dx, dweight and dbias, each if `needs` asks for it, in the dtype and layout of x, weight and bias.
 
-    Of x the gradient of x needs the shape, dtype and layout only.
+    dx depends on the shape, dtype and layout of x, but not on its numbers.
     """
-    # Transformed, it is torch's own backward on all taps, which takes many gradients at once. What follows can be
-    # differentiated as it stands.
+    # A transformed dy, for example many gradients at once, needs torch's own backward, on all taps.
     transformed = route.transformed(dy)
     if plan.product_backward and not transformed:
         if torch.is_autocast_enabled(x.device.type):
@@ -266,9 +265,9 @@ def _laid_out(weight: Tensor, layout: torch.memory_format, plan: ConvPlan, dtype
 
 
 def _channels_are_last(x: Tensor, weight: Tensor, plan: ConvPlan) -> bool:
-    """Whether a row of columns holds the channels of one tap beside each other, or the taps of one channel.
+    """Whether the channels of one tap are adjacent in a row of columns. Otherwise the taps of one channel are.
 
-    The order that spares a copy of the weight; where it is copied anyway, the one that spares a copy of x.
+    Chosen so that the weight is not copied, or, if it is copied anyway, so that x is not.
     """
     if weight.is_contiguous() and plan.window is not None and plan.window.taps == prod(weight.shape[2:]):
         return False
@@ -276,13 +275,13 @@ def _channels_are_last(x: Tensor, weight: Tensor, plan: ConvPlan) -> bool:
 
 
 def _matrix(weight: Tensor, window: Window, dtype: torch.dtype, last: bool) -> Tensor:
-    """The window's taps of weight (out, in, *kernel) as [out, in·taps], or [out, taps·in] where `last`."""
+    """The window's taps of weight (out, in, *kernel) as [out, in·taps], or [out, taps·in] if `last`."""
     cut = weight[window.slices]
     return (cut.movedim(1, -1) if last else cut).to(dtype, memory_format=torch.contiguous_format).flatten(1)
 
 
 def _columns(x: Tensor, window: Window, stride: tuple[int, ...], last: bool) -> Tensor:
-    """What the window's taps meet: [N·positions, in·taps], or [N·positions, taps·in] where `last`."""
+    """The elements of x under the window's taps: [N·positions, in·taps], or [N·positions, taps·in] if `last`."""
     axes = len(stride)
     if any(before or after for before, after in window.padding):
         x = F.pad(x, [pad for pair in reversed(window.padding) for pad in pair])
@@ -294,7 +293,7 @@ def _columns(x: Tensor, window: Window, stride: tuple[int, ...], last: bool) -> 
 
 
 def _scattered(dcolumns: Tensor, x: Tensor, window: Window, stride: tuple[int, ...], last: bool) -> Tensor:
-    """The sum of dcolumns over all columns that an element of x stands in: `_columns` transposed."""
+    """For each element of x, the sum of dcolumns over the columns that hold it: the transpose of `_columns`."""
     axes = len(stride)
     taps = [high - low for low, high in zip(window.low, window.high, strict=True)]
     padded = [size + before + after for size, (before, after) in zip(x.shape[2:], window.padding, strict=True)]
@@ -306,7 +305,7 @@ def _scattered(dcolumns: Tensor, x: Tensor, window: Window, stride: tuple[int, .
     for axis in reversed(range(axes)):
         sizes = [N, C, *window.output[:axis], *padded[axis:], *taps[:axis]]
         if window.output[axis] == 1 and padded[axis] == taps[axis]:
-            d = d.movedim(-1, 2 + axis).flatten(2 + axis, 3 + axis)  # every element stands in one column
+            d = d.movedim(-1, 2 + axis).flatten(2 + axis, 3 + axis)  # each element is in one column
         else:
             d = torch.ops.aten.unfold_backward(d, sizes, 2 + axis, taps[axis], stride[axis])
     if any(before or after for before, after in window.padding):
@@ -326,8 +325,8 @@ def _as_volume(rows: Tensor, x: Tensor, plan: ConvPlan) -> Tensor:
 def _layout(x: Tensor, plan: ConvPlan) -> torch.memory_format:
     """The memory format of all tensors of a convolution of x.
 
-    On the eager route it is x's, but a single sample is contiguous: of a channels-last dy, torch's backward of
-    instance_norm on a CPU makes a wrong dx, and torch's own convolution of such an x may return contiguous tensors.
+    On the eager route it is x's, except that a single sample is contiguous. On a CPU, torch's backward of instance_norm
+    returns a wrong dx for a channels-last dy, and its own convolution of such an x may return a contiguous y.
     """
     if plan.fused or (x.shape[0] > 1 and is_channels_last(x)):
         return MEMORY_FORMAT.get(x.dim(), torch.contiguous_format)
@@ -335,7 +334,7 @@ def _layout(x: Tensor, plan: ConvPlan) -> torch.memory_format:
 
 
 def _gradient(part: Tensor, weight: Tensor, window: Window | None) -> Tensor:
-    """The gradient of the whole weight in its dtype and layout, from that of the window's taps: zero elsewhere."""
+    """The gradient of the whole weight, in its dtype and layout. It is zero outside the window's taps."""
     if part.shape == weight.shape:
         if part.dtype == weight.dtype and part.stride() == weight.stride():
             return part

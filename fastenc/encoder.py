@@ -1,4 +1,4 @@
-"""EncoderNet3d, its 1-D and 2-D twins, and the presets."""
+"""EncoderNet3d, its 1-D and 2-D versions, and the presets."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class _EncoderNetNd(nn.Module):
 
     @property
     def nlayers(self) -> int:
-        """Convolutional layers along the depth of the network; the fully connected layer does not count."""
+        """The number of convolutional layers along the depth of the network, without the fully connected layer."""
         return self._nlayers
 
     @property
     def recompute(self) -> bool:
-        """Whether the units keep one volume for the backward, on the Triton route, instead of two."""
+        """Whether each unit saves one tensor for the backward instead of two. It applies to the Triton route."""
         return all(unit.recompute for unit in self.modules() if isinstance(unit, _ConvModernNd))
 
     @recompute.setter
@@ -81,7 +81,7 @@ class _EncoderNetNd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in_planes, *spatial) → (N, out_length), or the map (N, channels, *smaller) in map mode.
 
-        No tensor is held here that the next step does not need, so that a unit may overwrite its input.
+        Only the current x is kept here, so that a unit may overwrite its input.
         """
         why = route.reason(x)
         fused = why is None and x.dim() == self._order + 2
@@ -103,7 +103,7 @@ class _EncoderNetNd(nn.Module):
                     x, fresh = step.run_fused(x, fresh)
                 else:
                     x, fresh = convolve(step, x, fused), type(step) in PLAIN
-                if fused and not (fresh or called):  # other code has run, which may have changed more than x's numbers
+                if fused and not (fresh or called):  # other code ran: x may have another dtype, device or class
                     fused = route.reason(x) is None and x.dim() == self._order + 2
         if pool is None:
             return x.contiguous() if contiguous else x
@@ -114,7 +114,7 @@ class _EncoderNetNd(nn.Module):
 
 
 def _depths(layers: Any) -> list[int]:
-    """layers as a list of positive ints, at least two."""
+    """layers as a list of at least two positive ints."""
     if isinstance(layers, (str, bytes)) or not (isinstance(layers, Sized) and isinstance(layers, Iterable)):
         raise TypeError(f"layers must be a sequence of ints, got {layers!r} of type {type(layers).__name__}")
     if len(layers) < 2:
@@ -135,17 +135,20 @@ class EncoderNet2d(_EncoderNetNd):
 
 
 class EncoderNet3d(_EncoderNetNd):
-    """A 3-D convolutional encoder: a stem, blocks of norm → PReLU → convolution that halve the map, a last convolution.
+    """A 3-D convolutional encoder.
+
+    A stem convolution, then blocks of units norm → PReLU → convolution, each of which halves the map, then a last
+    convolution, a mean over the map and a fully connected layer.
 
     Args:
-        channel: channels of the first block; each further block doubles them.
-        layers: convolutions of each block, at least two blocks.
-        kernel_size: of every convolution but the stem, whose kernel is wider by 2; int or one per axis. An axis of
-            kernel size 1 or less is neither convolved nor strided along.
+        channel: channels of the first block. Each further block doubles them.
+        layers: number of convolutions of each block, at least two blocks.
+        kernel_size: an int or one per axis, for every convolution except the stem, whose kernel is larger by 2. An axis
+            with kernel size 1 or less is neither convolved nor strided along.
         in_planes: channels of the input.
-        out_length: length of the output vector; None, 0 or a negative number returns the last map instead.
-        recompute: keep one volume of each unit for the backward instead of two, and make the other again there: less
-            memory for one more pass over it. On the Triton route; also settable on a built network.
+        out_length: length of the output vector. None, 0 or a negative number returns the last map instead.
+        recompute: save one tensor of each unit for the backward instead of two, and recompute the other there. That
+            takes less memory and one more pass. It applies to the Triton route, and can be set on a built network.
 
     x (N, in_planes, D, H, W) → (N, out_length), or (N, channel·2^(len(layers)−1), d, h, w).
 
@@ -162,7 +165,7 @@ ENCODERS = {1: EncoderNet1d, 2: EncoderNet2d, 3: EncoderNet3d}
 
 
 class Preset(Protocol):
-    """The type of `encnet12` and its like."""
+    """The type of the presets."""
 
     @overload
     def __call__(self, order: Literal[2] = 2, **kwargs: Any) -> EncoderNet2d: ...

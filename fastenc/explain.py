@@ -1,4 +1,4 @@
-"""Which route each unit of a network, or each norm that `accelerate` found, takes for an input, and why."""
+"""`explain`: the route that each unit of a network, or each accelerated norm, takes for an input, and why."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .norm_act import _InstanceNormActNd
 
 @dataclass(frozen=True, slots=True)
 class UnitRoute:
-    """One call of one unit: its name in the model, the shape it saw, "triton" or "eager", and why not "triton".
+    """One call of one unit: its name in the model, its input's shape, "triton" or "eager", and the reason for "eager".
 
-    recompute: whether the unit was asked to make its activated volume again in the backward.
+    recompute: whether the unit is set to recompute its activated tensor in the backward.
     """
 
     name: str
@@ -33,7 +33,7 @@ class UnitRoute:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What `explain` found, in the order of execution. Iterate over it, or print it."""
+    """The result of `explain`: one `UnitRoute` per call, in order of execution. Iterate over it, or print it."""
 
     units: tuple[UnitRoute, ...]
 
@@ -45,7 +45,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.units:
-            return "no unit that could be fused was called"
+            return "no fusible layer was called"
         cells = [(unit.name, "x".join(map(str, unit.shape)), unit.route, unit.reason or "") for unit in self.units]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         fused = sum(unit.route == "triton" for unit in self.units)
@@ -60,7 +60,7 @@ def explain(model: nn.Module, *arguments: Any, **keywords: Any) -> Explanation:
 
         print(fastenc.explain(net, x))
 
-    Runs the model once, without gradients, on the eager route and on copies of its buffers, and asks each unit when it
+    The model runs once, without gradients, on the eager route and on copies of its buffers. Each unit is asked when it
     is called.
 
     Args:
@@ -68,10 +68,10 @@ def explain(model: nn.Module, *arguments: Any, **keywords: Any) -> Explanation:
         arguments, keywords: what the model is called with.
 
     Returns:
-        An `Explanation`: one `UnitRoute` for each call of a unit.
+        An `Explanation` with one `UnitRoute` for each call of a unit.
 
     Raises:
-        TypeError: model is no nn.Module.
+        TypeError: model is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -80,7 +80,7 @@ def explain(model: nn.Module, *arguments: Any, **keywords: Any) -> Explanation:
 
     def ask(name: str, unit: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         (seen,) = given or named.values()
-        mine = unit._forward_pre_hooks.pop(hooks[name].id)  # a hook is a reason
+        mine = unit._forward_pre_hooks.pop(hooks[name].id)  # this hook itself would be a reason
         try:
             with route.Block(chosen):
                 forward = vars(unit).get("forward")

@@ -1,4 +1,4 @@
-"""Where fastenc.kernels and fastenc.bench are: links in fastenc/, or the folders beside it where links became files."""
+"""The folders of fastenc.kernels and fastenc.bench: links in fastenc/, or the folders next to it."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""`freeze`: a copy of a model for inference, whose weights are cast, laid out and cut to their live taps once.
+"""`freeze`: a copy of a model for inference, whose weights are cast, laid out and cut once.
 
-What such a copy keeps is made outside inference mode, wherever it is called: `refresh` has to write over it later.
+The tensors that a copy keeps are made outside inference mode, so that `refresh` can write to them later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 _OPTIONS = (int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.memory_format)
 
 
-# What to do instead of asking a frozen model for these; {} is the name of the attribute.
+# What to do instead of using these attributes of nn.Module on a frozen model. {} is the name of the attribute.
 _MOVE = "move or cast the model, then call refresh()"
 _ASK = "ask the model: .model.{}"
 _INSTEAD = {
@@ -32,7 +32,7 @@ _INSTEAD = {
 
 
 class ForInference:
-    """The base of `Frozen` and `Graphed`. Asking them for what nn.Module has is an error that says what to do."""
+    """The base of `Frozen` and `Graphed`. Using an attribute of nn.Module raises an error that says what to do."""
 
     def __getattr__(self, name: str) -> Any:
         kind = type(self).__name__
@@ -44,8 +44,8 @@ class ForInference:
 class Frozen(ForInference):
     """A model for inference, called like the model itself. Made by `freeze`.
 
-    Outputs need no gradient. `refresh()` takes the model's weights and options again; until then changes to the model
-    are not seen. A copy or a pickle of it holds a copy of the model, and freezes that again.
+    Outputs have no gradient. Changes to the model have no effect until `refresh()` copies its weights and options
+    again. A copy or a pickle holds a copy of the model and freezes that.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -54,22 +54,23 @@ class Frozen(ForInference):
 
     @property
     def model(self) -> nn.Module:
-        """The model whose weights these are."""
+        """The model from which the weights were copied."""
         return self._model
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """What the model in eval mode gives; with a dtype, what it gives under autocast to that dtype."""
+        """The output of the model in eval mode, under autocast to the dtype if there is one."""
         with torch.no_grad(), self._precision():
             return self._copy(*arguments, **keywords)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> bool:
-        """Take the model's weights and buffers again, into the memory that holds them now.
+        """Copy the model's weights and buffers again, into the same memory.
 
         Returns:
-            True if that was enough. False if the model was copied again, because more than its numbers has changed: a
-            device, dtype, shape or module, or an option of a module, such as a stride, an eps, a slope or a function.
+            True if that was enough. False if the model was copied again because more than its numbers changed: a
+            device, dtype, shape or module, or an option of a module, for example a stride, an eps, a slope or a
+            function.
         """
         structure = _structure(self._model)
         if structure != self._structure:
@@ -97,11 +98,11 @@ class Frozen(ForInference):
 
 
 def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen:
-    """A copy of `model` for inference: weights cast, laid out and cut to their live taps once, not at every call.
+    """A copy of `model` for inference. Its weights are cast, laid out and cut once, not in every call.
 
-    Memory: one copy of the weights in `dtype`, and for each convolution that meets a small map its live taps once more
-    for each window of them (a 1³ map needs 1 of 27). The model itself is left as it is, and may be trained further:
-    `refresh()` takes its weights and options again.
+    It needs memory for one copy of the weights in `dtype`. A convolution that is run on small maps also keeps its live
+    taps, which are 1 of 27 on a 1³ map. The model itself does not change and may be trained further. `refresh()` copies
+    its weights and options again.
 
     Args:
         model: any nn.Module; the copy is in eval mode.
@@ -109,11 +110,11 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen:
             under autocast to it. None casts nothing. Normalisations and slopes stay in their own dtype.
 
     Returns:
-        A callable that takes what the model takes.
+        A `Frozen`, which is called like the model.
 
     Raises:
         TypeError: model is not an nn.Module, or is a ScriptModule.
-        ValueError: another dtype.
+        ValueError: dtype is another dtype.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a torch.nn.Module that is not scripted, got {type(model).__name__}")
@@ -128,9 +129,9 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _structure(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """All of a model but its numbers: its modules and their options; the name, shape, dtype and device of its tensors.
+    """The modules of a model with their options, and the name, shape, dtype and device of its tensors.
 
-    Whether a module is in training does not count: the copy is for inference.
+    The attribute `training` is left out, because the copy is for inference.
     """
     modules = [
         (name, type(module), {key: _option(value) for key, value in vars(module).items() if key != "training"})
@@ -140,7 +141,7 @@ def _structure(model: nn.Module) -> tuple[list[Any], list[Any]]:
 
 
 def _option(value: Any) -> Any:
-    """What to compare of an attribute: numbers, strings and functions themselves, of any other object its type."""
+    """The part of an attribute that is compared: a number, string or function itself, and the type of other objects."""
     if isinstance(value, (list, tuple, set, frozenset)):
         return type(value), [_option(entry) for entry in value]
     if isinstance(value, dict):
@@ -153,7 +154,7 @@ def _option(value: Any) -> Any:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of model in eval mode; its parameters are copied once, straight to the dtype and layout they will have."""
+    """A copy of model in eval mode. Each parameter is copied once, directly to its final dtype and layout."""
     owners: dict[Tensor, list[nn.Module]] = {}
     for module in model.modules():
         for own in module._parameters.values():

@@ -29,28 +29,29 @@ def instance_norm_prelu(
 
         y = z where z > 0 else slope·z,   z = (x − mean)/√(variance + eps)·weight + bias
 
-    with mean and (biased) variance of each (n, c) over its spatial positions. With a residual, z + residual takes the
-    place of z: the end of a residual block, in the same traffic and one reading of the residual.
+    with the mean and the (biased) variance of each (n, c) over its spatial positions. With a residual, z + residual
+    replaces z. That is the end of a residual block, at the cost of reading one more tensor.
 
     Equivalent to ``F.prelu(F.instance_norm(x, weight=weight, bias=bias, eps=eps), slope)``, or to ``F.leaky_relu``
-    where slope is a number.
+    if slope is a number.
 
     Args:
-        x: (N, C, *spatial), at least two spatial positions, any strides. On CUDA float32, bfloat16 and float16 take
-            the Triton route; everything else the eager one.
+        x: (N, C, *spatial), at least two spatial positions, any strides. float32, bfloat16 and float16 tensors on CUDA
+            take the Triton route, all others the eager route.
         weight, bias: (C,) in x's dtype or float32, or None for 1 and 0.
-        slope: (C,) or (1,) in x's dtype or float32: PReLU; or a number: LeakyReLU (0.0 is ReLU, 1.0 no activation).
+        slope: a tensor (C,) or (1,) in x's dtype or float32, as in PReLU, or a number, as in LeakyReLU. 0.0 is ReLU,
+            1.0 is no activation.
         eps: added to the variance.
-        residual: of x's shape and dtype, or None.
+        residual: a tensor of x's shape, dtype and device, or None.
 
     Returns:
-        y of x's shape and memory layout, in x's dtype; under autocast with a tensor slope, in autocast's dtype.
+        y (N, C, *spatial) in x's memory layout and dtype. Under autocast with a tensor slope it has autocast's dtype.
 
     Raises:
-        ValueError: one spatial position, no sample or no channel; a parameter of the wrong length, dtype or device; a
-            residual of another shape, dtype or device than x's.
+        ValueError: x has one spatial position, no sample or no channel; a parameter has the wrong length, dtype or
+            device; residual has another shape, dtype or device than x.
         TypeError: x, a parameter or residual is not a tensor.
-        RuntimeError: backend "triton" was asked for and cannot be taken.
+        RuntimeError: the backend is "triton" and the call cannot take that route.
     """
     positions = _positions(x, weight, bias, slope)
     why = route.reason(x)
@@ -79,19 +80,19 @@ def is_supported(norm: Any, weight: Tensor | None, bias: Tensor | None, slope: T
 
 
 def fits(parameter: Tensor, x: Tensor, length: int) -> bool:
-    """Whether the kernels take parameter, of this length, for x."""
+    """Whether parameter has this length, and a dtype and device that the kernels support for x."""
     try:
         return (
             parameter.shape == (length,)
             and ((dtype := parameter.dtype) is float32 or dtype is x.dtype)
             and parameter.device == x.device
         )
-    except AttributeError:  # not a tensor; nothing else has one of torch's dtypes
+    except AttributeError:  # not a tensor
         return False
 
 
 def output_dtype(x: Tensor, slope: Tensor | float) -> torch.dtype | None:
-    """The dtype of y under autocast, whose list has prelu but not leaky_relu; None for x's own."""
+    """The dtype of y under autocast, which casts prelu but not leaky_relu. None for x's own."""
     if isinstance(slope, Tensor) and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return None
@@ -106,9 +107,9 @@ def fused(
     in_place: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`instance_norm_prelu` on the Triton route, for arguments that have been checked.
+    """`instance_norm_prelu` on the Triton route, with arguments that have been checked.
 
-    in_place: without gradients, y may overwrite x.
+    in_place: y may overwrite x if no gradient is needed.
     """
     dtype = output_dtype(x, slope)
     if is_compiling():
@@ -134,7 +135,7 @@ def _forward(
     dtype: torch.dtype | None,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """y and the statistics by the kernels, or, if they cannot be launched, y by the formula and None."""
+    """y and the statistics from the kernels. If they cannot be launched, y from the formula, and None."""
     try:
         return launchers()[0](x, weight, bias, slope, eps, dtype, in_place, None, residual)
     except Exception as error:
@@ -143,7 +144,7 @@ def _forward(
 
 
 class InstanceNormPReLU(torch.autograd.Function):
-    """The Triton route under autograd. Of tensors of x's size it saves x and the residual only."""
+    """The Triton route under autograd. The only tensors of x's size that it saves are x and the residual."""
 
     @staticmethod
     def forward(
@@ -194,7 +195,7 @@ def launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _positions(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float) -> int:
-    """S, the spatial positions of x. Raises where x's shape or a parameter cannot be right, naming it."""
+    """The number S of spatial positions of x. Raises if x or a parameter has a wrong type, shape, dtype or device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     shape = x.shape
@@ -217,7 +218,7 @@ def _positions(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Ten
 
 
 def _check_residual(residual: Any, x: Tensor) -> None:
-    """Raise what is wrong with a residual that does not fit x."""
+    """Raise if residual is not a tensor of x's shape, dtype and device."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual must be a torch.Tensor, got {type(residual).__name__}")
     for what, came, needed in (
@@ -230,7 +231,7 @@ def _check_residual(residual: Any, x: Tensor) -> None:
 
 
 def _refuse(name: str, parameter: Tensor, x: Tensor, lengths: tuple[int, ...]) -> NoReturn:
-    """Raise what is wrong with a parameter that does not fit."""
+    """Raise the error for a parameter that does not fit x."""
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(parameter).__name__}")
     if parameter.dim() != 1 or parameter.shape[0] not in lengths:

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from ._torch import tree_flatten, tree_leaves, tree_map_only
 from .frozen import ForInference, freeze
 
-WARM_UP_CALLS = 3  # what torch's own documentation asks for before a capture
+WARM_UP_CALLS = 3  # as in torch's documentation of CUDA graphs
 
 
 class Graphed(ForInference):
     """A frozen model replayed from a CUDA graph, called like the model. Made by `graphed`.
 
-    Arguments like the sample's are copied in, the graph is replayed, and the output is copied out, or, with
-    borrow=True, is the graph's own memory, which the next call overwrites. Arguments are like the sample's if they have
-    the same structure, their tensors the same shape, dtype and device, and all else the same value. Any other call runs
-    ungraphed. Calls share that memory: one at a time, on one stream. `refresh()` takes the model's weights again.
+    A call copies its arguments in, replays the graph and copies the output out. With borrow=True the output is the
+    graph's own memory, which the next call overwrites. The graph serves arguments of the sample's structure, whose
+    tensors have the sample's shape, dtype and device, and whose other values are equal. Any other call runs without the
+    graph. All calls share its memory, so make one at a time, on one stream. `refresh()` copies the model's weights
+    again.
     """
 
     @torch.inference_mode(False)  # the inputs are written to at every call, in inference mode or not
@@ -38,11 +39,11 @@ class Graphed(ForInference):
 
     @property
     def model(self) -> nn.Module:
-        """The model whose weights these are."""
+        """The model from which the weights were copied."""
         return self._frozen.model
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """What the frozen model gives for these arguments."""
+        """The output of the frozen model."""
         given, structure = tree_flatten((arguments, keywords))
         if structure != self._structure or not all(map(_alike, given, self._inputs)):
             return self._frozen(*arguments, **keywords)
@@ -56,7 +57,7 @@ class Graphed(ForInference):
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> bool:
-        """Take the model's weights and buffers again, into the memory that the graph reads.
+        """Copy the model's weights and buffers again, into the memory that the graph reads.
 
         Returns:
             True if that was enough. False if the graph was recorded again, for the reasons of `Frozen.refresh`.
@@ -87,7 +88,7 @@ class Graphed(ForInference):
 
 
 def record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Capture run() in a CUDA graph; returns what replays it and the output that each replay writes."""
+    """Capture run() in a CUDA graph. Returns a function that replays it, and the output that each replay writes."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -133,8 +134,8 @@ def graphed(
         fast = fastenc.graphed(net.eval(), x)
         y = fast(x)
 
-    Pays where the launches take longer than the kernels: small batches. The graph holds its inputs, one output and the
-    volumes between them, beside the frozen weights.
+    It pays if launches take longer than kernels, which is so for small batches. Besides the frozen weights, the graph
+    holds its inputs, one output and the tensors in between.
 
     Args:
         model: in eval mode, on the GPU.
@@ -145,10 +146,9 @@ def graphed(
         borrow: return the graph's own output, valid until the next call, instead of a copy.
 
     Raises:
-        TypeError: model is no nn.Module; sample is neither a tensor nor a tuple.
-        ValueError: model is in training mode; there is no tensor among the arguments, or one requires a gradient or is
-            not on a CUDA device.
-        RuntimeError: the model cannot be captured; it stays usable.
+        TypeError: model is not an nn.Module, or sample is neither a tensor nor a tuple.
+        ValueError: model is in training mode; no argument is a tensor; a tensor requires a gradient or is not on CUDA.
+        RuntimeError: the model cannot be captured. It stays usable.
     """
     if not isinstance(sample, (Tensor, tuple)):
         raise TypeError(f"sample must be a torch.Tensor, or a tuple of arguments, got {type(sample).__name__}")
@@ -176,7 +176,7 @@ def _copied(x: Tensor) -> Tensor:
 
 
 def _alike(given: Any, own: Any) -> bool:
-    """Whether a graph recorded for own serves for given."""
+    """Whether a graph that was recorded with own serves given."""
     if isinstance(own, Tensor):
         return (
             isinstance(given, Tensor)

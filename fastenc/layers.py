@@ -1,4 +1,4 @@
-"""The unit of the network, normalisation → activation → convolution, and the block that stacks units."""
+"""The unit of the network, norm → activation → convolution, and the block that stacks units."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NORMALIZERS = ("batch", "inst", "pinst", "null")
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
-    """value as an int; TypeError or ValueError naming the argument if it is not an int, or below `least`."""
+    """value as an int. Raises TypeError if it is not an int and ValueError if it is below `least`."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -32,7 +32,7 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def per_axis(name: str, value: Any, order: int) -> tuple[int, ...]:
-    """value as one int for each of `order` spatial axes; an int counts for all of them."""
+    """value as one int per spatial axis. A single int applies to all `order` axes."""
     needed = f"{name} must be an int or a sequence of {order} ints"
     if hasattr(value, "__index__"):
         return (integer(name, value),) * order
@@ -47,7 +47,7 @@ class _ConvModernNd(nn.Module):
     """A convolution with its normalisation and activation, over `order` spatial axes. See `ConvModern3d`."""
 
     _order: int
-    recompute = False  # on the Triton route, compute the activated tensor again in the backward instead of keeping it
+    recompute = False  # on the Triton route, recompute the activated tensor in the backward
 
     def __init__(
         self,
@@ -100,11 +100,11 @@ class _ConvModernNd(nn.Module):
         self._norm_at = (0 if before else len(convolving)) if fusible else None
 
     def why_eager(self, x: object) -> str | None:
-        """Why the unit runs its submodules one by one on x; None if its norm and activation run as one kernel."""
+        """Why the unit runs its submodules one by one on x. None if norm and activation run as one kernel."""
         return (None if self._norm_at is None else route.reason(x)) or self.why_not_fused()
 
     def why_not_fused(self) -> str | None:
-        """Why the unit runs its submodules one by one on every input; None if it does not."""
+        """Why the unit runs its submodules one by one on any input, or None."""
         at = self._norm_at
         if at is None:
             return "the unit has no instance normalisation followed by an activation"
@@ -123,7 +123,7 @@ class _ConvModernNd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the submodules in order, fusing norm and activation if no hook, tracer or override can observe it.
 
-        On the Triton route too, the result is channels-last only for a channels-last x.
+        The result has x's memory layout.
         """
         if type(x) is Tensor and x.dim() == self._order + 1:
             self._refuse_unbatched(x)
@@ -133,14 +133,14 @@ class _ConvModernNd(nn.Module):
         return y.contiguous() if isinstance(y, Tensor) and not is_channels_last(x) else y
 
     def run_fused(self, x: Tensor, fresh: bool) -> tuple[Tensor, bool]:
-        """Run the submodules, norm and activation as one operation, where `why_not_fused` gives no reason against it.
+        """Run norm and activation as one operation. `why_not_fused` must have returned None.
 
         Args:
             x: as for `forward`.
-            fresh: x was just made by a convolution, no other code sees it, and it may be overwritten.
+            fresh: x was just made by a convolution and no other code can see it, so it may be overwritten.
 
         Returns:
-            What `forward` returns, but channels-last in 2-D and 3-D, and whether it is fresh.
+            The result of `forward`, channels-last in 2-D and 3-D, and whether it is fresh.
         """
         at: int = self._norm_at  # type: ignore[assignment]
         layers: tuple[Any, ...] = tuple(self.mconv._modules.values())
@@ -150,7 +150,7 @@ class _ConvModernNd(nn.Module):
         slope = activation.weight if type(activation) is nn.PReLU else 0.0
         weight, bias = norm.weight, norm.bias
         if not is_supported(norm, weight, bias, slope, x):
-            x = activation(norm(x))  # torch's own error
+            x = activation(norm(x))  # raises torch's own error
         elif self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling():
             return _recomputed(x, norm, slope, layers[2]), type(layers[2]) in PLAIN
         else:
@@ -161,7 +161,7 @@ class _ConvModernNd(nn.Module):
         return x, type(layers[-1]) in PLAIN
 
     def _run_eager(self, x: Tensor) -> Tensor:
-        """Run the submodules in order; the convolution on its live taps if nothing can observe it."""
+        """Run the submodules in order. The convolution skips padding-only taps if nothing can observe it."""
         layers = tuple(self.mconv._modules.values())
         plain = not is_compiling() and type(self.mconv) is nn.Sequential and route.observed(self.mconv, *layers) is None
         if not plain or route.watched(x) is not None:
@@ -171,13 +171,13 @@ class _ConvModernNd(nn.Module):
         return x
 
     def _refuse_unbatched(self, x: Tensor) -> None:
-        """Without a batch axis PReLU applies its slopes to the first spatial axis: an error, or wrong numbers."""
+        """Raise if x has no batch axis. PReLU would then apply its slopes along the first spatial axis."""
         if any(type(module) is nn.PReLU and module.weight.numel() > 1 for module in self.mconv):
             raise RuntimeError(f"x must have {self._order + 2} axes, a batch of samples, got shape {tuple(x.shape)}")
 
 
 def _recomputed(x: Tensor, norm: Any, slope: Tensor | float, layer: nn.Module) -> Tensor:
-    """The three submodules of a unit as one operation that keeps x alone, where the third is a plain convolution."""
+    """norm → activation → layer as one operation that saves x only, if layer is a plain convolution."""
     prepared = plan_for(layer, x, True)
     if prepared is None:
         return convolve(layer, fused(x, norm.weight, norm.bias, slope, norm.eps), True)
@@ -185,7 +185,7 @@ def _recomputed(x: Tensor, norm: Any, slope: Tensor | float, layer: nn.Module) -
 
 
 class _ConvModern(_ConvModernNd):
-    """The signature that the three public units share; each sets its number of spatial axes, `_order`."""
+    """The signature of the three public units. Each sets `_order`, its number of spatial axes."""
 
     def __init__(
         self,
@@ -223,27 +223,27 @@ class ConvModern3d(_ConvModern):
 
     Args:
         in_planes, out_planes: channels of the input and of the output.
-        kernel_size, stride, padding: of the convolution; int or one per axis.
-        output_size: spatial size that scaler "up" resamples to.
-        normalizer: "pinst" InstanceNorm with parameters, "inst" without, "batch" BatchNorm, "null" none (the
-            convolution then has a bias, and the activation follows it whatever layer_order says).
-        activator: "prelu" with one slope a channel, "relu", or anything else for none.
-        layer_order: "new" norm → activation → convolution, "old" convolution → norm → activation; anything else the
-            convolution alone.
-        scaler: "down" strides the convolution, "up" resamples (trilinear, corners aligned) by stride, or to
-            output_size, and convolves with stride 1.
+        kernel_size, stride, padding: of the convolution, an int or one per axis.
+        output_size: the spatial size to which scaler "up" resamples.
+        normalizer: "pinst" InstanceNorm with parameters, "inst" without, "batch" BatchNorm, or "null" none. With "null"
+            the convolution has a bias, and the activation follows it for any layer_order.
+        activator: "prelu" with one slope per channel, "relu", or any other value for none.
+        layer_order: "new" norm → activation → convolution, "old" convolution → norm → activation, or any other value
+            for the convolution alone.
+        scaler: "down" strides the convolution. "up" resamples (trilinear, corners aligned) by stride or to output_size,
+            and convolves with stride 1.
 
     The only child is `mconv`, an nn.Sequential. x (N, in_planes, D, H, W) → (N, out_planes, …).
 
     Raises:
-        ValueError: an unknown normalizer; a stride above 1 with an unknown scaler.
+        ValueError: normalizer is unknown, or scaler is unknown and stride is above 1.
     """
 
     _order = 3
 
 
 class _BlockConvStkNd(nn.Module):
-    """`layers` units one after another: conv_list at stride 1, the first of them widening, then conv_scale."""
+    """`layers` units: conv_list at stride 1, whose first unit changes the channels, then conv_scale with the stride."""
 
     def __init__(
         self,
@@ -269,5 +269,5 @@ class _BlockConvStkNd(nn.Module):
         return x
 
     def units(self) -> list[nn.Module]:
-        """The units in the order in which x passes them."""
+        """The units in order of execution."""
         return [*self.conv_list, self.conv_scale]

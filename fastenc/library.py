@@ -4,7 +4,7 @@
     fastenc::instance_norm_prelu_backward  dy, x, parameters, statistics, residual → dx, dweight, dbias, dslope, dr
 
 The residual may be None. The slope is a tensor, or it is None and `number` holds. The statistics are (2, N·C) in
-float32: mean and rstd of each (n, c). An operator cannot return None: a gradient that is not needed is an empty tensor.
+float32: mean and rstd of each (n, c). An operator cannot return None, so a gradient that is not needed is empty.
 Both operators end in the launchers of fastenc.kernels, and triton is imported at their first call. If a launch fails
 because of the environment, for example without a C compiler, the operator computes the formula of `reference`.
 """
@@ -100,7 +100,7 @@ def _backward(
         found = reference.backward(dy, x, weight, bias, shared, residual=residual, statistics=statistics)
         gradients = tuple(part if part is None or part.dim() == 1 else _as_declared(part, x) for part in found)
     dx, *others = gradients
-    # The parameters' gradients are parts of one tensor; what an operator returns must share no memory.
+    # The parameters' gradients share the memory of one tensor, which the outputs of an operator must not.
     others[:3] = [None if other is None else other.clone() for other in others[:3]]
     return tuple(
         gradient if need and gradient is not None else x.new_empty(0)
@@ -109,7 +109,7 @@ def _backward(
 
 
 def _refuse(x: Tensor) -> None:
-    """Raise where the kernels cannot run on x: a graph was exported for another machine, or a tangent would be lost."""
+    """Raise if the kernels cannot run on x: a graph exported for another machine, or a tangent that would be lost."""
     if forward_ad._current_level >= 0:
         reason: str | None = route.FORWARD_MODE
     else:
@@ -132,12 +132,12 @@ def _fake_forward(
 
 
 def _as_declared(volume: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """volume, in the dtype and the layout that the fakes have told."""
+    """volume in the dtype and layout that the fake operator declared."""
     return _alike(readable(x), dtype or x.dtype).copy_(volume)
 
 
 def _alike(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What empty_like of a dense x is; on axes of one element the fake of empty_like chooses strides of its own."""
+    """empty_like(x) for a dense x. The fake of empty_like chooses other strides on axes of length 1."""
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
 
 
@@ -152,7 +152,7 @@ def _fake_backward(
     needs: Sequence[bool],
     residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    # A parameter of any strides has a gradient whose elements lie side by side.
+    # The gradient of a parameter is contiguous, whatever the parameter's strides.
     parameters = [None if each is None else each.new_empty(each.shape) for each in (weight, bias, slope)]
     volumes = [None if each is None else _alike(readable(x), x.dtype) for each in (x, residual)]
     wanted = (volumes[0], *parameters, volumes[1])

@@ -1,4 +1,4 @@
-"""How a convolution is run: which taps of its kernel meet more than padding, and what pays. Pure arithmetic."""
+"""The plan of a convolution: which taps of its kernel meet more than padding, and what pays. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from functools import lru_cache
 from math import prod
 
 MEASURED = frozenset(("cpu", "cuda"))  # other devices run the ordinary convolution
-# A product pays on maps of at most this many positions: cuDNN and oneDNN are made for more.
+# A product pays on maps of at most this many positions. cuDNN and oneDNN are optimised for more.
 MOST_POSITIONS = 8
-# On a CPU a product pays from so many elements of the weight on, where oneDNN converts the whole weight again for a few
-# rows: on one position; else in the forward and in the backward. Read off single layers of 8 to 1024 channels, timed by
-# hand on two cores of an AMD EPYC at batch 2, 8 and 32 (no record); bench/suites/bench_live_taps.py repeats it.
+# On a CPU a product pays if the weight has at least this many elements, because oneDNN converts the whole weight in
+# each call: for maps of one position, and otherwise for the forward and the backward. Measured on single layers of 8 to
+# 1024 channels, on two cores of an AMD EPYC at batch 2, 8 and 32 (no record); bench/suites/bench_live_taps.py repeats
+# it.
 CPU_ONE_POSITION = 1 << 16
 CPU_FORWARD, CPU_BACKWARD = 1 << 23, 1 << 20
-# Cutting a contiguous weight gathers a few elements of each 3³ kernel. Up to this many taps that is cheaper, on a CPU,
-# than reading the whole weight against columns that hold zeros for the dead ones.
+# Cutting a contiguous weight gathers a few elements of each 3³ kernel. On a CPU that is cheaper up to this many taps.
+# Beyond, the whole weight is read and the columns hold zeros for the padding-only taps.
 CPU_CUT_TAPS = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The taps [low, high) of each axis, and what the tensor is padded by on either side so that they fit.
+    """The taps [low, high) of each axis, and the padding on either side with which they fit the tensor.
 
-    `padding` is (before, after) of each axis; negative where the stride leaves positions out at the end.
+    `padding` is (before, after) for each axis. It is negative if the stride leaves out positions at the end.
     """
 
     low: tuple[int, ...]
@@ -43,9 +44,9 @@ class Window:
 
 def window_of(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
               whole: bool = False) -> Window | None:  # fmt: skip
-    """The smallest window that holds every tap that meets a tensor of `size`, or, `whole`, all taps.
+    """The smallest window with every tap that meets a tensor of `size`, or, if `whole`, with all taps.
 
-    None where the convolution has no output. At stride s and padding p, tap k of an axis meets position o·s − p + k.
+    None if the convolution has no output. At stride s and padding p, tap k of an axis meets position o·s − p + k.
     """
     low, high, around, output = [], [], [], []
     for length, taps, step, pad in zip(size, kernel, stride, padding, strict=True):
@@ -66,13 +67,13 @@ def window_of(size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int,
 
 @dataclass(frozen=True, slots=True)
 class ConvPlan:
-    """How one convolution is run: its own options, the window of taps it takes, and where it is a matrix product."""
+    """How one convolution is run: its options, its window of taps, and whether it is a matrix product."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    fused: bool = False  # volumes are channels-last, where torch has such a layout; else they follow x
+    fused: bool = False  # tensors are channels-last in 2-D and 3-D; otherwise they have x's layout
     window: Window | None = None  # None: all taps
     product_forward: bool = False
     product_backward: bool = False
@@ -97,11 +98,13 @@ def plan_convolution(
     fused: bool,
     frozen: bool = False,
 ) -> ConvPlan | None:
-    """How to run a convolution on the fused route, or, where `fused` is false, None for torch's own call.
+    """The plan of a convolution. None if torch's own call is to be made.
 
-    frozen: the cut weight is kept, so that cutting it costs nothing.
+    Args:
+        frozen: the cut weight is kept, so that cutting it costs nothing.
 
-    Raises TypeError for a stride, padding or dilation that is no tuple of one int for each axis.
+    Raises:
+        TypeError: stride, padding or dilation is not a tuple of one int per axis.
     """
     size, kernel = x_shape[2:], weight_shape[2:]
     if len(x_shape) != len(weight_shape) or x_shape[0] < 1 or x_shape[1] != groups * weight_shape[1]:
@@ -120,12 +123,12 @@ def plan_convolution(
     positions = prod(live.output)
     dead = live.taps < prod(kernel)
     if positions > MOST_POSITIONS:
-        # A cut convolution pads both sides alike; it pays where a third of the taps or more is dead.
+        # A cut convolution needs the same padding on both sides. It pays if at least a third of the taps are dead.
         if 3 * live.taps <= 2 * prod(kernel) and all(before == max(after, 0) >= 0 for before, after in live.padding):
             return ConvPlan(stride, padding, dilation, groups, fused, live, cuts=True)
         return ordinary
     if device == "cuda" or (frozen and positions == 1):
-        # The weight's bytes are the cost here: dead taps are neither read nor cast.
+        # The cost here is reading the weight. Dead taps are neither read nor cast.
         return ConvPlan(stride, padding, dilation, groups, fused, live, True, True) if dead else ordinary
     elements = prod(weight_shape)
     if positions == 1 and dead:

@@ -39,12 +39,12 @@ class _InstanceNormActNd(nn.Module):
         self.activation = activation
 
     def why_eager(self, x: object) -> str | None:
-        """Why norm and activation run one by one on x; None if they run as one kernel."""
+        """Why norm and activation run one by one on x. None if they run as one kernel."""
         return _why_eager(x, self.norm, self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """activation(norm(x))."""
-        norm, activation = self.norm, self.activation  # once, as what follows: nn.Module is slow to find them
+        norm, activation = self.norm, self.activation  # looked up once, because attribute access of nn.Module is slow
         if not route.eager(_why_eager(x, norm, activation)):
             weight, bias, slope = norm.weight, norm.bias, slope_of(activation)
             if is_supported(norm, weight, bias, slope, x):
@@ -77,21 +77,21 @@ class InstanceNormAct2d(_InstanceNormActNd):
 
 
 class InstanceNormAct3d(_InstanceNormActNd):
-    """y = activation(norm(x)) in one kernel: nn.InstanceNorm3d and the activation behind it, as one module.
+    """y = activation(norm(x)) in one kernel: nn.InstanceNorm3d and its activation as one module.
 
         norm_act = fastenc.InstanceNormAct3d(32, nn.LeakyReLU(0.01), affine=True)
 
     Args:
         num_features: channels C of x.
-        activation: an nn.PReLU (of 1 or C slopes), nn.LeakyReLU or nn.ReLU. In place or not makes no difference.
+        activation: an nn.PReLU (with 1 or C slopes), nn.LeakyReLU or nn.ReLU. Its option inplace has no effect.
         eps, affine, device, dtype: of the norm, as in nn.InstanceNorm3d.
 
-    Its children `norm` and `activation` are the two modules that it replaces, with their parameters, and it runs them
-    one by one wherever the kernel does not apply. x (N, C, D, H, W) → y of the same shape.
+    Its children `norm` and `activation` are the two modules that it replaces, with their parameters. It runs them one
+    by one if the kernel does not apply. x (N, C, D, H, W) → y of the same shape.
 
     Raises:
         TypeError: activation is anything else.
-        ValueError: a PReLU of another number of slopes.
+        ValueError: a PReLU with another number of slopes.
     """
 
     _order = 3

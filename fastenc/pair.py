@@ -1,4 +1,4 @@
-"""The pairs that become one kernel: the classes of norm and activation, and what is read off a module of each."""
+"""The pairs that become one kernel: the classes of norms and activations, and the parameters of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 ACTIVATIONS = (nn.PReLU, nn.LeakyReLU, nn.ReLU)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-# A class that was given to a module later may have its own forward: then that one runs.
+# A module whose class was changed may have another forward, which then runs.
 TORCH_FORWARDS = frozenset(kind.forward for kind in (*INSTANCE_NORMS, *ACTIVATIONS, *DROPOUTS, nn.Identity))
 
 

@@ -1,8 +1,9 @@
-"""A unit that keeps one volume for its backward instead of two: its input. The activated volume is made again there.
+"""A unit that saves one tensor for its backward instead of two: its input.
 
-Eager PyTorch keeps three: the input of the norm, of the activation and of the convolution. The fused operation needs
-the first and the last. Here the last is computed again in the backward, bit for bit, used for the gradient of the
-convolution's weight, and freed; then comes the gradient of the convolution's input, and dx is written over it.
+Eager PyTorch saves three: the inputs of the norm, of the activation and of the convolution. The fused operation needs
+the first and the last. Here the backward recomputes the last, the activated tensor, bitwise. It uses that tensor for
+the gradient of the convolution's weight and frees it. Then it computes the gradient of the convolution's input and
+writes dx over it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tens
     plan, (dtype, compute_dtype) = ctx.plan, ctx.dtypes
     needs = ctx.needs_input_grad
     dweight = dbias = None
-    # Only what launches is repeated by the formula: an error of the convolution is not the kernels'.
+    # Only launches fall back to the formula. An error of the convolution is not the kernels' fault.
     if needs[5] or needs[6]:
         try:
             y = launchers()[0](x, weight, bias, slope, ctx.eps, dtype, statistics=statistics)[0]
@@ -87,8 +88,8 @@ def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tens
         del y
     if not any(needs[:4]):
         return None, None, None, None, None, dweight, dbias, None, None
-    # Of its second argument this takes the shape, the dtype and the layout: x's are those of the activated volume,
-    # but for a dtype that autocast gave to it.
+    # The second argument gives shape, dtype and layout only. x has those of the activated tensor, except for the dtype
+    # under autocast.
     like = x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
     dy = convolution.backward(
         dout, like, convolution_weight, convolution_bias, plan, compute_dtype, (True, False, False)
@@ -102,7 +103,7 @@ def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tens
 
 
 def _by_the_formula(ctx: Any, dout: Tensor, tensors: list[Any]) -> tuple[Tensor | None, ...]:
-    """The gradients by plain operations, which can be differentiated and vectorised in their turn."""
+    """The gradients by plain operations, which support double backward and batched gradients."""
     x, weight, bias, slope, convolution_weight, convolution_bias = tensors
     slope = ctx.slope if slope is None else slope
     plan, (dtype, compute_dtype) = ctx.plan, ctx.dtypes

@@ -1,4 +1,4 @@
-"""The formula in plain torch: the eager route, the oracle of the tests and the baseline of the benchmarks at once.
+"""The formula in plain torch: the eager route, the oracle of the tests and the baseline of the benchmarks.
 
 With mean and variance of each (n, c) over its S spatial positions:
     rstd = 1/√(variance + eps),  x̂ = (x − mean)·rstd,  z = x̂·weight + bias,  y = z where z > 0 else slope·z
@@ -47,10 +47,10 @@ def backward(
     residual: Tensor | None = None,
     statistics: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dweight, dbias and dslope in closed form, and, with a residual, dr; None where there is no such parameter.
+    """dx, dweight, dbias and dslope in closed form, and dr if there is a residual. None for a parameter that is None.
 
-    Plain differentiable operations of x, dy and the parameters, so that it has derivatives in its turn; of those only
-    where no `statistics` are given, which stand in for eps. Low precision is computed in float32.
+    These are differentiable operations of x, dy and the parameters, so double backward works. It does not if
+    `statistics` are given, which replace eps. bfloat16 and float16 are computed in float32.
     """
     axes = tuple(range(2, x.dim()))
     per_channel = (1, -1) + (1,) * len(axes)
@@ -62,7 +62,7 @@ def backward(
     x_wide, dy_wide = x.to(wide), dy.to(wide)
     if statistics is None:
         centered = x_wide - x_wide.mean(axes, keepdim=True)
-        centered = centered - centered.mean(axes, keepdim=True)  # what rounding left of the mean
+        centered = centered - centered.mean(axes, keepdim=True)  # the part of the mean that rounding lost
         constant = x_wide.amax(axes, keepdim=True) == x_wide.amin(axes, keepdim=True)
         variance = centered.square().mean(axes, keepdim=True)
         rstd = _reciprocal_deviation(torch.where(constant, 0.0, variance), eps)
@@ -73,7 +73,7 @@ def backward(
     z = xhat if weight is None else xhat * wider(weight)
     z = z if bias is None else z + wider(bias)
     z = z if residual is None else z + residual.to(wide)
-    # torch's own backward of the activation: a second derivative is then zeros where torch's is, and not None.
+    # torch's own backward of the activation, whose second derivative is zeros as in torch, and not None.
     if isinstance(slope, Tensor):
         dz, by_slope = torch.ops.aten._prelu_kernel_backward(dy_wide, z, wider(slope))
     else:
@@ -100,6 +100,6 @@ def statistics(x: Tensor, eps: float) -> Tensor:
 
 
 def _reciprocal_deviation(variance: Tensor, eps: float) -> Tensor:
-    """1/√(variance + eps); 0 where both are 0, as in torch's own kernels. So are its derivatives there."""
+    """1/√(variance + eps). It and its derivatives are 0 if both are 0, as in torch's own kernels."""
     total = variance + eps
     return torch.rsqrt(torch.where(total == 0, torch.inf, total))

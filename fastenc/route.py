@@ -1,7 +1,7 @@
-"""Which route a call takes, "triton" or "eager", and why not the other: one question, asked by everyone here.
+"""The decision which route a call takes, "triton" or "eager", with the reason for eager.
 
-Under "auto", the default, the reason for eager is silent: ask `fastenc.explain`, or set the logger "fastenc" to DEBUG.
-Under "triton" a call that cannot take that route raises RuntimeError with the reason.
+Under "auto", the default, the decision is silent. `fastenc.explain` and the logger "fastenc" at level DEBUG tell the
+reason. Under "triton" a call that cannot take that route raises RuntimeError with the reason.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-OLDEST_ARCHITECTURE = (8, 0)  # the oldest that the kernels are compiled for in the tests: bfloat16 starts there
+OLDEST_ARCHITECTURE = (8, 0)  # the first with bfloat16, and the oldest for which the tests compile the kernels
 
 TRANSFORM = "a torch.func transform (grad, vmap, jvp, …) is active"
 FORWARD_MODE = "forward-mode differentiation is active"
@@ -57,19 +57,19 @@ _faults: dict[torch.device, str] = {}
 _warned: set[str] = set()
 _lock = threading.Lock()
 
-# The backend of the process: what was set last. A setting can be taken back while the object that made it lives.
+# The backend of the process is the one set last. A setting can be taken back while the object that made it lives.
 _default = _checked(os.environ.get("FASTENC_BACKEND") or "auto", "environment variable FASTENC_BACKEND")
 _settings: list[tuple[Backend, Callable[[], object]]] = [(_default, lambda: None)]
 # The blocks of each thread, innermost last. No subclass of threading.local: torch.compile would not guard on one.
 _thread = threading.local()
 _thread.names = ()
-# By thread, the backend of its innermost block, the block entered last at the end: for the threads in which torch runs
-# a backward. Python did not start those, and torch's own thread-local objects can abort the process when it ends.
+# The backend of the innermost block of each thread; the block entered last is the last entry. The threads in which
+# torch runs a backward use it. Python did not start those, and torch's thread-local objects can abort at exit.
 _entered: dict[int, Backend] = {}
 
 
 class Block:
-    """The backend `name` inside a `with` block, for the thread that runs it and for the backwards that it calls."""
+    """The backend `name` inside a `with` block, for its thread and for the backwards called in it."""
 
     def __init__(self, name: Backend) -> None:
         self.name = name
@@ -84,20 +84,20 @@ class Block:
 class backend(Block):
     """Choose the route of the calls that follow: "auto", "triton" or "eager".
 
-    Calling it sets the backend of the process at once, for all threads; inside a block, until the block ends. As a
-    context manager or a decorator it takes that back, and chooses for the block, or each call of the function, alone::
+    A call sets the backend of the process for all threads. Inside a block it sets the backend until the block ends.
+    Used as a context manager or a decorator, it applies to that block, or to each call of that function, only::
 
         fastenc.backend("eager")            # from here on
         with fastenc.backend("triton"): ... # in this block
         @fastenc.backend("eager")           # in each call of this function
         def evaluate(net, x): ...
 
-    A block holds for the thread that runs it. Other threads, those of nn.DataParallel among them, follow the process.
-    The threads in which torch runs a backward follow the block that was entered last and is not left. One object may
-    be entered any number of times, also nested and by several threads.
+    A block applies to the thread that runs it. Other threads, for example those of nn.DataParallel, use the backend of
+    the process. The threads in which torch runs a backward use the block that was entered last and is still active. One
+    object may be entered any number of times, also nested and by several threads.
 
     Args:
-        name: "auto" takes the Triton route wherever it can, "triton" raises where it cannot, "eager" never takes it.
+        name: "auto" takes the Triton route if possible, "triton" raises if that is impossible, "eager" never takes it.
 
     Raises:
         ValueError: any other name.
@@ -166,14 +166,14 @@ def chosen() -> Backend:
     names = getattr(_thread, "names", None)
     if names:
         return names[-1]
-    if is_dynamo_compiling() or _entered:  # in this order: no compiled code depends on the second
+    if is_dynamo_compiling() or _entered:  # in this order, so that no compiled code depends on the second
         return _inherited() or _default
     return _default
 
 
 @constant_in_graphs
 def _inherited() -> Backend | None:
-    """The block entered last, if torch made this thread: it runs a backward."""
+    """The backend of the block entered last, if torch made this thread, which then runs a backward."""
     if isinstance(threading.current_thread(), threading._DummyThread):
         with _lock:
             return next(reversed(_entered.values()), None)
@@ -181,9 +181,10 @@ def _inherited() -> Backend | None:
 
 
 def eager(reason: str | None) -> bool:
-    """Whether to take the eager route, for `reason`; None, no reason, is the Triton route.
+    """Whether to take the eager route: True if there is a reason.
 
-    Raises RuntimeError with the reason where "triton" was asked for.
+    Raises:
+        RuntimeError: there is a reason and the backend is "triton".
     """
     if reason is None:
         return False
@@ -195,12 +196,12 @@ def eager(reason: str | None) -> bool:
 
 
 def watched(x: object) -> str | None:
-    """What PyTorch does at this moment that has to see the submodules and plain operations; None if nothing."""
+    """Why a tracer, transform or dispatch mode must see plain PyTorch operations at this moment, or None."""
     if is_compiling():
         why = _traced_reason()
         if why is not None:
             return why
-        # torch.export without Dynamo runs this very code on fake tensors, a subclass.
+        # torch.export without Dynamo runs this code on fake tensors, which are a subclass.
         if is_dynamo_compiling() and type(x) is not Tensor and type(x) is not Parameter:
             return f"x is a {type(x).__name__}, not a plain torch.Tensor"
     elif type(x) is not Tensor and type(x) is not Parameter:
@@ -217,9 +218,9 @@ def watched(x: object) -> str | None:
 
 
 def reason(x: Any) -> str | None:
-    """Why an operation on x takes the eager route; None if it takes the Triton route.
+    """Why an operation on x takes the eager route. None if it takes the Triton route.
 
-    Looks at x and at what PyTorch is doing at this moment; raises nothing.
+    It depends on x and on what PyTorch is doing at this moment. It raises nothing.
     """
     if chosen() == "eager":
         return 'backend "eager" was asked for'
@@ -233,7 +234,7 @@ def reason(x: Any) -> str | None:
 
 @constant_in_graphs
 def _traced_reason() -> str | None:
-    """Why what torch.compile or torch.export is tracing must be plain PyTorch."""
+    """Why torch.compile or torch.export must trace plain PyTorch operations, or None."""
     if torch.onnx.is_in_onnx_export():
         return "the ONNX exporter is tracing"
     if transforms_active():
@@ -242,7 +243,7 @@ def _traced_reason() -> str | None:
 
 
 def transformed(dy: Tensor) -> bool:
-    """Whether a gradient is more than its values: many at once (`is_grads_batched`, torch.vmap), or with a tangent."""
+    """Whether dy is batched (`is_grads_batched`, torch.vmap) or has a tangent."""
     return transforms_active() or forward_ad._current_level >= 0 or is_legacy_batchedtensor(dy)
 
 
@@ -258,11 +259,11 @@ def device_reason(x: Tensor) -> str | None:
 
 
 class Accelerated:
-    """The base class of the forwards that `accelerate` puts on modules: they do what the modules' own do."""
+    """The base class of the forwards that `accelerate` sets on modules. They compute what the modules' own compute."""
 
 
 def observed(*modules: Module) -> str | None:
-    """What could notice that `modules` are not called one by one: hooks, an own forward, Module.compile()."""
+    """Why `modules` must be called one by one: a hook, a replaced forward or Module.compile(). None if nothing is."""
     if has_global_hook():
         return "a global module hook is registered"
     for module in modules:
@@ -288,7 +289,7 @@ def _cuda_reason(index: int) -> str | None:
 
 @lru_cache(maxsize=64)
 def _lacking(index: int) -> str | None:
-    """What GPU number `index` or this process lacks to run the kernels: asked once."""
+    """What GPU number `index` or this process lacks to run the kernels. Determined once."""
     if torch.version.hip is not None:
         return "this is a ROCm build of torch, on which the kernels have not been run yet"
     architecture = torch.cuda.get_device_capability(index)
@@ -324,18 +325,20 @@ def has_triton() -> bool:
 
 
 def fault(device: torch.device) -> str | None:
-    """What made a launch on `device` fail before; None where "triton" was asked for, which tries and raises again."""
+    """Why an earlier launch on `device` failed. None under "triton", where every call tries and raises."""
     return None if chosen() == "triton" else _faults.get(device)
 
 
 def fall_back(error: Exception, device: torch.device) -> None:
-    """Return where a launch on `device` that raised `error` may be repeated on the eager route, else raise.
+    """Decide what follows a launch on `device` that raised `error`: return to fall back to the eager route, or raise.
 
-    Returns under "auto", for what the machine lacks (a C compiler, a cache folder that can be written, a driver that
-    knows the kernels' code, shared memory), with one warning for each cause in a process.
+    It returns under "auto" if the machine lacks something: a C compiler, a writable cache folder, a driver that
+    supports the kernels' code, shared memory. It warns once per process for each cause.
 
-    Raises `error` itself under "triton", where memory is out, and where every call to the GPU fails: a launch reports
-    what earlier work has broken as if it were its own. torch.OutOfMemoryError for the driver's own word for it.
+    Raises:
+        Exception: `error` itself, under "triton", if memory is exhausted, or if every call to the GPU fails. CUDA
+            reports an earlier asynchronous error at the next launch.
+        torch.OutOfMemoryError: the driver itself is out of memory.
     """
     text = str(error)
     if text.startswith("Triton Error") and text.endswith("out of memory"):
@@ -356,7 +359,7 @@ def fall_back(error: Exception, device: torch.device) -> None:
 
 
 def _unusable(device: torch.device) -> bool:
-    """Whether any call to a GPU fails now: after an illegal access, in a forked process, while a graph is captured."""
+    """Whether every call to a GPU fails: after an illegal access, in a forked process, during a graph capture."""
     if device.type != "cuda":
         return False
     try:
@@ -372,7 +375,7 @@ def _cause(error: Exception) -> str:
 
 
 def _remedy(error: Exception) -> str:
-    """What a person can do about what a launch raised."""
+    """What the user can do about the error of a launch."""
     if isinstance(error, ImportError):
         return "reinstall triton until `python -c 'import triton.language'` succeeds"
     if isinstance(error, (CalledProcessError, FileNotFoundError)) or "C compiler" in str(error):
@@ -383,7 +386,7 @@ def _remedy(error: Exception) -> str:
 
 
 def _warn_once(cause: str, what: str, remedy: str) -> None:
-    """Warn of `cause`, the first time in this process."""
+    """Warn about `cause`, once per process."""
     with _lock:
         if cause in _warned:
             return

@@ -1,6 +1,6 @@
-"""What an autograd.Function saves for its backward, where some of its tensors may be None.
+"""Saving tensors of an autograd.Function for its backward, some of which may be None.
 
-save_for_backward would keep a None among the tensors, and tools that read saved tensors, such as torchviz, fail on it.
+save_for_backward accepts None, but tools that read saved tensors, for example torchviz, fail on it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save the tensors that are not None, and remember the places of the others."""
+    """Save the tensors that are not None, and record the positions of the others."""
     present = [tensor for tensor in tensors if tensor is not None]
     ctx.save_for_backward(*present)
     ctx.absent = [i for i, tensor in enumerate(tensors) if tensor is None] if len(present) < len(tensors) else ()
 
 
 def saved(ctx: Any) -> Sequence[Any]:
-    """The tensors that `save` was given, None included."""
+    """The tensors that were passed to `save`, including None."""
     if not ctx.absent:
         return ctx.saved_tensors
     tensors = [*ctx.saved_tensors]

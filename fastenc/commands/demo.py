@@ -1,4 +1,4 @@
-"""`python -m fastenc demo`: real patches of a brain through every route of this machine, encoding and learning."""
+"""`python -m fastenc demo`: patches of a real brain, encoded and learned from by every route of this machine."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ SEED = 0
 TRAINING_PATCHES, HELD_OUT_PATCHES = 512, 128
 # Example 1, EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3): its channels are T1 and both tissue maps.
 EXAMPLE_1 = {"channel": 64, "layers": [3, 3, 3, 3, 3], "in_planes": 3, "out_length": 32}
-# Tells the tissue fractions from T1 alone; its second channel is ones, see `Patches.inputs`.
+# Predicts the tissue fractions from T1. Its second input channel is ones, see `Patches.inputs`.
 SMALL = {"channel": 8, "layers": [1, 1, 1], "in_planes": 2, "out_length": 2}
-# Two patches' middles: the interpreter takes milliseconds where a GPU takes nanoseconds.
+# The middles of two patches, because the interpreter is about a million times slower than a GPU.
 INTERPRETED = (slice(2), slice(None), slice(9, 22), slice(10, 22), slice(10, 20))
 ENCODING_STEPS = 100  # an encoding's length on the progress bar, in training steps
 COLOURS = ("#9ecae1", "#d55e00", "#009e73", "#000000")
@@ -89,7 +89,7 @@ def _positive(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo. Returns 0, or 1 where routes disagree, or 2 where it cannot start."""
+    """Run the demo. Returns 0, 1 if routes disagree, or 2 if it cannot start."""
     problem = _cannot_start(arguments)
     if problem is not None:
         print(f"fastenc demo: error: {problem}", file=sys.stderr)

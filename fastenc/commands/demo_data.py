@@ -47,10 +47,10 @@ class Patches:
 
     @property
     def inputs(self) -> Tensor:
-        """What the tissue fractions are told from, (count, 2, 31, 32, 30): T1, centred on the brain's, and ones.
+        """The inputs for the tissue fractions, (count, 2, 31, 32, 30): T1, centred on the brain's mean, and ones.
 
-        InstanceNorm takes the absolute intensity out of a patch. Ones beside the convolutions' zero padding give the
-        network a step of known height to measure it by.
+        InstanceNorm removes the absolute intensity of a patch. The ones next to the zero padding of the convolutions
+        are a step of known height, by which the network can measure it.
         """
         t1 = (self.volumes[:, :1] - BRAIN_MEAN) / BRAIN_SPREAD
         return torch.cat([t1, torch.ones_like(t1)], dim=1)

@@ -1,4 +1,4 @@
-"""What the demo compares: the network by every route of this machine, encoding and learning."""
+"""The routes that the demo compares: encoding and training by each route of this machine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Route:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def network(self, arguments: dict[str, Any], seed: int) -> nn.Module:
-        """The network as this route's user makes it: from torch's own random numbers after `seed`."""
+        """The network as a user of this route makes it, from torch's random numbers after `seed`."""
         torch.manual_seed(seed)
         return self.build(arguments)
 
@@ -63,7 +63,7 @@ class Route:
 
 
 def available(device: torch.device) -> tuple[list[Route], dict[str, str]]:
-    """The routes that `device` has, plain PyTorch first, and for each that it lacks the reason."""
+    """The routes of `device`, plain PyTorch first, and the reason for each route that it lacks."""
     plain, eager = Route("plain PyTorch", None), Route("fastenc, eager", "eager")
     if device.type == "cpu":
         return [plain, eager], {}
@@ -117,7 +117,7 @@ def encode(
         on_call(route.name)
         try:
             outputs[route.name] = call()
-        except Exception as error:  # what stops one route is its row of the table, not the end of the others
+        except Exception as error:  # the failure of one route is shown in its row, and the others go on
             if route is available[0]:
                 raise
             failed.append(_failed(route.name, error))
@@ -148,7 +148,7 @@ def _inference(route: Route, network: nn.Module, x: Tensor) -> Callable[[], Tens
 def _take_turns(
     calls: Mapping[str, Callable[[], Tensor]], device: torch.device, on_call: Callable[[str], None]
 ) -> list[list[float]]:
-    """Seconds of each call, round by round, so that other work of the machine disturbs all of them alike."""
+    """Seconds of each call. Calls alternate, so that other work on the machine disturbs all of them alike."""
     seconds: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     for done in range(MOST_ROUNDS):
@@ -181,7 +181,7 @@ def interpreted(patches: Tensor, seed: int) -> Row:
     try:
         with kernels_interpreted(), Traffic() as traffic:
             found = _output_and_gradients(triton, triton.network(arguments, seed), patches)
-    except Exception as error:  # the table and the record still tell of the other routes
+    except Exception as error:  # the table and the record still hold the other routes
         return _failed(name, error)
     apart = distances(found, expected)
     output = apart.pop("output")
@@ -204,7 +204,7 @@ def _output_and_gradients(route: Route, network: nn.Module, x: Tensor) -> dict[s
 
 @dataclass(frozen=True)
 class Learned:
-    """What one route learned.
+    """The result of training by one route.
 
     loss: mean squared error of each step, over the variance of the training targets. predicted (count, targets): the
     held-out targets as the network sees them. r2: the share of each held-out target's variance that it explains.
@@ -228,7 +228,7 @@ def train(
     seed: int,
     on_step: Callable[[float], None],
 ) -> Learned:
-    """Train the network from `seed` by one route; every route sees the same batches.
+    """Train the network from `seed` by one route. Every route sees the same batches.
 
     training, held_out: inputs (count, in_planes, 31, 32, 30) and targets (count, targets). on_step gets each loss.
     """

@@ -1,7 +1,7 @@
-"""`python -m fastenc doctor`: what is installed here, which route it takes, whether that route is right, what bites.
+"""`python -m fastenc doctor`: installed versions, the route of each dtype, a self-test, and known problems.
 
-Writes no file of its own (on a GPU, triton keeps the kernels that it compiles in its cache). `--json` prints one
-document, of schema "fastenc-doctor-1":
+It writes no file of its own. On a GPU, triton caches the kernels that it compiles. `--json` prints one document of
+schema "fastenc-doctor-1":
 
     schema     "fastenc-doctor-1"
     versions   fastenc, python, torch, cuda, rocm, cudnn, triton, driver: a string each, null where there is none
@@ -48,7 +48,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Choice:
-    """The route that volumes of one dtype and layout take, and why not Triton's."""
+    """The route that tensors of one dtype and layout take, and the reason for eager."""
 
     dtype: str
     layout: str
@@ -59,7 +59,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Advice:
-    """Something known to bite on this machine, and what to do."""
+    """A known problem of this machine, and its remedy."""
 
     cause: str
     remedy: str
@@ -67,7 +67,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the doctor has to say; its fields are described at the top of this file."""
+    """The report. Its fields are described at the top of this file."""
 
     schema: str
     versions: dict[str, str | None]
@@ -88,14 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report. Returns 0, or 1 where the self-test fails."""
+    """Print the report. Returns 0, or 1 if the self-test fails."""
     report = examine()
     print(json.dumps(asdict(report), indent=1) if arguments.json else text(report))
     return 0 if report.self_test.passed else 1
 
 
 def examine() -> Report:
-    """Look at this machine and test its route."""
+    """Inspect this machine and test its route."""
     device, failure = working_device()
     machine = describe(device)
     versions = {
@@ -110,7 +110,7 @@ def examine() -> Report:
     }
     settings = {
         "backend": route.chosen(),
-        # Not allow_tf32, which raises where a program has used both ways to set it.
+        # Not allow_tf32, which raises if a program has used both ways to set it.
         "conv_fp32_precision": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         "c_compiler": c_compiler(),
         "cuda_failure": failure,
@@ -122,7 +122,7 @@ def examine() -> Report:
 
 
 def working_device() -> tuple[torch.device, str | None]:
-    """The GPU, where torch finds one, else the CPU; and what a GPU raised that torch finds and cannot use."""
+    """The GPU if torch finds one, otherwise the CPU, and the error of a GPU that torch finds but cannot use."""
     if torch.cuda.is_available():
         try:
             torch.zeros(1, device="cuda")
@@ -163,7 +163,7 @@ def c_compiler() -> str | None:
 def advice(
     versions: Mapping[str, str | None], gpus: Sequence[Gpu], settings: Mapping[str, str | None]
 ) -> Iterator[Advice]:
-    """What is known to bite with these versions, GPUs and settings. PyTorch's issues are named by number."""
+    """Known problems of these versions, GPUs and settings. PyTorch's issues are named by number."""
     cudnn = int(versions["cudnn"] or 0) if versions["rocm"] is None else 0
     if cudnn in SLOW_CUDNN:
         number = f"{cudnn // 10000}.{cudnn // 100 % 100}"
@@ -204,7 +204,7 @@ def advice(
 
 
 def text(report: Report) -> str:
-    """The report in words: the verdict, the warnings, and the rest as what to paste into a bug report."""
+    """The report in words: the verdict, the warnings, and a block to paste into a bug report."""
     verdict = "passed" if report.self_test.passed else "FAILED"
     lines = [f"fastenc doctor: the self-test {verdict}; warnings: {len(report.warnings)}"]
     for warning in report.warnings:

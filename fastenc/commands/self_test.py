@@ -1,7 +1,7 @@
 """The doctor's self-test: the fused operation and its gradients against the formula in float64, in about a second.
 
-A result passes that is no farther from float64 than twice PyTorch's own operations in float32, plus four roundings of
-the result's size (of a sum: of the size of its terms).
+A result passes if its distance from float64 is at most twice that of PyTorch's own operations in float32, plus four
+roundings of the result's scale. The scale of a sum is that of its terms.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESULTS = ("y", "dx", "dweight", "dbias", "dslope")
 
 @dataclass(frozen=True)
 class Row:
-    """How far one result is off, at its worst element, and how far it may be. error: None where it is not finite."""
+    """The largest error of one result, and the largest that is allowed. error: None if the result is not finite."""
 
     layout: str
     result: str
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether the result is near enough."""
+        """Whether the error is allowed."""
         return self.error is not None and self.error <= self.allowed
 
 
@@ -52,21 +52,22 @@ class SelfTest:
 
 
 def self_test(device: torch.device) -> SelfTest:
-    """Test the route that float32 volumes on `device` take; where it is Triton's, no other."""
+    """Test the route that float32 tensors on `device` take, and no other."""
     x = torch.empty(SHAPE, device=device)
     reason = route.reason(x)
     taken = "triton" if reason is None else "eager"
     try:
         with route.backend("triton" if reason is None else route.chosen()):
             rows = tuple(row for layout in LAYOUTS for row in compare(layout, device))
-    except Exception as error:  # whatever it is, it is what the user's own calls would raise, or fall back on
+    except Exception as error:  # a user's own calls would raise the same, or fall back
         return SelfTest(str(device), taken, False, (), f"{type(error).__name__}: {' '.join(str(error).split())}")
     return SelfTest(str(device), taken, all(row.passed for row in rows), rows, None)
 
 
 def compare(layout: str, device: torch.device) -> list[Row]:
-    """Every result of the operation in this layout beside the formula's."""
-    generator = torch.Generator().manual_seed(0)  # of these numbers none puts z near 0, where rounding picks the branch
+    """The error of each result of the operation in this layout."""
+    # With these numbers no z is near 0, where rounding would choose the branch.
+    generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(SHAPE, generator=generator) for _ in range(2))
     weight, bias, slope = (torch.randn(SHAPE[1], generator=generator) for _ in range(3))
     x, dy = ((t + 0.5).to(device).contiguous(memory_format=LAYOUTS[layout]) for t in (x, dy))
@@ -85,7 +86,7 @@ def compare(layout: str, device: torch.device) -> list[Row]:
 
 
 def formula(x: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
-    """The definition, written out: y = z where z > 0 else slope·z, z = (x − mean)/√(variance + eps)·weight + bias."""
+    """The definition: y = z where z > 0 else slope·z, z = (x − mean)/√(variance + eps)·weight + bias."""
     weight, bias, slope = (parameter.view(1, -1, 1, 1, 1) for parameter in (weight, bias, slope))
     centered = x - x.mean((2, 3, 4), keepdim=True)
     z = centered / (centered.square().mean((2, 3, 4), keepdim=True) + EPS).sqrt() * weight + bias
@@ -104,7 +105,7 @@ def _results(function: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor)
 
 
 def _terms(exact: tuple[Tensor, ...], tensors: list[Tensor], dy: Tensor) -> dict[str, float]:
-    """What a rounding is taken of: the largest element of y and dx, the largest sum of sizes of a parameter's terms."""
+    """The scale of each result: max |y| and |dx|, and for a parameter's gradient the largest Σ|terms|."""
     y, dx, *_ = exact
     x, weight, bias, slope = (t.double() for t in tensors)
     ones, zeros = torch.ones_like(weight), torch.zeros_like(weight)

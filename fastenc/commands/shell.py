@@ -1,4 +1,4 @@
-"""What every command of the command line shares: how it ends when it is stopped, and how it writes."""
+"""Shared by all commands: how they end when they are interrupted, and how they write files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-STOPPED, PIPE_CLOSED = 130, 141  # as a shell counts: 128 and the number of the signal
+STOPPED, PIPE_CLOSED = 130, 141  # as in a shell: 128 plus the number of the signal
 ASCII = {"–": "-", "—": "-", "×": "x", "÷": "/", "≈": "~", "·": ".", "µ": "u", "μ": "u", "²": "2", "³": "3", "°": " ",
          "…": "...", "≤": "<=", "≥": ">=", "─": "-", "━": "-", "╸": "-", "╺": "-"}  # fmt: skip
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
-    """A handler of codec errors: what the encoding lacks, in ASCII."""
+    """A handler of codec errors, which replaces characters that the encoding lacks by ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(ASCII.get(each, "?") for each in error.object[error.start : error.end]), error.end
@@ -26,9 +26,9 @@ codecs.register_error("fastenc-ascii", _replaced)
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """`main` as a command: one line and status 130 for Ctrl-C, no traceback where the reader of a pipe is gone.
+    """Run `main` as a command. Ctrl-C ends it with one line and status 130, a closed pipe without a traceback.
 
-    What the terminal's encoding lacks is printed in ASCII.
+    Characters that the terminal's encoding lacks are printed in ASCII.
     """
 
     @functools.wraps(main)
@@ -52,7 +52,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
 
 def file_problem(path: Path, option: str) -> str | None:
-    """Why no file can be written at `path`; its folder is made where it is missing, the file is not."""
+    """Why no file can be written at `path`, or None. A missing folder is created, the file is not."""
     try:
         if path.is_dir():
             return f"{option}: cannot write to {path}: it is a folder"
@@ -67,7 +67,7 @@ def file_problem(path: Path, option: str) -> str | None:
 
 
 def folder_of(path: Path) -> Path:
-    """The folder of the file itself, where `path` is a link to it."""
+    """The folder of the file to which `path` leads, which may be a link."""
     return path.resolve().parent
 
 
