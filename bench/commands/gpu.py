@@ -101,20 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     deadline = Deadline(max(arguments.minutes * 60 - ENDING, 0.0))
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(
-            f"fastenc bench gpu: torch {torch.__version__} sees no CUDA GPU here; "
-            "--device cpu runs a tiny version on the CPU",
-            file=sys.stderr,
-        )
-        return 2
-    problem = options.folder_problem(arguments.out)
+    problem = options.device_problem(arguments.device) or options.folder_problem(arguments.out)
     if problem is not None:
-        print(f"fastenc bench gpu: {problem}", file=sys.stderr)
-        return 2
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+        return options.refuse("gpu", problem)
+    device = options.chosen_device(arguments.device)
     log = arguments.out / "tests.log"
     lacking = gpu_tests.lacking()
     if lacking is not None:

@@ -32,9 +32,7 @@ class StandInDriver:
             "warpSize": 32,
         }
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties,
-            load_binary=load_binary,
-            unload_module=lambda module: None,
+            get_device_properties=lambda device: properties, load_binary=load_binary, unload_module=lambda module: None
         )
 
     def get_current_target(self) -> GPUTarget:
