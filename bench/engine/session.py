@@ -25,7 +25,7 @@ from .table import LEGEND, brief, heading, text
 FIRST_GUESS = {
     "network": 12.0, "client": 20.0, "instance_norm_prelu": 4.0, "instance_norm_add_prelu": 4.0, "stem": 3.0,
 }  # fmt: skip
-PROMISED = 11  # compilations leave time for so many workloads: `gpu` begins with those whose figures are promised
+PROMISED = 11  # compilations leave time for the next 11 workloads; `gpu` begins with the promised figures
 CEILINGS, TESTS = 3.0, 20.0  # lengths on the progress bar
 
 Tests = Callable[[Deadline], GpuTests]

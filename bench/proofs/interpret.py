@@ -167,7 +167,7 @@ class Traffic:
         program, because memory moves in sectors.
     launches: kernels started.
     atomics: atomic operations.
-    alike: each program that runs from now on counts as so many programs. It is 1 at first.
+    alike: the number of programs that each program counts as from now on; 1 at first.
     """
 
     def __enter__(self) -> Traffic:
