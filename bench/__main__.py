@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from fastenc import __version__
 from fastenc.commands.shell import command
@@ -14,25 +13,10 @@ from fastenc.commands.shell import command
 from .arguments import without_folder
 from .commands import audit, compare, gpu, ops, report, third_party, tune
 
-
-@dataclass(frozen=True)
-class Subcommand:
-    """A subcommand: its purpose for the help text, its arguments, and its body, which returns the exit status."""
-
-    purpose: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-
-
+# Each module has PURPOSE, add_arguments and run.
 SUBCOMMANDS = {
-    "compare": Subcommand(compare.PURPOSE, compare.add_arguments, compare.run),
-    "clients": Subcommand(third_party.PURPOSE, third_party.add_arguments, third_party.run),
-    "ops": Subcommand(ops.PURPOSE, ops.add_arguments, ops.run),
-    "gpu": Subcommand(gpu.PURPOSE, gpu.add_arguments, gpu.run),
-    "report": Subcommand(report.PURPOSE, report.add_arguments, report.run),
-    "audit": Subcommand(audit.PURPOSE, audit.add_arguments, audit.run),
-    "tune": Subcommand(tune.PURPOSE, tune.add_arguments, tune.run),
-}
+    "compare": compare, "clients": third_party, "ops": ops, "gpu": gpu, "report": report, "audit": audit, "tune": tune,
+}  # fmt: skip
 
 
 @command
@@ -42,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastenc bench", description=__doc__)
     parser.add_argument("--version", action="version", version=f"fastenc {__version__}")
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    for name, subcommand in SUBCOMMANDS.items():
-        child = subparsers.add_parser(name, help=subcommand.purpose, description=subcommand.purpose)
-        subcommand.add_arguments(child)
+    for name, module in SUBCOMMANDS.items():
+        child = subparsers.add_parser(name, help=module.PURPOSE, description=module.PURPOSE)
+        module.add_arguments(child)
     parsed = parser.parse_args(arguments)
     parsed.command = shlex.join(["python", "-m", "fastenc", "bench", *without_folder(arguments)])
     return SUBCOMMANDS[parsed.subcommand].run(parsed)

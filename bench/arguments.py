@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,17 @@ import torch
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OUT = Path("bench-out")
+
+
+def refuse(subcommand: str, problem: str) -> int:
+    """Print why a subcommand cannot run. Returns the exit status, 2."""
+    print(f"fastenc bench {subcommand}: {problem}", file=sys.stderr)
+    return 2
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for a table or a one-line report."""
+    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def positive(text: str) -> int:

@@ -222,17 +222,13 @@ def compiled(inputs: Inputs, channels_last: bool = False, mode: str = "default")
     return runner(inputs, faster, channels_last, begin=begin)
 
 
-def _mode_needs_cuda(workload: Workload, device: torch.device) -> str | None:
-    if device.type == "cuda":
-        return None
-    return "on a CPU this is the same as torch.compile: what the mode adds for convolutions needs a CUDA GPU"
+def _cuda_only(reason: str) -> Callable[[Workload, torch.device], str | None]:
+    """`Baseline.absent` of a baseline that is the same as torch.compile on a CPU."""
+    return lambda workload, device: None if device.type == "cuda" else f"on a CPU this is torch.compile: {reason}"
 
 
-def layout_needs_cuda(workload: Workload, device: torch.device) -> str | None:
-    """Why torch.compile in channels_last_3d is not a separate baseline on `device`; None on CUDA."""
-    if device.type == "cuda":
-        return None
-    return "on a CPU this is the same as torch.compile: oneDNN chooses the layout of a convolution's tensors itself"
+_mode_needs_cuda = _cuda_only("what the mode adds for convolutions needs a CUDA GPU")
+layout_needs_cuda = _cuda_only("oneDNN chooses the layout of a convolution's tensors itself")
 
 
 def _compiled_baselines() -> Iterator[tuple[str, Baseline]]:

@@ -33,7 +33,7 @@ class Inputs:
         leaves: weight, bias and slope, (C,).
         x, dy: (N, C, *spatial), in the workload's layout and dtype.
         residuals: empty, or one tensor like x.
-        copies: endless (x, dy, residuals); on a GPU so many different ones that the cache stays cold.
+        copies: endless (x, dy, residuals). On a GPU they rotate over more memory than the cache holds.
     """
 
     def __init__(self, workload: Workload, device: torch.device, exact: bool = False) -> None:

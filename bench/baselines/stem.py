@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +39,11 @@ class Inputs:
         generator = torch.Generator(device).manual_seed(3)
         self.x = torch.randn(workload.shape, generator=generator, device=device)
         shape = (stem.wide_out, stem.wide_in, *stem.kernel)
-        weight = torch.randn(shape, generator=generator, device=device) / weight_scale(shape)
+        weight = torch.randn(shape, generator=generator, device=device) / prod(shape[1:]) ** 0.5
         self.weight = nn.Parameter(weight)
         self.padding = tuple(k // 2 if k > 1 else 0 for k in stem.kernel)
         dy_shape = (workload.shape[0], stem.wide_out, *stem.output)
         self.dy = torch.randn(dy_shape, generator=generator, device=device)
-
-
-def weight_scale(shape: tuple[int, ...]) -> float:
-    """The square root of the fan-in of a weight of this shape."""
-    return float(torch.Size(shape[1:]).numel()) ** 0.5
 
 
 def runner(inputs: Inputs, stem: Stem, exact: bool = False) -> Runner:

@@ -21,6 +21,7 @@ import torch
 
 from fastenc.commands.shell import file_problem, write_whole
 
+from ..arguments import refuse
 from ..console import Progress
 from ..engine.machine import commit
 from ..proofs.audit.cases import ITEMSIZE, Case, cases, residual_shapes, shapes
@@ -54,13 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         from ..proofs import interpret
     except ImportError as error:
-        return _refuse(f"needs triton and numpy: {error}")
+        return refuse("audit", f"needs triton and numpy: {error}")
     if knobs.runtime.interpret:
-        return _refuse("TRITON_INTERPRET is set, so nothing can be compiled: unset it")
+        return refuse("audit", "TRITON_INTERPRET is set, so nothing can be compiled: unset it")
     if arguments.json is not None:
         problem = file_problem(arguments.json, "--json")
         if problem is not None:
-            return _refuse(problem)
+            return refuse("audit", problem)
     if fault := interpret.fault():
         print(f"bytes are predicted, not counted: {fault}", file=sys.stderr)
     audited = [*cases(shapes()), *cases(residual_shapes(), residual=True)]
@@ -72,11 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
     print_table(rows)
     print("\n".join(summary(rows, variants, broken)))
     return 1 if broken else 0
-
-
-def _refuse(why: str) -> int:
-    print(f"fastenc bench audit: {why}", file=sys.stderr)
-    return 2
 
 
 def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Variants]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -69,7 +68,7 @@ def network_problem(workload: Workload) -> str | None:
             fused_encoder(workload.network)
             plain_encoder(workload.network)(torch.empty(workload.shape))
     except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return f"{type(error).__name__}: {options.first_line(error)}"
     return None
 
 
@@ -91,8 +90,7 @@ def measure(
     problem = options.device_problem(arguments.device)
     problem = problem or next(filter(None, map(problem_of, asked)), None) or options.folder_problem(arguments.out)
     if problem is not None:
-        print(f"fastenc bench {arguments.subcommand}: {problem}", file=sys.stderr)
-        return 2
+        return options.refuse(arguments.subcommand, problem)
     device = options.chosen_device(arguments.device)
     with settings(tf32=True, benchmark=True) as shared:
         session = Session(arguments.command, arguments.out, device, shared, asked, deadline, only=arguments.peers)

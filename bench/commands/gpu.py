@@ -23,7 +23,7 @@ TESTS_SHARE = 0.4  # largest share of the minutes
 
 # Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3).
 EXAMPLE_1, EXAMPLE_1_SIZE = ops.NETWORKS["example1"]
-VOLUME_128, VOLUME_128_SIZE = ops.NETWORKS["volume128"]
+LARGE, LARGE_SIZE = ops.NETWORKS["volume128"]
 TRAIN: Mode = "training step"
 BF16: Precision = "bfloat16 autocast"
 
@@ -56,7 +56,7 @@ def plan(device: torch.device) -> list[Workload]:
             *stems("float32", 2, 3, tiny, (8, 7, 6)),
             *(third_party.workload(name, "train", "fp32", (2, 1, 16, 16, 16), (4, 8)) for name in third_party.NAMES),
         ]
-    shape = (2, 1, *VOLUME_128_SIZE)
+    shape = (2, 1, *LARGE_SIZE)
     plain, monai, residual = (third_party.workload(name, "train", "bf16", shape) for name in third_party.NAMES)
     large, middle = (8, 64, 31, 32, 30), (8, 128, 16, 16, 15)
     return [
@@ -64,15 +64,15 @@ def plan(device: torch.device) -> list[Workload]:
         network(TRAIN, BF16, 32),
         *ops.workloads([large], "bfloat16"),
         network("forward", BF16, 1),
-        network(TRAIN, BF16, 2, VOLUME_128, VOLUME_128_SIZE),
-        network("forward", BF16, 2, VOLUME_128, VOLUME_128_SIZE),
+        network(TRAIN, BF16, 2, LARGE, LARGE_SIZE),
+        network("forward", BF16, 2, LARGE, LARGE_SIZE),
         plain,
         monai,
         *ops.workloads([middle, (2, 32, 128, 128, 128), (8, 256, 8, 8, 8), (8, 512, 4, 4, 4)], "bfloat16"),
         *ops.workloads([large], "bfloat16", residual=True),
         residual,
         *stems(BF16, 32, 3, EXAMPLE_1, EXAMPLE_1_SIZE),
-        *stems(BF16, 2, 1, VOLUME_128, VOLUME_128_SIZE),
+        *stems(BF16, 2, 1, LARGE, LARGE_SIZE),
         network("forward", BF16, 8),
         network(TRAIN, BF16, 8),
         network("forward", "float32", 8),
@@ -101,20 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     deadline = Deadline(max(arguments.minutes * 60 - ENDING, 0.0))
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(
-            f"fastenc bench gpu: torch {torch.__version__} sees no CUDA GPU here; "
-            "--device cpu runs a tiny version on the CPU",
-            file=sys.stderr,
-        )
-        return 2
-    problem = options.folder_problem(arguments.out)
+    problem = options.device_problem(arguments.device) or options.folder_problem(arguments.out)
     if problem is not None:
-        print(f"fastenc bench gpu: {problem}", file=sys.stderr)
-        return 2
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+        return options.refuse("gpu", problem)
+    device = options.chosen_device(arguments.device)
     log = arguments.out / "tests.log"
     lacking = gpu_tests.lacking()
     if lacking is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import cycle, groupby
 from math import ceil, prod
 from pathlib import Path
@@ -111,8 +112,8 @@ def timed(workload: Workload) -> list[Result]:
     return [result for result in workload.results if result.time is not None]
 
 
-def _networks(workloads: Iterable[Workload]) -> list[Workload]:
-    return [each for each in workloads if each.kind == "network" and timed(each)]
+def _networks(workloads: Iterable[Workload], kind: str = "network") -> list[Workload]:
+    return [each for each in workloads if each.kind == kind and timed(each)]
 
 
 def _title(workload: Workload) -> str:
@@ -162,17 +163,8 @@ def _panels(workloads: Sequence[Workload], fill: Callable[[Any, Workload, list[s
     return figure
 
 
-def speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
-    """The speed-up over eager of every baseline on every EncoderNet3d, with the physical floor."""
-    return _speedups(_networks(workloads), theme)
-
-
-def clients(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
-    """The speed-up over eager of every baseline on third-party models."""
-    return _speedups([each for each in workloads if each.kind == "client" and timed(each)], theme)
-
-
-def _speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
+def speedups(workloads: Sequence[Workload], theme: dict[str, str], kind: str = "network") -> Figure | None:
+    """The speed-up over eager of every baseline on networks of one kind, with the physical floor."""
     drawn: list[float] = []  # the floors
 
     def fill(panel: Any, workload: Workload, names: list[str]) -> str:
@@ -198,7 +190,7 @@ def _speedups(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | 
         panel.set_xlim(0, right)
         return more
 
-    figure = _panels(workloads, fill)
+    figure = _panels(_networks(workloads, kind), fill)
     if figure is not None:
         floors = "; dashed: physical floor" if drawn else ""
         figure.supxlabel(f"speed-up over eager, with p20–p80 of the rounds{floors}", fontsize=9)
@@ -315,7 +307,7 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
 
 PICTURES: dict[str, Callable[[Sequence[Workload], dict[str, str]], Figure | None]] = {
     "speedup": speedups,
-    "clients": clients,
+    "clients": partial(speedups, kind="client"),
     "roofline": roofline,
     "memory": memory,
     "batch": scaling,

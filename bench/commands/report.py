@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -67,12 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{arguments.readme}: needs the markers {BEGIN} and {END} once each")
         from . import plots
     except (OSError, ValueError) as error:
-        return _refuse(str(error))
+        return options.refuse("report", str(error))
     except ImportError as error:
-        return _refuse(f"needs matplotlib: {error}")
+        return options.refuse("report", f"needs matplotlib: {error}")
     problem = options.folder_problem(arguments.plots, "--plots")
     if problem is not None:
-        return _refuse(problem)
+        return options.refuse("report", problem)
     drawn: list[Path] = []
     for name in plots.latest(records):
         own = [record for record in records if record.machine.name == name]
@@ -82,11 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
     write_whole(arguments.readme, text)
     print(f"{arguments.readme}: figures of {len(records)} records; {len(drawn)} pictures in {arguments.plots}")
     return 0
-
-
-def _refuse(why: str) -> int:
-    print(f"fastenc bench report: {why}", file=sys.stderr)
-    return 2
 
 
 def read(paths: Sequence[Path]) -> list[Record]:
@@ -236,9 +230,7 @@ def _times(workload: Workload, unchanged: Sequence[str]) -> list[str]:
 def _memory_and_fastest(workload: Workload) -> list[str]:
     """Cells: fastenc's peak memory over eager's, and the fastest form of fastenc."""
     eager, fused, best = workload.timed(EAGER), workload.timed(FASTENC), workload.fastest(FASTENC)
-    smaller = "" if eager is None or fused is None else _quotient(fused.peak_memory, eager.peak_memory)
-    return [smaller, "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"]
-
-
-def _quotient(above: int | None, below: int | None) -> str:
-    return f"{above / below:.2f}" if above is not None and below else "–"
+    memory = "" if eager is None or fused is None else "–"
+    if eager is not None and fused is not None and eager.peak_memory and fused.peak_memory is not None:
+        memory = f"{fused.peak_memory / eager.peak_memory:.2f}"
+    return [memory, "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"]

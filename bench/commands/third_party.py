@@ -61,7 +61,7 @@ def problem_of(asked: Workload) -> str | None:
         if absent is None:
             run_without_data(model, asked.shape, lambda layer, x, y: None)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        return f"{model.name}: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return f"{model.name}: {type(error).__name__}: {options.first_line(error)}"
     return absent
 
 

@@ -18,6 +18,7 @@ import torch
 from fastenc.kernels import launch, plan
 from fastenc.kernels.layout import MEMORY_FORMAT
 
+from ..arguments import device_problem, refuse
 from ..console import Progress, tables
 from ..engine.timing import Work, calls_per_sample, sample
 
@@ -95,9 +96,7 @@ def seconds(shape: Shape, dtype: torch.dtype, backward: bool, device: torch.devi
 
 
 def sweep(
-    constant: Constant,
-    shapes: Sequence[Shape],
-    measure: Callable[[Shape, torch.dtype, bool], float],
+    constant: Constant, shapes: Sequence[Shape], measure: Callable[[Shape, torch.dtype, bool], float]
 ) -> dict[Any, float]:
     """For each value, the geometric mean of the seconds over shapes and dtypes. Infinite if a launch fails."""
     found = {}
@@ -127,12 +126,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "fastenc bench tune: torch finds no CUDA GPU here; --device cpu runs the sweep in the interpreter",
-            file=sys.stderr,
-        )
-        return 2
+    problem = device_problem(arguments.device)
+    if problem is not None:
+        return refuse("tune", problem)
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     if on_gpu:

@@ -136,19 +136,16 @@ def settings(tf32: bool, benchmark: bool) -> Iterator[Settings]:
 
     Matrix products run without TF32. By default PyTorch enables TF32 in convolutions only.
     """
-    before = (
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.benchmark,
-    )
-    _apply(tf32, False, benchmark)
+
+    def apply(cudnn_tf32: bool, matmul_tf32: bool, search: bool) -> None:
+        torch.backends.cudnn.allow_tf32 = cudnn_tf32
+        torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+        torch.backends.cudnn.benchmark = search
+
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark)
+    apply(tf32, False, benchmark)
     try:
         yield Settings(tf32, False, benchmark, torch.get_num_threads())
     finally:
-        _apply(*before)
-
-
-def _apply(cudnn_tf32: bool, matmul_tf32: bool, benchmark: bool) -> None:
-    torch.backends.cudnn.allow_tf32 = cudnn_tf32
-    torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
-    torch.backends.cudnn.benchmark = benchmark
+        apply(*before)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import first_line
 from ..baselines.suite import EAGER, FASTENC, Baseline, Runner, Suite
 from ..console import Progress
 from .agreement import distances, judge
@@ -42,15 +43,9 @@ class Measurement:
     def __init__(
         self, workload: Workload, suite: Suite, device: torch.device, only: Collection[str] | None = None
     ) -> None:
-        """
-        Args:
-            workload: what to time.
-            suite: the workload's suite.
-            device: where to run.
-            only: the names of the baselines to run besides eager; None for all.
+        """Measure `workload` with the baselines of `suite` named in `only` (None: all), and with eager.
 
-        Raises:
-            ValueError: the suite has no "eager" to compare with.
+        Raises ValueError if the suite has no "eager" to compare with.
         """
         if EAGER not in suite.baselines:
             raise ValueError(f"baselines: 'eager' is needed to compare with, got {list(suite.baselines)}")
@@ -81,16 +76,9 @@ class Measurement:
         return sum(_preparation(baseline) + TIMING for baseline in self._baselines.values())
 
     def run(self, deadline: Deadline, reserve: float, progress: Progress) -> None:
-        """Measure. Results measured before an exception are kept.
+        """Measure. A compilation is not started if it would leave less than `reserve` seconds for other workloads.
 
-        Args:
-            deadline: the end of the run's time.
-            reserve: seconds to keep for other workloads; a compilation that would use them is not started.
-            progress: advanced by `total`.
-
-        Raises:
-            OutOfTime: the deadline has passed.
-            DeviceLost: the GPU no longer responds.
+        Raises OutOfTime at the deadline, and DeviceLost. Results from before an exception are kept.
         """
         if not self._baselines:
             return
@@ -265,11 +253,10 @@ class Measurement:
         try:
             yield
         except Exception as error:
-            first_line = (str(error).strip() or "no message").splitlines()[0]
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or CPU_OUT_OF_MEMORY in str(error):
                 self._results[name] = Result(name, "out of memory")
             else:
-                self._results[name] = Result(name, "failed", note=f"{type(error).__name__}: {first_line}")
+                self._results[name] = Result(name, "failed", note=f"{type(error).__name__}: {first_line(error)}")
         else:
             return
         gc.collect()

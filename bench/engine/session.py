@@ -21,14 +21,11 @@ from .measure import DeviceLost, Measurement
 from .record import GpuTests, MatmulRate, Record, Settings, Workload, load, write
 from .table import LEGEND, brief, heading, text
 
+# Seconds of a workload, before the first was timed.
 FIRST_GUESS = {
-    "network": 12.0,
-    "client": 20.0,
-    "instance_norm_prelu": 4.0,
-    "instance_norm_add_prelu": 4.0,
-    "stem": 3.0,
-}  # seconds of a workload, before the first was timed
-PROMISED = 11  # compilations leave time for so many workloads: `gpu` begins with those whose figures are promised
+    "network": 12.0, "client": 20.0, "instance_norm_prelu": 4.0, "instance_norm_add_prelu": 4.0, "stem": 3.0,
+}  # fmt: skip
+PROMISED = 11  # compilations leave time for the next 11 workloads; `gpu` begins with the promised figures
 CEILINGS, TESTS = 3.0, 20.0  # lengths on the progress bar
 
 Tests = Callable[[Deadline], GpuTests]
@@ -52,12 +49,7 @@ class Session:
     ) -> None:
         """
         Args:
-            command: the command line, for the record.
-            out: the record's folder.
-            device: where to run.
             shared: the settings in force, for the record.
-            workloads: what to time, in this order.
-            deadline: the end of the run's time.
             only: the names of the baselines to run; None for all.
             tests: tests to run before the workloads.
             resume: continue an unfinished record in `out` with the same command, machine, settings and source files.

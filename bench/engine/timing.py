@@ -12,7 +12,7 @@ import torch
 
 SAMPLE_SECONDS = 0.02  # much longer than the resolution of an event, much shorter than changes of the clock rate
 LONG_SECONDS = 0.2
-MOST_CALLS = 16  # so many inputs are in memory at the same time
+MOST_CALLS = 16  # of a sample, because all their inputs are in memory at the same time
 CYCLES_PER_SECOND = 2e9  # at least any GPU's clock rate, so that a pause in cycles is never too short
 
 
@@ -79,5 +79,5 @@ def calls_per_sample(work: Work, device: torch.device) -> int:
         before, seconds = seconds, sample(work, 1, device)
     calls = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
     if calls > 1:
-        sample(work, calls, device)  # grows the allocator's pool to the size that so many calls need
+        sample(work, calls, device)  # grows the allocator's pool to the size that these calls need
     return calls

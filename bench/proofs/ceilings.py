@@ -21,7 +21,7 @@ TRAFFIC = {
 # backward reads r once, for the sign of z + r, and writes dr = dz once. A split backward then reads dr instead of dy.
 RESIDUAL_TRAFFIC = {False: 1.0, True: 2.0}
 
-# Rows of at most so many positions must be read only once, by (channels_last, backward).
+# The longest rows that must be read only once, in positions, by (channels_last, backward).
 ONE_PASS_POSITIONS = {(True, False): 1024, (True, True): 1024, (False, False): 32768, (False, True): 4096}
 # The limit with a residual: in float32, 32,768 positions of x and r spill registers on sm_80 and sm_90.
 ONE_PASS_POSITIONS_RESIDUAL = 16384
@@ -33,7 +33,7 @@ VECTOR_SHARE = 0.95
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 
 # Compiled variants of Example 1, forward and backward; additional ones for other batch sizes above 1 and other inputs.
-VARIANTS, VARIANTS_OTHER_BATCH, VARIANTS_OTHER_VOLUME = 40, 0, 6
+VARIANTS, VARIANTS_OTHER_BATCH, VARIANTS_OTHER_SIZE = 40, 0, 6
 
 
 def traffic_ceiling(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 
-SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}  # the most that a block can have, by compute capability
+from .ceilings import SHARED_BYTES
 
 
 class StandInDriver:
@@ -26,15 +26,13 @@ class StandInDriver:
         else:
             self.target = GPUTarget("hip", architecture, 64)
         properties = {
-            "max_shared_mem": SHARED_BYTES.get(self.target.arch, max(SHARED_BYTES.values())),
+            "max_shared_mem": SHARED_BYTES.get(f"sm_{architecture}", max(SHARED_BYTES.values())),
             "multiprocessor_count": 132,
             "max_num_regs": 65536,
             "warpSize": 32,
         }
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties,
-            load_binary=load_binary,
-            unload_module=lambda module: None,
+            get_device_properties=lambda device: properties, load_binary=load_binary, unload_module=lambda module: None
         )
 
     def get_current_target(self) -> GPUTarget:

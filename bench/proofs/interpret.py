@@ -2,8 +2,7 @@
 
     interpreted()       inside the block kernels are interpreted; outside it they compile as usual
     Traffic()           counts the bytes that interpreted launches load and store
-    chosen_programs()   runs only some programs of a grid that is too large to interpret
-    sampled_programs()  does the same with a choice for each kernel
+    sampled_programs()  runs only some programs of a grid that is too large to interpret
 
 TRITON_INTERPRET=1 is no alternative: it must be set before triton is imported, and the process cannot compile then.
 """
@@ -168,7 +167,7 @@ class Traffic:
         program, because memory moves in sectors.
     launches: kernels started.
     atomics: atomic operations.
-    alike: each program that runs from now on counts as so many programs. It is 1 at first.
+    alike: the number of programs that each program counts as from now on; 1 at first.
     """
 
     def __enter__(self) -> Traffic:
@@ -230,7 +229,10 @@ class Traffic:
 
 @contextmanager
 def sampled_programs(choose: Callable[[str, tuple[int, int, int]], Iterable[tuple[int, int, int]]]) -> Iterator[None]:
-    """Inside the block, launches run only the program ids that choose(kernel's name, grid) returns."""
+    """Inside the block, launches run only the program ids that choose(kernel's name, grid) returns.
+
+    This reaches the last programs of a tensor beyond 2³¹ elements, because torch.empty allocates its memory lazily.
+    """
 
     def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
         names = inspect.getfullargspec(executor.fn).args
@@ -248,14 +250,4 @@ def sampled_programs(choose: Callable[[str, tuple[int, int, int]], Iterable[tupl
             scope.restore()
 
     with _patched(interpreter.GridExecutor, __call__=launch):
-        yield
-
-
-@contextmanager
-def chosen_programs(choose: Callable[[tuple[int, int, int]], list[tuple[int, int, int]]]) -> Iterator[None]:
-    """Inside the block, launches run only the program ids that choose(grid) returns.
-
-    This reaches the last programs of a tensor beyond 2³¹ elements, because torch.empty allocates its memory lazily.
-    """
-    with sampled_programs(lambda name, grid: choose(grid)):
         yield

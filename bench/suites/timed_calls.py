@@ -30,14 +30,8 @@ def pairs(workloads: Sequence[Workload]) -> list[tuple[Workload, str]]:
 
 def title(value: object) -> str:
     """A parameter as part of a test's name."""
-    return (
-        str(value)
-        .replace("instance_norm_prelu, ", "")
-        .replace("instance_norm_add_prelu, ", "add, ")
-        .replace(", ", "-")
-        .replace(" ", "_")
-        .replace("×", "x")
-    )
+    text = str(value).replace("instance_norm_prelu, ", "").replace("instance_norm_add_prelu, ", "add, ")
+    return text.replace(", ", "-").replace(" ", "_").replace("×", "x")
 
 
 def run(benchmark: Any, group: str, work: Work) -> None:

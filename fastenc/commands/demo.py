@@ -1,4 +1,4 @@
-"""`python -m fastenc demo`: patches of a real brain, encoded and learned from by every route of this machine."""
+"""`python -m fastenc demo`: encode patches of a real brain, and train on them, on every route of this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .demo_routes import (
     Row,
     available,
     encode,
-    interpreted,
+    executed,
     train,
 )
 from .shell import write_whole
@@ -44,10 +44,10 @@ SEED = 0
 TRAINING_PATCHES, HELD_OUT_PATCHES = 512, 128
 # Example 1, EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3): its channels are T1 and both tissue maps.
 EXAMPLE_1 = {"channel": 64, "layers": [3, 3, 3, 3, 3], "in_planes": 3, "out_length": 32}
-# Predicts the tissue fractions from T1. Its second input channel is ones, see `Patches.inputs`.
+# Predicts the tissue fractions from T1 alone. Its second input channel is ones; see `Patches.inputs`.
 SMALL = {"channel": 8, "layers": [1, 1, 1], "in_planes": 2, "out_length": 2}
-# The middles of two patches, because the interpreter is about a million times slower than a GPU.
-INTERPRETED = (slice(2), slice(None), slice(9, 22), slice(10, 22), slice(10, 20))
+# The middle of two patches, because a CPU executes the kernels about a million times slower than a GPU.
+EXECUTED = (slice(2), slice(None), slice(9, 22), slice(10, 22), slice(10, 20))
 ENCODING_STEPS = 100  # an encoding's length on the progress bar, in training steps
 COLOURS = ("#9ecae1", "#d55e00", "#009e73", "#000000")
 FIGURE, RECORD = "demo.png", "demo.json"
@@ -70,9 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="patches encoded, and trained on, at a time (%(default)s)",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
-    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if available")
     parser.add_argument(
         "--out",
         type=Path,
@@ -112,8 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
         with console.Progress(len(routes) * (ENCODING_STEPS + arguments.steps)) as progress:
             rows = encode(routes, EXAMPLE_1, encoded.volumes, device, SEED, lambda step: progress.say("encoding", step))
             rows += [Row(name, note=f"did not run: {reason}") for name, reason in missing.items()]
-            progress.say("interpreting the kernels")
-            rows.append(interpreted(held_out.inputs[INTERPRETED], SEED))
+            progress.say("executing the compiled kernels")
+            rows.append(executed(held_out.inputs[EXECUTED], SEED))
             progress.advance(len(routes) * ENCODING_STEPS)
             ran = {row.route for row in rows if row.difference is not None}
             trained = [route for route in routes if route.name in ran]
@@ -193,8 +191,8 @@ def _encoding_lines(rows: Sequence[Row], batch: int) -> list[str]:
     legend = (
         "Channels: T1 and the maps of grey and white matter. Peak memory: what PyTorch allocates during the call, "
         "without parameters and input. Difference: the relative L2 distance from plain PyTorch, the largest of all "
-        f"patches; up to {OUTPUT_TOLERANCE:g} is rounding. Interpreted: output and all gradients of a tiny network, "
-        f"gradients up to {GRADIENT_TOLERANCE:g}; an interpreter's time and memory say nothing about a GPU's."
+        f"patches; up to {OUTPUT_TOLERANCE:g} is rounding. Executed: output and all gradients of a tiny network, "
+        f"gradients up to {GRADIENT_TOLERANCE:g}; the time and memory of executed kernels say nothing about a GPU's."
     )
     return [
         wrapped(f"EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3) encodes a batch of {batch}, each 3×31×32×30"),
@@ -236,7 +234,7 @@ def _training_lines(learned: Sequence[Learned], tissues: Sequence[str]) -> list[
 
 
 def _versions() -> dict[str, str | None]:
-    """Versions of what takes part; None where it is not installed."""
+    """The versions of the packages involved; None if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "fastenc": fastenc.__version__}
     for name in ("torch", "triton", "numpy", *EXTRAS):
         try:
@@ -249,7 +247,7 @@ def _versions() -> dict[str, str | None]:
 def _plot(
     path: Path, title: str, rows: Sequence[Row], learned: Sequence[Learned], true: Tensor, tissues: Sequence[str]
 ) -> None:
-    """Time and memory of each route above; the training losses and the predicted over the true fractions below."""
+    """Draw time and memory of each route above; training losses, and predicted over true fractions, below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 7.4), layout="constrained", dpi=150)
@@ -283,7 +281,7 @@ def _plot(
                 label=f"{result.route}, R² {result.r2[k]:.3f}",
             )
     losses.set(yscale="log", xlabel="training step", ylabel="mean squared error / variance of the targets")
-    losses.set_title("Training loss, drawn over one another")
+    losses.set_title("Training loss; the curves overlap")
     for k, (scatter, tissue) in enumerate(zip(scatters, tissues, strict=True)):
         fractions = [true[:, k], *(result.predicted[:, k] for result in learned)]
         low, high = min(float(f.min()) for f in fractions), max(float(f.max()) for f in fractions)

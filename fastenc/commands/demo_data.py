@@ -1,4 +1,4 @@
-"""The demo's data: patches of the MNI152 brain and the fractions of each that are grey and white matter.
+"""The demo's data: patches of the MNI152 brain, and the fractions of grey and white matter in each.
 
 nilearn installs the volumes with itself, so nothing is downloaded.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 CHANNELS = ("T1", "grey matter", "white matter")
 TISSUES = CHANNELS[1:]
 PATCH_SHAPE = (31, 32, 30)
-LEAST_BRAIN = 0.1  # of a patch's voxels
+LEAST_BRAIN = 0.1  # the least share of brain among a patch's voxels
 BRAIN_MEAN, BRAIN_SPREAD = 0.69, 0.2  # of T1, roughly, inside the brain
 
 
@@ -47,17 +47,17 @@ class Patches:
 
     @property
     def inputs(self) -> Tensor:
-        """The inputs for the tissue fractions, (count, 2, 31, 32, 30): T1, centred on the brain's mean, and ones.
+        """The input from which tissue fractions are predicted, (count, 2, 31, 32, 30): centred T1, and ones.
 
-        InstanceNorm removes the absolute intensity of a patch. The ones next to the zero padding of the convolutions
-        are a step of known height, by which the network can measure it.
+        InstanceNorm removes the absolute intensity of a patch. At the convolutions' zero padding, the channel of ones
+        has a step of known height, from which the network can recover it.
         """
         t1 = (self.volumes[:, :1] - BRAIN_MEAN) / BRAIN_SPREAD
         return torch.cat([t1, torch.ones_like(t1)], dim=1)
 
     @property
     def fractions(self) -> Tensor:
-        """The fraction of each patch that is grey and that is white matter, (count, 2) in [0, 1]."""
+        """The fractions of grey and of white matter in each patch, (count, 2) in [0, 1]."""
         return self.volumes[:, 1:].mean(dim=(2, 3, 4))
 
 
@@ -76,9 +76,9 @@ def mni152() -> np.ndarray:
 
 
 def draw(volumes: np.ndarray, part: Part, count: int, generator: np.random.Generator) -> Patches:
-    """Draw `count` patches that lie wholly in one slab of `part` and whose voxels are to at least `LEAST_BRAIN` brain.
+    """Draw `count` patches, each within one slab of `part` and with a share of brain of at least `LEAST_BRAIN`.
 
-    volumes: as `mni152` gives them.
+    volumes: as `mni152` returns them.
     """
     sides, _, heights = (np.arange(n - size + 1) for n, size in zip(volumes.shape[1:], PATCH_SHAPE, strict=True))
     depths = np.concatenate([np.arange(start, stop - PATCH_SHAPE[1] + 1) for start, stop in part.slabs])

@@ -1,4 +1,4 @@
-"""The routes that the demo compares: encoding and training by each route of this machine."""
+"""The routes that the demo compares, and what it does with each: encoding and training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -24,27 +25,27 @@ from ..bench.engine.timing import synchronize
 LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 3, 50, 5.0  # timed calls of each route
 LEARNING_RATE = 5e-3
 
-# One tolerance for all: the same float32 formula, rounded in another order.
+# All routes have the same tolerance: they round the same float32 formula in a different order.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = OUTPUT_FLOOR, GRADIENT_FLOOR
 WHY = (
-    f"Two float32 networks differ by the rounding of both. One alone is off from float64 by up to 1e-6 in the output, "
-    f"in channels_last_3d by up to 5e-6: {OUTPUT_TOLERANCE:g} allows twice that. Gradients of single parameters are "
-    f"sums that cancel, and a PReLU input that rounding moves across zero changes them: alone they are off by up to "
-    f"6e-3, so {GRADIENT_TOLERANCE:g} is allowed. A missing term is off by 0.1 and more. All figures are relative L2 "
-    f"distances: of each patch's output on its own, of each gradient on its own, the largest counts."
+    f"Two float32 networks differ by the rounding of both. The output of one differs from float64 by up to 1e-6, in "
+    f"channels_last_3d by up to 5e-6, so {OUTPUT_TOLERANCE:g} allows twice that. Gradients of single parameters are "
+    f"sums that cancel, and they change if rounding moves a PReLU input across zero. They differ from float64 by up to "
+    f"6e-3, so {GRADIENT_TOLERANCE:g} is allowed. A missing term causes a difference of at least 0.1. All figures are "
+    f"relative L2 distances, one for each patch's output and each gradient; the largest counts."
 )
 
 
 @dataclass(frozen=True)
 class Route:
-    """One way to run the network. `backend` is fastenc's; None is plain PyTorch."""
+    """One way to run the network. backend: fastenc's backend; None for plain PyTorch."""
 
     name: str
     backend: routes.Backend | None
     memory_format: torch.memory_format = torch.contiguous_format
 
     def network(self, arguments: dict[str, Any], seed: int) -> nn.Module:
-        """The network as a user of this route makes it, from torch's random numbers after `seed`."""
+        """The network as this route's user makes it, initialized after torch.manual_seed(seed)."""
         torch.manual_seed(seed)
         return self.build(arguments)
 
@@ -53,17 +54,17 @@ class Route:
         return plain_encoder(Network(**arguments)) if self.backend is None else fastenc.EncoderNet3d(**arguments)
 
     def place(self, tensors: Any, device: torch.device) -> Any:
-        """A network or an input on the device and in this route's memory format."""
+        """A network or a tensor, moved to the device and to this route's memory format."""
         return tensors.to(device).to(memory_format=self.memory_format)
 
     def call(self, network: nn.Module, x: Tensor) -> Tensor:
-        """network(x), by this route."""
+        """network(x) on this route."""
         with fastenc.backend(self.backend or "eager"):
             return network(x)
 
 
 def available(device: torch.device) -> tuple[list[Route], dict[str, str]]:
-    """The routes of `device`, plain PyTorch first, and the reason for each route that it lacks."""
+    """The routes that `device` has, plain PyTorch first, and the reason for each route that it lacks."""
     plain, eager = Route("plain PyTorch", None), Route("fastenc, eager", "eager")
     if device.type == "cpu":
         return [plain, eager], {}
@@ -79,9 +80,11 @@ def available(device: torch.device) -> tuple[list[Route], dict[str, str]]:
 class Row:
     """One route in the table.
 
-    milliseconds: median of a forward of the whole batch. peak_bytes: what that forward allocates at most, parameters
-    and input not counted. difference: the largest relative L2 distance from plain PyTorch (`WHY`).
-    agrees: None where the machine lacks the route, False where it failed; `note` says why.
+    milliseconds: the median time of a forward of the whole batch.
+    peak_bytes: the peak that this forward allocates, without parameters and input.
+    difference: the largest relative L2 distance from plain PyTorch; see `WHY`.
+    agrees: None if the machine lacks the route, False if it failed or differs.
+    note: the reason.
     """
 
     route: str
@@ -117,7 +120,7 @@ def encode(
         on_call(route.name)
         try:
             outputs[route.name] = call()
-        except Exception as error:  # the failure of one route is shown in its row, and the others go on
+        except Exception as error:  # an error of one route becomes its row of the table, and the others still run
             if route is available[0]:
                 raise
             failed.append(_failed(route.name, error))
@@ -164,31 +167,31 @@ def _take_turns(
     return seconds
 
 
-def interpreted(patches: Tensor, seed: int) -> Row:
-    """A tiny network by the Triton route, its kernels interpreted on the CPU, against plain PyTorch.
+def executed(patches: Tensor, seed: int) -> Row:
+    """Compare a tiny network on the Triton route, its kernels' compiled code executed on the CPU, with plain PyTorch.
 
-    patches: (N, C, D, H, W), small. The output and the gradients in the input and in all parameters count.
+    patches: (N, C, D, H, W), small. The output and the gradients of the input and of all parameters are compared.
     """
-    name = "fastenc, Triton interpreted"
+    name = "fastenc, Triton compiled for sm_90, executed on this CPU"
     if not routes.has_triton():
         return Row(name, note="did not run: triton is not installed")
-    from ..bench.proofs.interpret import Traffic
-    from ..bench.proofs.interpret import interpreted as kernels_interpreted
+    from ..bench.proofs.ptx import executing
 
     arguments = {"channel": 4, "layers": [2, 1], "in_planes": patches.shape[1], "out_length": 2}
     plain, triton = Route("", None), Route(name, "triton")
     expected = _output_and_gradients(plain, plain.network(arguments, seed), patches)
     try:
-        with kernels_interpreted(), Traffic() as traffic:
+        with executing(90) as machine, mock.patch.object(routes, "device_reason", return_value=None):
             found = _output_and_gradients(triton, triton.network(arguments, seed), patches)
-    except Exception as error:  # the table and the record still hold the other routes
+    except Exception as error:  # the other routes are still reported
         return _failed(name, error)
     apart = distances(found, expected)
     output = apart.pop("output")
     gradient = max(apart, key=lambda key: apart[key])
-    agrees = traffic.launches > 0 and output <= OUTPUT_TOLERANCE and apart[gradient] <= GRADIENT_TOLERANCE
+    agrees = bool(machine.launches) and output <= OUTPUT_TOLERANCE and apart[gradient] <= GRADIENT_TOLERANCE
     note = (
-        f"tiny network, forward and backward, {traffic.launches} launches: output {output:.1e}, "
+        f"tiny network, forward and backward, {len(machine.launches)} launches without a race or an access out of "
+        f"bounds: output {output:.1e}, "
         f"gradients up to {apart[gradient]:.1e} ({gradient})"
     )
     return Row(name, difference=max(output, apart[gradient]), agrees=agrees, note=note)
@@ -206,8 +209,9 @@ def _output_and_gradients(route: Route, network: nn.Module, x: Tensor) -> dict[s
 class Learned:
     """The result of training by one route.
 
-    loss: mean squared error of each step, over the variance of the training targets. predicted (count, targets): the
-    held-out targets as the network sees them. r2: the share of each held-out target's variance that it explains.
+    loss: the mean squared error of each step, over the variance of the training targets.
+    predicted: (count, targets), the network's predictions of the held-out targets.
+    r2: the explained share of the variance of each held-out target.
     """
 
     route: str
@@ -228,7 +232,7 @@ def train(
     seed: int,
     on_step: Callable[[float], None],
 ) -> Learned:
-    """Train the network from `seed` by one route. Every route sees the same batches.
+    """Train a network on one route. Every route gets the same initialization and the same batches.
 
     training, held_out: inputs (count, in_planes, 31, 32, 30) and targets (count, targets). on_step gets each loss.
     """

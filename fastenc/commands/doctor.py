@@ -207,11 +207,24 @@ def text(report: Report) -> str:
     """The report in words: the verdict, the warnings, and a block to paste into a bug report."""
     verdict = "passed" if report.self_test.passed else "FAILED"
     lines = [f"fastenc doctor: the self-test {verdict}; warnings: {len(report.warnings)}"]
+    lines += ["", _verifiable(report)]
     for warning in report.warnings:
         lines += ["", f"Warning: {warning.cause}.", f"Remedy: {warning.remedy}."]
     lines += ["", "For a bug report, paste this:", "", "```text", *_versions(report), "", *_routes(report), ""]
     lines += [*_self_test(report.self_test), *(f"warning: {warning.cause}" for warning in report.warnings), "```"]
     return "\n".join(lines)
+
+
+def _verifiable(report: Report) -> str:
+    """What this machine can verify, and how."""
+    if any(gpu.reason is None for gpu in report.gpus):
+        return "This machine runs the kernels. In a checkout, `pytest tests/gpu` verifies them on its GPU."
+    if report.versions["triton"] is None:
+        return "Without triton, this machine can verify the eager route only."
+    return (
+        "No GPU here runs the kernels. This machine can still compile them and execute the compiled code on its CPU, "
+        "with checks for races and bounds: `python -m fastenc demo` on one network, `make test` in a checkout on all."
+    )
 
 
 def _versions(report: Report) -> Iterator[str]:

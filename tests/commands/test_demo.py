@@ -53,7 +53,7 @@ def test_a_short_run_writes_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFi
     rows = {row["route"]: row for row in record["encoding"]["rows"]}
     assert record["agreement"]["agree"]
     assert all(row["agrees"] for row in rows.values())
-    assert any("interpreted" in route for route in rows)
+    assert any("executed on this CPU" in route for route in rows)
     assert len(record["training"]["routes"]) == 2
     assert all(len(result["loss"]) == 3 for result in record["training"]["routes"])
     assert (tmp_path / demo.FIGURE).read_bytes().startswith(b"\x89PNG")
@@ -120,10 +120,10 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
 
 
 def test_a_wrong_kernel_is_seen(volumes: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreted route with one gradient off by a part in fifty disagrees."""
+    """The executed route with one gradient off by a part in fifty disagrees."""
     patches = demo_data.draw(volumes, demo_data.HELD_OUT, 2, np.random.default_rng(demo.SEED))
-    x = patches.inputs[demo.INTERPRETED]
-    assert demo_routes.interpreted(x, demo.SEED).agrees
+    x = patches.inputs[demo.EXECUTED]
+    assert demo_routes.executed(x, demo.SEED).agrees
     original = demo_routes._output_and_gradients
 
     def one_gradient_off(route: demo_routes.Route, *arguments: Any) -> dict[str, torch.Tensor]:
@@ -133,7 +133,7 @@ def test_a_wrong_kernel_is_seen(volumes: np.ndarray, monkeypatch: pytest.MonkeyP
         return tensors
 
     monkeypatch.setattr(demo_routes, "_output_and_gradients", one_gradient_off)
-    assert demo_routes.interpreted(x, demo.SEED).agrees is False
+    assert demo_routes.executed(x, demo.SEED).agrees is False
 
 
 def test_a_route_that_fails_is_a_row() -> None:

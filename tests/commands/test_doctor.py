@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -84,6 +84,19 @@ def test_what_to_paste_ends_the_text(capsys: pytest.CaptureFixture[str], monkeyp
     assert "Remedy: a remedy." in before
     for part in (f"torch {torch.__version__}", "bfloat16", "self-test", "warning: a cause"):
         assert part in paste
+
+
+def test_what_this_machine_can_verify() -> None:
+    report = doctor.examine()
+    gpu = doctor.Gpu("a GPU", "9.0", 1 << 30, None)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "python -m fastenc demo"),
+        ({"gpus": (gpu,)}, "pytest tests/gpu"),
+        ({"gpus": (replace(gpu, reason="too old"),)}, "python -m fastenc demo"),
+        ({"versions": {**report.versions, "triton": None}}, "eager route only"),
+    ]
+    for changes, said in cases:
+        assert said in doctor.text(replace(report, **changes))
 
 
 def test_routes_are_the_products_own_decision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from fastenc.bench.proofs.interpret import Traffic, chosen_programs, interpreted
+from fastenc.bench.proofs.interpret import Traffic, interpreted, sampled_programs
 from fastenc.kernels import formula
 
 
@@ -65,7 +65,7 @@ def test_bfloat16_arithmetic_is_refused() -> None:
 
 def test_runs_only_the_chosen_programs() -> None:
     x, y = torch.ones(64), torch.zeros(64)
-    with interpreted(this()), chosen_programs(lambda grid: [(grid[0] - 1, 0, 0)]):
+    with interpreted(this()), sampled_programs(lambda name, grid: [(grid[0] - 1, 0, 0)]):
         copy_kernel[(2,)](x, y, 64, BLOCK_S=32)
     assert y.tolist() == [0.0] * 32 + [1.0] * 32
 

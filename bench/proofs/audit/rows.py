@@ -21,7 +21,7 @@ class Row:
     moved: bytes loaded and stored over the bytes of x. Counted, or predicted if kernels cannot be interpreted.
     predicted: the same, predicted by arithmetic on the plan.
     ceiling: the largest allowed value of `moved`.
-    interpreted, programs: to count, so many of the launches' programs were interpreted; both are 0 if predicted.
+    interpreted, programs: the number of interpreted programs and of all programs; both are 0 if predicted.
     split_excused: the row is short enough for one pass, but slices of its channels would move partial sectors.
     compiled: by target.
     """
@@ -91,7 +91,7 @@ def variant_violations(variants: Variants) -> list[str]:
     counts = (
         ("", variants.example, ceilings.VARIANTS),
         (" more for other batch sizes", variants.other_batch, ceilings.VARIANTS_OTHER_BATCH),
-        (" more for another volume", variants.other_volume, ceilings.VARIANTS_OTHER_VOLUME),
+        (" more for another input size", variants.other_volume, ceilings.VARIANTS_OTHER_SIZE),
     )
     which = f"Example 1 {variants.dtype} {layout(variants.channels_last)}"
     return [f"{which}: {count} compiled variants{what}, ceiling {most}" for what, count, most in counts if count > most]

@@ -73,7 +73,7 @@ def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[
         lines.append("Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3)")
     lines += [
         f"Example 1 {each.dtype} {layout(each.channels_last)}: {each.example} compiled variants, "
-        f"{each.other_batch} more for other batch sizes, {each.other_volume} more for another volume"
+        f"{each.other_batch} more for other batch sizes, {each.other_volume} more for another input size"
         for each in variants
     ]
     count = len(broken)

@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 @dataclass
 class Batch:
-    """Programs that run together. active: the lanes that are at the present instruction; None: all."""
+    """Programs that run together. active: the lanes that are at the current instruction; None for all."""
 
     programs: Array
     threads: int
@@ -44,7 +44,7 @@ class Batch:
             self.warps = int(full.reshape(-1, WARP).any(1).sum())
 
     def rows(self, instruction: Instruction) -> Array:
-        """Which programs are at `instruction`, as a mask. Raises Fault where it is only some threads of one."""
+        """A mask of the programs that are at `instruction`. Raises Fault if only some threads of a program are."""
         if self.active is None:
             return np.ones(self.shape[0], bool)
         some, every = self.active.any(1), self.active.all(1)

@@ -1,4 +1,4 @@
-"""What a launch executed, counted."""
+"""Counts of what a launch executed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ SECTOR = 32
 class Counts:
     """Counters of one launch.
 
-    instructions: executed by warps, by PTX opcode. barriers: executed by programs. requests, sectors: of global memory,
-    by "load", "store" and "copy" (asynchronous, to shared memory); a request is one instruction of one warp.
+    instructions: executed by warps, by PTX opcode.
+    barriers: executed by programs.
+    requests, sectors: of global memory, by "load", "store" and "copy" (asynchronous, to shared memory). A request is
+        one instruction of one warp.
     """
 
     instructions: Counter[str] = field(default_factory=Counter)
@@ -27,9 +29,9 @@ class Counts:
     sectors: Counter[str] = field(default_factory=Counter)
 
     def request(self, kind: str, address: NDArray[np.int64], mask: NDArray[Any] | None, shape: tuple[int, int]) -> None:
-        """Count the warps that access memory and the 32-byte sectors each of them touches.
+        """Count the warps that access memory, and the 32-byte sectors that each of them touches.
 
-        An access is aligned and no wider than a sector, so a lane touches one.
+        An access is aligned and at most as wide as a sector, so each lane touches one sector.
         """
         sector = address // SECTOR
         if mask is not None:
@@ -47,5 +49,5 @@ class Counts:
         self.sectors[kind] += int(touched) * alike
 
     def sectors_per_request(self, kind: str) -> float:
-        """32-byte sectors that one request of a warp touches on average: 4 is the best of a 4-byte access, 16 of 16."""
+        """The average number of sectors per request. The best is 4 for 4-byte accesses and 16 for 16-byte accesses."""
         return self.sectors[kind] / max(1, self.requests[kind])

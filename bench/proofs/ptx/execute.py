@@ -1,6 +1,6 @@
-"""Run a parsed kernel over a batch of programs: every instruction once for all lanes that are at it.
+"""Run a parsed kernel over a batch of programs: each instruction once for all lanes that are at it.
 
-Threads that part at a branch wait until the others, which always run the lowest position first, reach them.
+After a branch, the threads at the lowest position run first. The others wait until these reach them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .parse import Program
 from .steps import Getter, Step, guard_of, step
 
 Array = NDArray[Any]
-MOST_STEPS = 5_000_000  # instructions of a batch: a kernel that takes more does not end
-UNDEFINED = 0x7FBADBAD7FBADBAD  # of a register that nothing wrote: a NaN
+MOST_STEPS = 5_000_000  # instructions of a batch; a kernel with more is taken to be endless
+UNDEFINED = 0x7FBADBAD7FBADBAD  # the value of a register before it is written: a NaN
 
 
 @dataclass
 class Prepared:
-    """A program with a function for each instruction, and how many warps have executed it."""
+    """A program with a function for each instruction and the number of warps that executed it."""
 
     program: Program
     steps: list[Step]
@@ -34,7 +34,7 @@ class Prepared:
     undefined: list[Array]
 
     def counts(self, counts: Counts) -> None:
-        """Add what was executed to `counts`, and start again from 0."""
+        """Add the executed instructions to `counts`, then reset to 0."""
         for instruction, warps in zip(self.program.instructions, self.executed, strict=True):
             if warps:
                 counts.instructions[instruction.opcode] += warps
@@ -44,10 +44,10 @@ class Prepared:
 
 
 def prepared(program: Program) -> Prepared:
-    """Look every instruction up.
+    """Find the function for each instruction.
 
     Raises:
-        UnknownInstruction: there is one that the machine does not know.
+        UnknownInstruction: the machine does not know an instruction.
     """
     steps = [step(instruction) for instruction in program.instructions]
     guards = [guard_of(instruction) for instruction in program.instructions]
@@ -63,7 +63,7 @@ def run(kernel: Prepared, batch: Batch) -> None:
     instructions, steps, executed = kernel.program.instructions, kernel.steps, kernel.executed
     dead, target, undefined, registers = kernel.program.dead, kernel.program.target, kernel.undefined, batch.registers
     end, position = len(instructions), 0
-    waiting: dict[int, Array] = {}  # position → lanes; the present ones are at the lowest of all positions
+    waiting: dict[int, Array] = {}  # position → lanes; the active lanes are at the lowest position
     for _ in range(MOST_STEPS):
         if waiting and (position == end or position >= min(waiting)):
             position = _meet(batch, waiting, position, end)
@@ -81,7 +81,7 @@ def run(kernel: Prepared, batch: Batch) -> None:
 
 
 def _meet(batch: Batch, waiting: dict[int, Array], position: int, end: int) -> int:
-    """Go on with the threads at the lowest position; those at the same one go together."""
+    """Continue with the threads at the lowest position. Threads at the same position run together."""
     present = np.ones((1, 1), bool) if batch.active is None else batch.active
     waiting[position] = waiting[position] | present if position in waiting else present
     position = min(waiting)

@@ -1,8 +1,8 @@
-"""What the machine raises."""
+"""The exceptions of the machine."""
 
 
 class Fault(RuntimeError):
-    """The compiled code did something that a GPU would not forgive."""
+    """The compiled code did something that is an error on a GPU."""
 
 
 class UnknownInstruction(NotImplementedError):

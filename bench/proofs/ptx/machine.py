@@ -1,6 +1,6 @@
-"""The driver that stands in for Triton's, so that launchers run on CPU tensors: it compiles to PTX and executes that.
+"""A replacement for Triton's driver that executes compiled PTX, so that launchers run on CPU tensors.
 
-Nothing is assembled: the "binary" that Triton hands to its driver is the PTX itself.
+Nothing is assembled: the "binary" that Triton passes to the driver is the PTX itself.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .memory import Global, Shared
 from .operations import bits_of
 from .parse import parse
 
-LANES = 16384  # threads that run at a time: their registers stay in the cache
-POISON = 0xFF  # every byte of what torch.empty returns: a NaN in each floating dtype that no arithmetic produces
+LANES = 16384  # threads that run at a time, so that their registers stay in the cache
+POISON = 0xFF  # each byte of a tensor from torch.empty: a NaN in every dtype, which arithmetic never produces
 
 Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that was executed: the kernel's name, its grid, warps of a program, and what it did."""
+    """An executed launch: the kernel's name, its grid, the warps of a program, and its counts."""
 
     name: str
     grid: Grid
@@ -49,8 +49,9 @@ class Launch:
 class Machine:
     """What `executing` yields.
 
-    launches: those executed so far. edit: applied to a kernel's PTX, from (name, text), before it is executed.
-    choose: which programs of a grid to run, from (name, grid); None: all.
+    launches: the launches so far.
+    edit: gets a kernel's name and PTX, and returns the PTX to execute.
+    choose: gets a kernel's name and grid, and returns the programs to run. None: all.
     """
 
     launches: list[Launch] = field(default_factory=list)
@@ -58,11 +59,11 @@ class Machine:
     choose: Callable[[str, Grid], Iterable[int]] | None = None
 
     def launch(self, ptx: str, grid: Grid, arguments: list[Any], num_warps: int, shared_bytes: int) -> None:
-        """Execute every program of the grid, or those chosen.
+        """Execute the programs of the grid.
 
         Raises:
-            Fault: the code does what a GPU would not forgive.
-            UnknownInstruction: the code holds one that the machine does not know.
+            Fault: the code does something that is an error on a GPU.
+            UnknownInstruction: the machine does not know an instruction.
         """
         name = parsed(ptx).program.name
         kernel = parsed(self.edit(name, ptx))
@@ -96,9 +97,9 @@ class Machine:
 
 @lru_cache(maxsize=128)
 def parsed(ptx: str) -> Prepared:
-    """A kernel ready to run."""
+    """The kernel of this PTX, ready to run."""
     enabled = gc.isenabled()
-    gc.disable()  # it would look at the many objects made here again and again: three quarters of the time
+    gc.disable()  # the collector would visit the many new objects repeatedly, which takes three quarters of the time
     try:
         return prepared(parse(ptx))
     finally:
@@ -107,7 +108,7 @@ def parsed(ptx: str) -> Prepared:
 
 
 def _granule(kernel: Prepared, space: str) -> int:
-    """Bytes of the smallest access to this memory, at most a word: the unit in which races are looked for."""
+    """Bytes of the smallest access to this memory, at most a word. Races are detected in this unit."""
     sizes = [4]
     for instruction in kernel.program.instructions:
         if space in instruction.modifiers and instruction.name in ("ld", "st", "ldmatrix", "stmatrix"):
@@ -128,7 +129,7 @@ class _Driver(StandInDriver):
         def launch(x: int, y: int, z: int, stream: int, ptx: str, *rest: Any) -> None:
             arguments = rest[4:]  # after the packed metadata, the launch's metadata and two hooks
             given = [value for value, kind in zip(arguments, kinds, strict=True) if kind != "constexpr"]
-            # The driver that is active now: a compiled kernel outlives the block that it was compiled in.
+            # The currently active driver, because a compiled kernel outlives the block in which it was compiled.
             driver.active.machine.launch(ptx, (x, y, z), given, metadata.num_warps, metadata.shared)
 
         return launch
@@ -138,7 +139,7 @@ class _Driver(StandInDriver):
 
 
 def _without_assembler(*arguments: Any) -> tuple[str, str] | None:
-    """Triton's hook into its stages: the last one, ptxas, becomes the identity. Without arguments: the key of that."""
+    """Triton's hook for its compiler stages. Replaces ptxas by the identity; without arguments, returns a cache key."""
     if not arguments:
         return "executed as PTX", "'executed as PTX'"
     stages = arguments[1]
@@ -148,11 +149,11 @@ def _without_assembler(*arguments: Any) -> tuple[str, str] | None:
 
 @contextmanager
 def _driver(architecture: int, machine: Machine) -> Iterator[None]:
-    """Triton compiles for the machine and launches on it inside the block."""
+    """Inside the block, Triton compiles for the machine and launches on it."""
     before = driver._active
     with knobs.runtime.scope(), knobs.cache.scope():
         knobs.runtime.add_stages_inspection_hook = _without_assembler
-        # A cache of its own: Triton 3.6 leaves the hook out of its keys, and would take the PTX for machine code later.
+        # A separate cache: the keys of Triton 3.6 ignore the hook, so it would later use the PTX as machine code.
         knobs.cache.dir = os.path.join(knobs.cache.dir, "executed")
         driver.set_active(_Driver(architecture, machine))
         try:
@@ -162,14 +163,14 @@ def _driver(architecture: int, machine: Machine) -> Iterator[None]:
 
 
 def unwritten(tensor: Tensor) -> int:
-    """How many elements of a tensor from torch.empty nothing has written yet."""
+    """The number of elements of a tensor from torch.empty that are still unwritten."""
     size = tensor.element_size()
     return int((tensor.detach().contiguous().view(-1, 1).view(torch.uint8) == POISON).view(-1, size).all(1).sum())
 
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """torch.empty and torch.empty_like return poison inside the block."""
+    """Inside the block, torch.empty and torch.empty_like return poison."""
     originals = {name: getattr(torch, name) for name in ("empty", "empty_like")}
 
     def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -192,12 +193,12 @@ def _poisoned() -> Iterator[None]:
 
 @contextmanager
 def executing(architecture: int = 90, choose: Callable[[str, Grid], Iterable[int]] | None = None) -> Iterator[Machine]:
-    """Triton launches inside the block run their compiled PTX on CPU tensors.
+    """Inside the block, Triton launches run their compiled PTX on CPU tensors.
 
     Args:
         architecture: the compute capability to compile for, such as 80, 90 or 100.
-        choose: which programs to run of a launch, from the kernel's name and the grid. For tensors too large to run
-            whole, whose torch.empty then is not poisoned.
+        choose: gets a kernel's name and grid and returns the programs to run, for tensors that are too large to run
+            completely. torch.empty is not poisoned then.
     """
     machine = Machine(choose=choose)
     with _driver(architecture, machine), _poisoned() if choose is None else nullcontext():

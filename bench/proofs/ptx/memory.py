@@ -1,4 +1,4 @@
-"""Global and shared memory, with the checks that a GPU does not make."""
+"""Global and shared memory, with checks that a GPU does not make."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ Array = NDArray[Any]
 class Access(NamedTuple):
     """One memory instruction of a batch of programs.
 
-    address (int64) and mask broadcast to `shape`, (programs, threads); mask None: every lane takes part. Each lane
-    accesses `elements` elements of `size` bytes. programs (programs, 1): their numbers in the grid.
+    address: int64, broadcasts to `shape`.
+    mask: the lanes that take part, broadcasts to `shape`; None for all.
+    size, elements: each lane accesses `elements` elements of `size` bytes.
+    shape: (programs, threads).
+    programs: (programs, 1), their numbers in the grid.
     """
 
     address: Array
@@ -37,16 +40,16 @@ class Access(NamedTuple):
         return self.size * self.elements
 
     def spread(self, values: Array) -> Array:
-        """values of every lane that takes part, on one axis."""
+        """The values of all lanes that take part, as one axis."""
         values = np.broadcast_to(values, self.shape)
         return values.reshape(-1) if self.mask is None else values[np.broadcast_to(self.mask, self.shape)]
 
     def units(self, address: Array, granule: int) -> Array:
-        """The granules that each lane touches: (lanes, granules)."""
+        """The granules that each lane accesses: (lanes, granules)."""
         return (address // granule)[:, None] + np.arange(self.bytes // granule)
 
     def fault(self, what: str, bad: Array) -> Fault:
-        """bad: which of the lanes that take part, in the order of `spread`."""
+        """The Fault for an access. bad: a mask of the lanes that take part, in the order of `spread`."""
         lanes = bad.reshape(len(bad), -1).any(1)
         program = self.spread(self.programs)[lanes][0]
         thread = self.spread(np.arange(self.shape[1]))[lanes][0]
@@ -55,10 +58,10 @@ class Access(NamedTuple):
 
 
 def settled(access: Access) -> Access | None:
-    """The access with the address of a lane that takes part in the place of all others'; None where no lane does.
+    """The access with harmless addresses for lanes that do not take part; None if no lane takes part.
 
     Raises:
-        Fault: an address is not a multiple of what is accessed there.
+        Fault: an address is not a multiple of the access's size.
     """
     if (mask := access.mask) is not None:
         if not mask.any():
@@ -75,7 +78,7 @@ def settled(access: Access) -> Access | None:
 
 @dataclass
 class Area:
-    """The storage of an argument: bytes [start, end). writers: for each granule 1 + the program that wrote it, or 0."""
+    """The storage of an argument, bytes [start, end). writers: 0, or 1 + the writing program, for each granule."""
 
     start: int
     end: int
@@ -84,7 +87,7 @@ class Area:
     writers: Array | None = None
 
     def __post_init__(self) -> None:
-        self.origin = self.start // 16 * 16  # views of the wider types need it
+        self.origin = self.start // 16 * 16  # an aligned start, for views of wider types
         length = -(-self.end // 16) * 16 - self.origin
         self.memory = np.ctypeslib.as_array((ctypes.c_ubyte * length).from_address(self.origin))
         self.views = {size: self.memory.view(f"u{size}") for size in (1, 2, 4, 8)}
@@ -93,14 +96,14 @@ class Area:
         return self.start <= low and high <= self.end
 
     def owned(self, access: Access) -> tuple[Array, Array]:
-        """The granules that lanes touch, and 1 + the program of each lane."""
+        """The granules that the lanes access, and 1 + the program of each lane."""
         units = access.units(access.spread(access.address) - self.origin, self.granule)
         return units, access.spread(access.programs.astype(np.int32) + 1)[:, None]
 
     def wrote(self, access: Access) -> None:
-        """Remember who wrote. Raises Fault where another program wrote before, or in the same instruction."""
+        """Record the writers. Raises Fault if another program wrote the same granule."""
         if self.writers is None:
-            self.writers = np.zeros(len(self.memory) // self.granule, np.int32)  # untouched pages cost nothing
+            self.writers = np.zeros(len(self.memory) // self.granule, np.int32)  # pages use memory once accessed
         units, owner = self.owned(access)
         before = self.writers.take(units)
         conflict = (before != 0) & (before != owner)
@@ -111,7 +114,7 @@ class Area:
             raise access.fault("two programs write one word of global memory", conflict)
 
     def check_reads(self) -> None:
-        """Raises Fault where a program read what another one writes."""
+        """Raises Fault if a program reads what another program writes."""
         if self.writers is not None:
             for access in self.reads:
                 units, owner = self.owned(access)
@@ -122,15 +125,15 @@ class Area:
 
 
 class Global:
-    """The storages of a launch's arguments, and nothing else."""
+    """Global memory: the storages of a launch's arguments."""
 
     def __init__(self, storages: Iterable[tuple[int, int]], granule: int, counts: Counts) -> None:
-        """storages: (address, bytes) of each. granule: bytes of the smallest access in the kernel."""
+        """storages: (address, bytes) of each. granule: bytes of the kernel's smallest access."""
         self.areas = [Area(start, start + length, granule) for start, length in sorted(set(storages)) if length]
         self.counts = counts
 
     def _places(self, access: Access) -> Iterator[tuple[Area, Access]]:
-        """The areas that the lanes access, nearly always one, each with its lanes."""
+        """The areas that the lanes access, usually one, each with its lanes."""
         low, high = int(access.address.min()), int(access.address.max()) + access.bytes
         for area in self.areas:
             if area.holds(low, high):
@@ -147,7 +150,7 @@ class Global:
             raise access.fault("global access outside the storages of the launch's arguments", access.spread(left))
 
     def load(self, access: Access, kind: str = "load") -> list[Array]:
-        """The elements of each lane; zeros where a lane does not take part."""
+        """The elements of each lane; zeros for lanes that do not take part."""
         dtype = np.dtype(f"u{access.size}")
         found = [np.zeros((1, 1), dtype)] * access.elements
         settled_access = settled(access)
@@ -177,14 +180,14 @@ class Global:
                 area.views[access.size][index + k] = part.spread(value)
 
     def finish(self) -> None:
-        """Raises Fault where a program read what another one wrote."""
+        """Raises Fault if a program has read what another program wrote."""
         for area in self.areas:
             area.check_reads()
 
 
 @dataclass
 class Copy:
-    """An asynchronous copy under way: of each lane its row (program), warp, group, granules and 32-bit words."""
+    """An asynchronous copy that has not arrived: row (program), warp, group, granules and 32-bit words of each lane."""
 
     row: Array
     warp: Array
@@ -200,8 +203,9 @@ class Copy:
 class Shared:
     """The shared memory of a batch of programs, a row each.
 
-    writer, reader: for each granule epoch·64 + warp of the last one; epochs are separated by barriers, and warp 63
-    stands for several. flying: asynchronous copies on their way to it.
+    writer, reader: epoch·64 + warp of the last writer and reader of each granule. Barriers separate epochs, and warp 63
+        means several warps.
+    flying: whether an asynchronous copy to a granule has not arrived.
     """
 
     SEVERAL = 63
@@ -218,7 +222,7 @@ class Shared:
         self.copies: list[Copy] = []
 
     def _located(self, access: Access) -> tuple[Array, Array, Array]:
-        """Of the lanes that take part: byte addresses in all rows, granules, stamps epoch·64 + warp."""
+        """For the lanes that take part: byte addresses in all rows, granules, and stamps epoch·64 + warp."""
         address = access.spread(access.address)
         outside = (address < 0) | (address + access.bytes > self.size)
         if outside.any():
@@ -240,7 +244,7 @@ class Shared:
             raise access.fault(f"{what} of shared memory that another warp wrote, without a barrier between", race)
 
     def load(self, access: Access) -> list[Array]:
-        """The elements of each lane; zeros where a lane does not take part."""
+        """The elements of each lane; zeros for lanes that do not take part."""
         lane = settled(access)
         if lane is None:
             return [np.zeros((1, 1), np.dtype(f"u{access.size}"))] * access.elements
@@ -284,8 +288,8 @@ class Shared:
         given = [lane.spread(value) for value in values]
         for k, value in enumerate(given):
             view[index + k] = value
-        # Warps that hold the same element may all store it, as long as it is one value. Lanes of one warp may hold sums
-        # that differ in the last bit, where the compiler makes one fma of a product and the sum across lanes.
+        # Warps that hold the same element may all store it if the value is the same. Lanes of one warp may store sums
+        # that differ in the last bit, because the compiler can fuse a product with the sum across lanes.
         overwritten = (self.writer.take(units) != stamp).any(1)
         if overwritten.any():
             lost = overwritten & np.any([view.take(index + k) != value for k, value in enumerate(given)], axis=0)
@@ -293,7 +297,7 @@ class Shared:
                 raise lane.fault("two warps write different values to one word of shared memory at once", lost)
 
     def copy(self, access: Access, values: Sequence[Array]) -> None:
-        """Start an asynchronous copy of 32-bit `values`, which arrives when its group is waited for."""
+        """Start an asynchronous copy of 32-bit `values`. It arrives when its group is waited for."""
         if (written := self._to_write(access)) is None:
             return
         lane, address, units, stamp = written
@@ -304,11 +308,11 @@ class Shared:
         self.copies.append(Copy(row, stamp[:, 0] & 63, self.groups[row, 0], units, words, stacked))
 
     def commit(self, rows: Array) -> None:
-        """End the group of the copies started so far, in the programs of these rows (a mask)."""
+        """End the current group of copies, in the programs of these rows (a mask)."""
         self.groups[rows] += 1
 
     def wait(self, rows: Array, pending: int | None) -> None:
-        """Let all groups but the last `pending` arrive; None: everything."""
+        """Let all groups except the last `pending` arrive; None for all groups."""
         left = []
         for copy in self.copies:
             arrived = rows[copy.row]

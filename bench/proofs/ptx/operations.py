@@ -1,8 +1,8 @@
-"""The arithmetic of PTX in numpy: what each instruction that touches no memory computes.
+"""The arithmetic of PTX in numpy, for all instructions that do not access memory.
 
-`operation` looks an instruction up once, when a kernel is prepared, and returns its operands' types and a function of
-arrays. Arrays come in any shape that broadcasts to (programs, threads): a value that all threads of a program share is
-kept once. bfloat16 operands come widened to float32; a pair of float32 has a last axis of two.
+`operation` is called once per instruction, when a kernel is prepared. It returns the operands' types and a function of
+arrays. Arrays have any shape that broadcasts to (programs, threads), so a value that all threads of a program share is
+stored once. bfloat16 operands are widened to float32. A pair of float32 has a last axis of length 2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLOATS = ("f16", "bf16", "f32", "f64", "f32x2")
 
 
 class Operation(NamedTuple):
-    """types: of the source operands, in order. compute: from them to the result."""
+    """types: of the source operands, in order. compute: the function from the operands to the result."""
 
     types: tuple[str, ...]
     compute: Callable[..., Array]
@@ -32,20 +32,20 @@ class Operation(NamedTuple):
 
 @cache
 def bits_of(type_: str) -> int:
-    """The width of a PTX type."""
+    """The width of a PTX type in bits."""
     return BITS.get(type_) or int(type_.lstrip("busf"))
 
 
 @cache
 def dtype_of(type_: str) -> np.dtype[Any]:
-    """numpy's dtype of a PTX type; that of its bits where numpy has none."""
+    """The numpy dtype of a PTX type, or of its bits if numpy lacks the type."""
     if type_ == "pred" or type_[0] == "b" or type_ in BITS:
         return UNSIGNED[bits_of(type_)]
     return np.dtype(f"{type_[0]}{bits_of(type_) // 8}".replace("s", "i"))
 
 
 def widened(bits: Array) -> Array:
-    """bfloat16's bits as float32."""
+    """The bits of bfloat16 as float32."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -85,7 +85,7 @@ def _shift_right(a: Array, count: Array) -> Array:
 
 
 def _field(a: Array, start: Array, length: Array) -> Array:
-    """bfe: `length` bits of a from `start`, extended by their sign where a is signed."""
+    """bfe: `length` bits of a from `start`, sign-extended if a is signed."""
     bits = 8 * a.dtype.itemsize
     room = bits - length.astype(a.dtype)
     return (a << (room - start.astype(a.dtype))) >> room
@@ -98,7 +98,7 @@ def _funnel(a: Array, b: Array, count: Array, left: bool) -> Array:
 
 
 def _permute(a: Array, b: Array, selector: Array) -> Array:
-    """prmt: each byte of the result is one of the eight of (b, a), or that one's sign."""
+    """prmt: each byte of the result is one of the eight bytes of (b, a), or its sign."""
     both = (b.astype(np.uint64) << np.uint64(32)) | a
     result = np.zeros((1, 1), np.uint32)
     for place in range(4):
@@ -110,7 +110,7 @@ def _permute(a: Array, b: Array, selector: Array) -> Array:
 
 
 def _logic(a: Array, b: Array, c: Array, table: Array) -> Array:
-    """lop3: the bit of `table` that the bits of a, b and c number."""
+    """lop3: the bit of `table` whose number is given by the bits of a, b and c."""
     result = np.zeros((1, 1), a.dtype)
     for row in range(8):
         if int(table.flat[0]) >> row & 1:
@@ -120,7 +120,7 @@ def _logic(a: Array, b: Array, c: Array, table: Array) -> Array:
 
 
 def _quotient(a: Array, b: Array) -> Array:
-    """Toward zero; all ones where b is 0, as the hardware has it."""
+    """Division toward zero. All ones if b is 0, as on the hardware."""
     if a.dtype.kind == "u":
         return np.where(b == 0, ~np.zeros_like(a), a // np.where(b == 0, b.dtype.type(1), b))
     down = a // np.where(b == 0, b.dtype.type(1), b)
@@ -143,7 +143,7 @@ COMPARISONS = {
 
 
 def _comparison(name: str, floating: bool) -> Callable[[Array, Array], Array] | None:
-    """Of floats: `ltu` and the like are true of NaN too, the others are not."""
+    """The function of a comparison. For floats, `ltu` and similar names are also true for NaN, others are not."""
     if floating and name in ("nan", "num"):
         return lambda a, b: (np.isnan(a) | np.isnan(b)) == (name == "nan")
     if floating and name == "ne":
@@ -182,7 +182,7 @@ BINARY: dict[str, Callable[..., Array]] = {
 
 
 def operation(instruction: Instruction) -> Operation | None:
-    """What an arithmetic instruction computes; None where this module does not know."""
+    """The operation of an arithmetic instruction, or None if this module does not know it."""
     name, modifiers, type_ = instruction.name, instruction.modifiers, instruction.type
     floating = type_ in FLOATS
     if name == "setp":
@@ -226,7 +226,7 @@ def operation(instruction: Instruction) -> Operation | None:
 
 
 def _raw(type_: str) -> str:
-    """A type that is moved, not computed with."""
+    """The type of bits that are only moved."""
     return type_ if type_ == "pred" else f"b{bits_of(type_)}"
 
 
@@ -247,7 +247,7 @@ def _conversion(modifiers: tuple[str, ...]) -> Operation | None:
 
 
 def _mixed(name: str, modifiers: tuple[str, ...]) -> Operation | None:
-    """sm_100's arithmetic on one or two low-precision operands with a float32 result."""
+    """Arithmetic of sm_100 on low-precision operands with a float32 result."""
     low = modifiers[-1]
     if len(modifiers) < 2 or modifiers[-2] != "f32":
         return None

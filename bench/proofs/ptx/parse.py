@@ -1,4 +1,4 @@
-"""PTX text → a Program: instructions with numbered registers, labels resolved to positions."""
+"""Parses PTX text into a Program: instructions with numbered registers, and labels resolved to positions."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ WIDTHS = {"p": 1, "rs": 16, "r": 32, "f": 32, "rd": 64, "fd": 64}  # bits of a r
 
 @dataclass(frozen=True)
 class Register:
-    """A virtual register: its number among all of the program's, and its width in bits (1: a predicate)."""
+    """A virtual register: its number in the program and its width in bits (1 for a predicate)."""
 
     number: int
     bits: int
 
 
-# A vector is a tuple, an immediate an int or a float. A special register, a label and a parameter are their names.
+# A vector is a tuple, an immediate is an int or a float; special registers, labels and parameters are names.
 Operand: TypeAlias = "Register | Address | tuple[Operand, ...] | int | float | str"
 
 
 @dataclass(frozen=True)
 class Address:
-    """[base + offset]: a register, or None for the start of shared memory."""
+    """[base + offset]. base: a register, or None for the start of shared memory."""
 
     base: Register | None
     offset: int
@@ -35,7 +35,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. guard: the predicate that enables its lanes, and the value that it must have."""
+    """One instruction. guard: the predicate that enables its lanes, and the value that enables them."""
 
     name: str
     modifiers: tuple[str, ...]
@@ -61,7 +61,7 @@ class Instruction:
 
 @dataclass
 class Program:
-    """A kernel. dead[i]: registers that nothing reads after instruction i. target[i]: where a branch goes."""
+    """A kernel. dead[i]: registers that are not used after instruction i. target[i]: the target of a branch."""
 
     name: str
     threads: int
@@ -76,7 +76,7 @@ def parse(ptx: str) -> Program:
     """Read the single kernel of a PTX module.
 
     Raises:
-        UnknownInstruction: an operand or a register of a kind that Triton's PTX does not have today.
+        UnknownInstruction: an operand or a register has a form that Triton's PTX does not have today.
     """
     header, body = ptx.split(".reqntid", 1)
     name, parameters = re.findall(r"\.entry\s+(\w+)\(([^)]*)", header)[-1]
@@ -98,7 +98,7 @@ def parse(ptx: str) -> Program:
 
 
 def _statements(body: str) -> Iterator[tuple[str, str]]:
-    """Labels and instructions of a function's body, each with the line of Python that it comes from."""
+    """Labels and instructions of a function's body, each with its line of Python."""
     source = ""
     for line in body.splitlines():
         code, _, comment = line.partition("//")
@@ -128,14 +128,14 @@ def _instruction(statement: str, source: str, registers: dict[str, Register]) ->
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside braces and brackets."""
+    """Split at commas outside braces and brackets."""
     if "{" not in text and "[" not in text:
         return [part.strip() for part in text.split(",")] if text else []
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text) if part.strip()]
 
 
 def _register(name: str, registers: dict[str, Register]) -> Register | None:
-    """The register of this name, numbered when it is first met; None for a special register such as %tid.x."""
+    """The register with this name, numbered on first use; None for a special register such as %tid.x."""
     found = re.fullmatch(r"%([a-z]+)\d+", name)
     if found is None or found[1] not in WIDTHS:
         return None
@@ -177,9 +177,9 @@ def used(operand: Operand) -> Iterator[Register]:
 
 
 def _dead(program: Program) -> list[list[int]]:
-    """After which instruction each register may be forgotten: its last use, or the end of a loop that it lives through.
+    """For each instruction, the registers that are dead after it: after their last use, or at the end of its loop.
 
-    Only the position in the text counts, which is right for threads that always run the lowest position first.
+    Positions in the text are sufficient, because the threads at the lowest position always run first.
     """
     first: dict[int, int] = {}
     last: dict[int, int] = {}

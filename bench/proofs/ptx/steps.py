@@ -1,4 +1,4 @@
-"""Each instruction as a function of a batch of programs: `step` looks it up once, when a kernel is prepared.
+"""Each instruction as a function of a batch of programs. `step` is called once per instruction, for each kernel.
 
 A register holds an array that broadcasts to (programs, threads).
 """
@@ -23,12 +23,12 @@ Array = NDArray[Any]
 Step: TypeAlias = Callable[[Batch], None]
 Getter: TypeAlias = Callable[[Batch], Array]
 
-# Says nothing to a machine without caches that runs programs in one thread of Python.
+# Without effect on a machine that has no caches and runs all programs in one thread.
 IGNORED = ("fence", "membar", "prefetch", "griddepcontrol", "nanosleep")
 
 
 def _get(operand: Operand, type_: str) -> Getter:
-    """How to read an operand as a type; bfloat16 is widened, a pair of float32 gets an axis of its own."""
+    """A function that reads an operand as a type. bfloat16 is widened, and a pair of float32 gets its own axis."""
     if type_ == "bf16":
         raw = _get(operand, "b16")
         return lambda batch: operations.widened(raw(batch))
@@ -73,9 +73,9 @@ def _special(name: str, dtype: np.dtype[Any]) -> Getter:
 
 
 def _put(operand: Operand, guard: Getter | None) -> Callable[[Batch, Array], None]:
-    """How to write a register, in the lanes that are active and enabled by the guard."""
+    """A function that writes a register, in the lanes that are active and enabled by the guard."""
     if not isinstance(operand, Register):
-        return lambda batch, value: None  # `_`, a result that is not wanted
+        return lambda batch, value: None  # `_`, an unused result
     number, bits = operand.number, operand.bits
     itemsize = UNSIGNED[bits].itemsize
 
@@ -105,10 +105,10 @@ def guard_of(instruction: Instruction) -> Getter | None:
 
 
 def step(instruction: Instruction) -> Step:
-    """The function of the batch that executes an instruction.
+    """The function that executes an instruction on a batch.
 
     Raises:
-        UnknownInstruction: the machine does not know the instruction, or this form of it.
+        UnknownInstruction: the machine does not know the instruction or this form of it.
     """
     try:
         found = _lookup(instruction, guard_of(instruction))
@@ -158,7 +158,7 @@ def _arithmetic(instruction: Instruction, guard: Getter | None, operation: opera
 
 
 def _pack(instruction: Instruction, guard: Getter | None) -> Step:
-    """mov between a register and the vector of its parts, the lowest first."""
+    """mov between a register and the vector of its parts, lowest part first."""
     target, source = instruction.operands
     bits = bits_of(instruction.type)
     dtype = UNSIGNED[bits]
@@ -209,14 +209,14 @@ def _address(operand: Operand) -> Getter:
 
 
 def _access(instruction: Instruction, guard: Getter | None, address: Getter, size: int, count: int) -> Any:
-    """The Access of a memory instruction, from the batch."""
+    """A function that returns the Access of a memory instruction on a batch."""
     return lambda batch: Access(
         address(batch), _mask(batch, guard), size, count, batch.shape, batch.programs, instruction
     )
 
 
 def _elements(instruction: Instruction, vector: Operand) -> tuple[tuple[Operand, ...], int]:
-    """The registers of a load or store, and the bytes of each. Raises TypeError where the text contradicts itself."""
+    """The registers of a load or store, and the bytes of each. Raises TypeError if they do not match the type."""
     registers = vector if isinstance(vector, tuple) else (vector,)
     count = next((int(name[1:]) for name in instruction.modifiers if name in ("v2", "v4", "v8")), 1)
     size = bits_of(instruction.type) // 8
@@ -255,7 +255,7 @@ def _store(instruction: Instruction, guard: Getter | None) -> Step:
 
 
 def _asynchronous(instruction: Instruction, guard: Getter | None) -> Step:
-    """cp.async: a copy from global to shared memory, the end of a group of them, or the wait for groups."""
+    """cp.async: a copy from global to shared memory, the end of a group of copies, or a wait for groups."""
     modifiers, operands = instruction.modifiers, instruction.operands
     if modifiers[1] in ("commit_group", "wait_group", "wait_all"):
         if guard is not None:
@@ -274,7 +274,7 @@ def _asynchronous(instruction: Instruction, guard: Getter | None) -> Step:
         mask = _mask(batch, guard)
         read = length(batch) if mask is None else np.where(mask, length(batch), 0)
         if not ((read == 0) | (read == 4 * words)).all():
-            raise instruction.unknown()  # a copy of some of its bytes
+            raise instruction.unknown()  # a partial copy, which is not supported
         reads = read != 0
         source = Access(origin(batch), reads, 4, words, batch.shape, batch.programs, instruction)
         values = batch.memory.load(source, "copy")
