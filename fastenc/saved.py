@@ -13,9 +13,9 @@ from torch import Tensor
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """Save the tensors that are not None, and record the positions of the others."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    ctx.save_for_backward(*present)
-    ctx.absent = [i for i, tensor in enumerate(tensors) if tensor is None] if len(present) < len(tensors) else ()
+    absent = [i for i, tensor in enumerate(tensors) if tensor is None]
+    ctx.absent = absent
+    ctx.save_for_backward(*([tensor for tensor in tensors if tensor is not None] if absent else tensors))
 
 
 def saved(ctx: Any) -> Sequence[Any]:
