@@ -11,8 +11,9 @@ FOLDER = Path(__file__).parents[1] / "nnunet"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command has no options."""
     parser.description = (
-        "Print the folder of nnUNetTrainerFastenc, for nnU-Net 2.8 or newer: nnUNet_extTrainer=$(python -m fastenc nnunet) "
-        "nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerFastenc"
+        "Print the folder of nnUNetTrainerFastenc, for nnU-Net 2.8 or newer: "
+        "nnUNet_extTrainer=$(python -m fastenc nnunet) nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerFastenc. "
+        "nnUNetv2_predict needs the same variable and the same -tr."
     )
 
 
