@@ -26,7 +26,10 @@ def test_version(main: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert __version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("module", "command"), [(demo, "demo"), (third_party, "accelerate"), (doctor, "doctor"), (nnunet, "nnunet")])
+COMMANDS = [(demo, "demo"), (third_party, "accelerate"), (nnunet, "nnunet"), (doctor, "doctor")]
+
+
+@pytest.mark.parametrize(("module", "command"), COMMANDS)
 def test_ctrl_c_is_a_line(
     module: object, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,7 +159,8 @@ from fastenc.__main__ import main
 assert not {"fastenc.commands.doctor", "fastenc.commands.demo", "fastenc.bench"} & set(sys.modules)
 from fastenc.bench.__main__ import SUBCOMMANDS
 
-for command in (["demo"], ["accelerate"], ["nnunet"], ["doctor"], ["bench"], *(["bench", name] for name in SUBCOMMANDS)):
+commands = "demo", "accelerate", "nnunet", "doctor", "bench"
+for command in (*([name] for name in commands), *(["bench", name] for name in SUBCOMMANDS)):
     with contextlib.suppress(SystemExit):
         main([*command, "--help"])
 assert main(["demo"]) == 2  # without rich

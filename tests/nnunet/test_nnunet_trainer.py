@@ -69,7 +69,7 @@ def write_dataset(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """nnU-Net's three folders, with a data set planned and preprocessed, and both trainers' checkpoints of both plans."""
+    """nnU-Net's three folders, with a data set planned and preprocessed, and each trainer's checkpoints."""
     base = tmp_path_factory.mktemp("nnunet")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("raw", "preprocessed", "results"):
