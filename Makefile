@@ -4,6 +4,7 @@
 # make coverage  every test, and the lines that none of them reaches; fails under 95 % of fastenc/ and kernels/
 # make fuzz      random calls and networks against PyTorch until MINUTES are over, or the one round of SEED again
 # make mutants   the product broken one line at a time: which test catches it
+# make nnunet    fastenc's trainer inside nnU-Net itself, from its planning to its prediction, on a CPU
 # make audit     the kernels' bytes, registers and vector widths, without a GPU
 # make sanitize  on a GPU: compute-sanitizer's memcheck and racecheck over the kernels
 # make lock      after a change of .ci/constraints.txt: the hashes of all that it pins
@@ -16,8 +17,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # them is not wanted: dynamic-network-architectures asks for timm, and so for torchvision, which nothing here imports.
 HASHED := $(INSTALL) --require-hashes --only-binary :all: --no-deps
 OLD_TRITON := .venv/triton-3.6
+NNUNET := .venv/nnunet-2.8.1
 
-.PHONY: demo test bench bench-smoke coverage fuzz mutants lint audit sanitize lock clean
+.PHONY: demo test bench bench-smoke coverage fuzz mutants nnunet lint audit sanitize lock clean
 
 demo: .venv/installed
 	$(BIN)/python -m fastenc demo $(ARGS)
@@ -42,6 +44,9 @@ coverage: .venv/installed
 
 mutants: .venv/installed
 	$(BIN)/python tests/tools/mutants.py $(ARGS)
+
+nnunet: $(NNUNET)/installed
+	nnUNet_def_n_proc=1 PYTHONPATH=$(NNUNET) $(BIN)/python -m pytest -q tests/nnunet $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -68,6 +73,13 @@ audit: .venv/installed
 $(OLD_TRITON)/installed: .venv/installed .ci/triton-3.6.txt
 	rm -rf $(OLD_TRITON)
 	$(HASHED) --target $(OLD_TRITON) -r .ci/triton-3.6.txt
+	touch $@
+
+# What of nnU-Net a training on a CPU imports, laid over the same environment. acvl-utils comes as source alone, which the
+# environment's setuptools builds.
+$(NNUNET)/installed: .venv/installed .ci/nnunet.txt
+	rm -rf $(NNUNET)
+	$(HASHED) --no-binary acvl-utils --no-build-isolation --target $(NNUNET) -r .ci/nnunet.txt
 	touch $@
 
 # Each kernel in each dtype and layout. Without PyTorch's cache every tensor is an allocation of its own, so that an access

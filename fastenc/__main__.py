@@ -1,4 +1,4 @@
-"""The command line: `python -m fastenc demo`, `accelerate`, `bench`, `doctor`, also as `fastenc`."""
+"""The command line: `python -m fastenc demo`, `accelerate`, `nnunet`, `bench`, `doctor`, also as `fastenc`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("bench", help="benchmarks and proofs: python -m fastenc.bench", add_help=False)
     demo_parser = commands.add_parser("demo", help="every route on a real MRI volume, compared; a network trained")
     clients_parser = commands.add_parser("accelerate", help="what accelerate fuses in MONAI's and nnU-Net's networks")
+    nnunet_parser = commands.add_parser("nnunet", help="the folder of nnU-Net's trainer, for nnUNet_extTrainer")
     doctor_parser = commands.add_parser("doctor", help="versions, routes, a self-test, and what to put in a bug report")
     if arguments[:1] == ["bench"]:
         from .bench.__main__ import main as bench
@@ -31,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         third_party.add_arguments(clients_parser)
         return third_party.run(parser.parse_args(arguments))
+
+    if arguments[:1] == ["nnunet"]:
+        from .commands import nnunet
+
+        nnunet.add_arguments(nnunet_parser)
+        return nnunet.run(parser.parse_args(arguments))
 
     if arguments[:1] == ["doctor"]:
         from .commands import doctor

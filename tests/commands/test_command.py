@@ -12,7 +12,7 @@ from fastenc import __main__, __version__
 from fastenc.bench import __main__ as bench
 from fastenc.bench import console
 from fastenc.bench.commands import tune
-from fastenc.commands import demo, doctor, third_party
+from fastenc.commands import demo, doctor, nnunet, third_party
 from fastenc.commands.shell import STOPPED, file_problem, write_whole
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,10 @@ def test_version(main: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert __version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("module", "command"), [(demo, "demo"), (third_party, "accelerate"), (doctor, "doctor")])
+COMMANDS = [(demo, "demo"), (third_party, "accelerate"), (nnunet, "nnunet"), (doctor, "doctor")]
+
+
+@pytest.mark.parametrize(("module", "command"), COMMANDS)
 def test_ctrl_c_is_a_line(
     module: object, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

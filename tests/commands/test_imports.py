@@ -48,8 +48,8 @@ def test_relative_and_absolute_imports_are_read() -> None:
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=str)
-def test_the_library_imports_neither_commands_nor_bench(path: Path) -> None:
-    assert not below(imports_of(path), "fastenc.commands", "fastenc.bench")
+def test_the_library_imports_neither_commands_nor_bench_nor_nnunet(path: Path) -> None:
+    assert not below(imports_of(path), "fastenc.commands", "fastenc.bench", "fastenc.nnunet", "nnunetv2")
 
 
 @pytest.mark.parametrize("path", [path for path in LIBRARY if path.parts[0] == "kernels"], ids=str)

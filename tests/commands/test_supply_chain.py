@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-LISTS = ("requirements.txt", "triton-3.6.txt", "torch-cpu.txt")
+LISTS = ("requirements.txt", "triton-3.6.txt", "torch-cpu.txt", "nnunet.txt")
 # Tests that load a whole network, which they have saved themselves, as people do: weights_only=True reads none.
 WHOLE_NETWORKS = {
     "tests/encoder/test_interoperability.py": 1,
@@ -159,7 +159,8 @@ from fastenc.__main__ import main
 assert not {"fastenc.commands.doctor", "fastenc.commands.demo", "fastenc.bench"} & set(sys.modules)
 from fastenc.bench.__main__ import SUBCOMMANDS
 
-for command in (["demo"], ["accelerate"], ["doctor"], ["bench"], *(["bench", name] for name in SUBCOMMANDS)):
+commands = "demo", "accelerate", "nnunet", "doctor", "bench"
+for command in (*([name] for name in commands), *(["bench", name] for name in SUBCOMMANDS)):
     with contextlib.suppress(SystemExit):
         main([*command, "--help"])
 assert main(["demo"]) == 2  # without rich
