@@ -292,7 +292,7 @@ def test_which_variants_break_a_ceiling(variants: Variants, words: list[str]) ->
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The audit of one shape for one target and ROCm, and of the variants in one precision and layout, in this process."""
+    """One shape for one target and ROCm, and the variants in one precision and layout, all in this process."""
     monkeypatch.setattr(audit, "shapes", lambda: [("small", 2, 24, 104)])
     monkeypatch.setattr(audit, "residual_shapes", lambda: [("with r", 2, 24, 104)])
     monkeypatch.setattr(audit, "TARGETS", {"sm_90": 90, "gfx942": "gfx942"})
