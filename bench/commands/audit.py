@@ -128,9 +128,7 @@ def _results(tasks: Sequence[Callable[[], Any]], processes: int) -> list[Any]:
             return [advance(task()) for task in tasks]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
-            handler = signal.signal(
-                signal.SIGINT, signal.SIG_IGN
-            )  # inherited by the workers, so that only this process handles Ctrl-C
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: workers ignore Ctrl-C
             try:
                 futures = [pool.submit(task) for task in tasks]
             finally:

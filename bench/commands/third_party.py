@@ -24,12 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="channels of each stage (default: as users train it, six stages of 32 to 320 or five of 16 to 256)",
     )  # fmt: skip
     parser.add_argument(
-        "--size",
-        type=options.positive,
-        nargs=3,
-        default=[128, 128, 128],
-        metavar="N",
-        help="spatial shape of the input (128 128 128)",
+        "--size", type=options.positive, nargs=3, default=[128] * 3, metavar="N", help="of the input (128 128 128)"
     )
     parser.add_argument("--batch", type=options.positive, nargs="+", default=[2], metavar="N", help="one or more (2)")
     parser.add_argument("--mode", choices=MODES, nargs="+", default=["train"], help="one or more (train)")

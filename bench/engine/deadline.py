@@ -19,7 +19,7 @@ class Deadline:
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._begin = clock()
-        self._seconds = seconds
+        self.seconds = seconds
         self._longest: dict[str, float] = {}
 
     def elapsed(self) -> float:
@@ -28,11 +28,7 @@ class Deadline:
 
     def left(self) -> float:
         """Seconds until the deadline; negative after it."""
-        return self._seconds - self.elapsed()
-
-    def share(self, part: float) -> float:
-        """This `part` of the whole time, in seconds."""
-        return part * self._seconds
+        return self.seconds - self.elapsed()
 
     def note(self, kind: str, seconds: float) -> None:
         """Remember that a step of this `kind` took `seconds` or was stopped after them."""

@@ -122,7 +122,7 @@ class Measurement:
             return {}
         agreeing: dict[str, Runner] = {}
         guess = COMPILE_GUESS[self._device.type]
-        most = max(deadline.share(MOST_COMPILING), 2 * guess)
+        most = max(MOST_COMPILING * deadline.seconds, 2 * guess)
         for name, baseline in self._baselines.items():
             limit, kind = deadline.left(), f"compile {self._workload.kind}, {name}"
             if baseline.compiles:

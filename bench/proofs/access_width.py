@@ -29,7 +29,6 @@ PTX_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"(.*)"', re.MULTILINE)
 PTX_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
 PTX_ACCESS = re.compile(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z]+(\d+)\s")
 
-
 Place = tuple[str, int]  # a file's name and a line of it
 
 

@@ -1,4 +1,4 @@
-"""`clients`: nnU-Net's and MONAI's U-Nets in a record, what they cannot do without, what cannot be compared of them."""
+"""`clients`: records of nnU-Net's and MONAI's U-Nets, their floor, and gradients that cannot be compared."""
 
 import importlib.util
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_every_network_in_every_mode_is_compared_and_timed(tmp_path: Path) -> No
 @network
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_the_floor_counts_what_the_network_does(name: str, mode: str) -> None:
-    """Convolutions of ones with ones, transposed or not, sum up their multiplications; no tap here is dead."""
+    """Convolutions of ones with ones, transposed or not, count their multiplications. All taps here read input."""
     asked = third_party.workload(name, mode, "fp32", SHAPE, (4, 8))
     training, flops, moved = mode == "train", 0, 0
 
@@ -101,7 +101,7 @@ def test_idle_biases_are_those_whose_gradients_are_zero(name: str) -> None:
 
 @network
 def test_a_layer_of_two_names_is_one(name: str) -> None:
-    """nnU-Net registers every layer twice: each parameter is stepped once, in either layout."""
+    """nnU-Net registers every layer twice, but each parameter is stepped once, in either layout."""
     asked = third_party.workload(name, "train", "fp32", SHAPE, (4, 8))
     inputs = baselines.Inputs(asked, torch.device("cpu"))
     for parameters, optimizer in (
@@ -156,7 +156,7 @@ def test_a_package_that_is_missing_is_named(
 
 
 def test_the_networks_of_the_gpu_run_are_whole() -> None:
-    """128³, batch 2, bfloat16, with the gradients and the step; what the channels say is what is built."""
+    """128³, batch 2, bfloat16, a whole training step. The networks have the channels that the record states."""
     asked = [each for each in gpu.plan(torch.device("cuda")) if each.client is not None]
     assert [each.client.name for each in asked if each.client is not None] == list(third_party_networks.CHANNELS)
     promised = gpu.plan(torch.device("cuda"))[: session.PROMISED]

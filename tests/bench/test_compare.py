@@ -1,4 +1,4 @@
-"""`compare` and `ops` as their users see them, the physical floor, and peak memory. No time is asserted."""
+"""`compare` and `ops` from their command lines, the physical floor, and peak memory. No duration is asserted."""
 
 import dataclasses
 import itertools
@@ -167,7 +167,7 @@ def test_invalid_shape(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     ids=["pooled", "map, uneven kernel"],
 )
 def test_the_floor_counts_what_a_plain_network_does(network: Network, size: tuple[int, ...], training: bool) -> None:
-    """A convolution of ones with ones sums up its live multiplications; its weight's gradient shows its live taps."""
+    """A convolution of ones with ones counts its multiplications; its weight's gradient shows which taps read input."""
     N, flops, moved = 2, 0, 0
     plain = encoder.plain_encoder(network)
 
@@ -203,7 +203,7 @@ def test_the_floor_counts_what_a_plain_network_does(network: Network, size: tupl
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast"])
 def test_the_floor_writes_a_weights_gradient_in_float32(precision: str) -> None:
-    """By hand: a 3³ kernel from 2 to 3 channels on a map of 4³, all of whose taps meet input."""
+    """Counted by hand: a 3³ kernel from 2 to 3 channels on a map of 4³, whose taps all read input."""
     layer = floor.Convolution(2, 3, (4, 4, 4), (3, 3, 3), (1, 1, 1), (1, 1, 1))
     e = floor.ITEMSIZE[precision.split()[0]]
     x, y, weight = 5 * 2 * 64, 5 * 3 * 64, 3 * 2 * 27
@@ -227,7 +227,7 @@ def test_the_floor_is_flops_over_rate_plus_bytes_over_bandwidth() -> None:
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, while they live."""
+    """Counts the bytes of the storages that operations make, as long as they are alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ def test_peak_memory_on_a_cpu_is_that_of_the_storages_alive() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_peak_memory_within_a_hundredth_of_the_storages_alive(grad: bool) -> None:
-    """Without convolutions, in which oneDNN asks PyTorch for memory that no operation returns."""
+    """Without convolutions, because oneDNN takes memory from PyTorch that no operation returns."""
     layers = nn.Sequential(*(layer for _ in range(3) for layer in (nn.InstanceNorm3d(4, affine=True), nn.PReLU(4))))
     x = torch.randn(2, 4, 20, 21, 22)
     with torch.set_grad_enabled(grad):

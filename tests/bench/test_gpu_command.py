@@ -1,6 +1,6 @@
-"""The command for a GPU machine, as far as a machine without one can see it: its tests' imports, its record, its care.
+"""The command for a GPU machine, as far as it can be tested without a GPU: imports of tests/gpu, record, interruptions.
 
-Times are never asserted; that time runs out is, where none was given or a baseline never ends.
+No duration is asserted, except that time runs out if none was given.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ ABSENT_BASELINES = [
 
 
 def collect(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Collect the tests of `folder` the way the command runs them, in a Python that lacks every package of ABSENT."""
+    """Collect the tests of `folder` as the command runs them, in a Python without the packages of ABSENT."""
     arguments = gpu_tests.command()[3:-1]
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))\n"
@@ -61,7 +61,7 @@ def test_gpu_tests_import_nothing_that_may_be_absent() -> None:
 
 
 def test_fixtures_of_the_gpu_tests_leave_no_trace(tmp_path: Path) -> None:
-    """Skipped tests run no fixtures, so a CPU sees those of tests/gpu here alone."""
+    """Skipped tests run no fixtures, so on a CPU the fixtures of tests/gpu run only here."""
     conftest = (ROOT / "tests" / "gpu" / "conftest.py").read_text(encoding="utf-8")
     (tmp_path / "conftest.py").write_text(f"{conftest}\n\ndef _lacking():\n    return None\n", encoding="utf-8")
     state = "(torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, fastenc.route.chosen())"
@@ -222,7 +222,7 @@ runpy.run_module("fastenc.bench", run_name="__main__", alter_sys=True)
 
 
 def test_whole_command_on_the_cpu(tmp_path: Path) -> None:
-    """Without the packages that may be absent, and with no time to compile."""
+    """Without the packages that may be absent, and without time to compile."""
     arguments = ["gpu", "--device", "cpu", "--minutes", "3", "--out", str(tmp_path / "a" / "folder")]
     command = [sys.executable, "-c", BENCH_WITHOUT, *arguments]
     environment = {**os.environ, "FASTENC_BACKEND": "auto", "OMP_NUM_THREADS": "1"}

@@ -107,7 +107,7 @@ def test_uncompiled_baselines_agree(workload: Workload, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("precision", ["bfloat16 autocast", "float32"])
 def test_a_cpu_compares_bfloat16_without_onednn(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And goes back to oneDNN, whatever the baseline raises."""
+    """oneDNN is enabled again even if the baseline raises."""
     seen = []
 
     def make(inputs: Any) -> Runner:
@@ -212,7 +212,7 @@ def test_samples_taken_before_the_deadline_are_kept(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("workload", [NETWORK, OP], ids=str)
 def test_compiled_baselines_agree(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced and differentiated as by default, then run as it is: a machine without a C++ compiler can do that."""
+    """Traced and differentiated as by default, but without generated code, so that no C++ compiler is needed."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     baselines = suite_of(workload).baselines
     timed = {

@@ -1,4 +1,4 @@
-"""Records: one schema, every committed one of it, whole at every moment; what samples are summed up to."""
+"""Records: the schema, the committed records, complete files at any time; summaries of samples."""
 
 import dataclasses
 import json
@@ -181,7 +181,7 @@ def test_summary_is_numpys(samples: list[float]) -> None:
 
 @pytest.mark.parametrize("count", [5, 7, 20, 101])
 def test_the_interval_of_a_ratio_holds_its_median_nine_times_in_ten(count: int) -> None:
-    """And is as narrow as that allows: one sample further in on both sides it would not."""
+    """The interval is as narrow as possible: with one sample less on each side, the probability would be too low."""
     inner = [sum(math.comb(count, i) for i in range(k + 1)) / 2**count for k in range(count // 2)]
     outside = max(k for k in range(count // 2) if inner[k] <= 0.05)
     values = random.Random(count).sample(range(1, 10 * count), count)

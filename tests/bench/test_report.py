@@ -1,4 +1,4 @@
-"""README's figures: from records alone, in the order of their worth, and a picture for all that can be drawn."""
+"""README's figures come only from records, the most important first, with every picture that can be drawn."""
 
 import dataclasses
 from itertools import product
@@ -69,7 +69,7 @@ def written(folder: Path, name: str, device: str = "cuda", date: str = "2026-01-
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pictures: what is in them is looked at, not tested."""
+    """Small pictures, because their content is not tested."""
     monkeypatch.setattr(plots, "DPI", 30)
 
 
@@ -165,7 +165,7 @@ def test_a_readme_without_markers_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_readmes_figures_are_those_of_the_committed_records() -> None:
-    """A figure that no record holds cannot stand there."""
+    """README contains no figure that is not in a record."""
     files = sorted((ROOT / "bench" / "records").glob("*.json"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     figures = text.split(report.BEGIN)[1].split(report.END)[0]

@@ -1,4 +1,4 @@
-"""The tuning sweep: what it would choose, that it changes nothing, and that it runs."""
+"""The tuning sweep: it finds the best value, changes nothing, and runs in the interpreter."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the commands share: how they end when they are stopped, what they print and what they write."""
+"""What all commands share: interruption, printing in any encoding, writing files, and tables."""
 
 import io
 import os

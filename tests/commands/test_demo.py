@@ -64,7 +64,7 @@ def test_a_short_run_writes_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_tissue_fractions_are_learned(volumes: np.ndarray) -> None:
-    """The demo's own claim at its default options, by fastenc's route; plain PyTorch takes the same steps."""
+    """The demo's result at its default options, on fastenc's route. Plain PyTorch takes the same steps."""
     defaults = options(Path())
     generator = np.random.default_rng(demo.SEED)
     training, held_out = (
@@ -137,7 +137,7 @@ def test_a_wrong_kernel_is_seen(volumes: np.ndarray, monkeypatch: pytest.MonkeyP
 
 
 def test_a_route_that_fails_is_a_row() -> None:
-    """One that raises is told in its row and disagrees; the others are still measured."""
+    """A route that raises gets a row that disagrees; the others are still measured."""
     routes = [demo_routes.Route("plain PyTorch", None), demo_routes.Route("fastenc, Triton", "triton")]
     x = torch.randn(1, 2, 9, 8, 7)
     plain, triton = demo_routes.encode(routes, demo.SMALL, x, torch.device("cpu"), demo.SEED)

@@ -55,7 +55,7 @@ def branch(N: int, C: int, S: int, itemsize: int, channels_last: bool, residual:
 
 
 def shapes(itemsize: int, channels_last: bool, residual: bool = False) -> list[tuple[int, int, tuple[int, ...]]]:
-    """The smallest runner for each branch."""
+    """The smallest candidate for each branch."""
     smallest: dict[tuple[Any, ...], tuple[int, int, tuple[int, ...]]] = {}
     for N, C, spatial in sorted(CANDIDATES, key=lambda shape: shape[0] * shape[1] * prod(shape[2])):
         key = branch(N, C, prod(spatial), itemsize, channels_last, residual)

@@ -1,4 +1,4 @@
-"""The audit: its count and its prediction, what it reads from compiled code, the ceilings it holds, the command."""
+"""The audit: counted and predicted bytes, findings from compiled code, ceilings, and the command."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def racing(X):
 
 
 def test_share_of_wide_accesses_counts_bytes_of_streamed_tensors_only() -> None:
-    """Those of the functions that a kernel calls, too."""
+    """Accesses in functions that a kernel calls count too."""
     x = torch.empty(4096)
     with recorded(90, THIS) as launches:
         narrow_and_wide[(1,)](x, x, x, BLOCK=1024)
@@ -292,7 +292,7 @@ def test_which_variants_break_a_ceiling(variants: Variants, words: list[str]) ->
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The audit of one shape, for one target and ROCm, in this process; of the variants in one precision and layout."""
+    """One shape for one target and ROCm, and the variants in one precision and layout, all in this process."""
     monkeypatch.setattr(audit, "shapes", lambda: [("small", 2, 24, 104)])
     monkeypatch.setattr(audit, "residual_shapes", lambda: [("with r", 2, 24, 104)])
     monkeypatch.setattr(audit, "TARGETS", {"sm_90": 90, "gfx942": "gfx942"})

@@ -1,4 +1,4 @@
-"""Every kernel variant that the launchers make compiles for the GPUs it is meant for, without one being here."""
+"""Every kernel variant that the launchers make compiles for its GPUs. No GPU is needed."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The proof tools themselves: an instrument that cannot show a fault proves nothing."""
+"""The proof tools themselves: a tool that cannot find a fault proves nothing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Taking a route on purpose in a test, and seeing which one was taken."""
+"""Choose the route in a test, and find out which route was taken."""
 
 import contextlib
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def _raised(error: Exception, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def eager_norms() -> Iterator[mock.Mock]:
-    """Counts the calls of torch.nn.functional.instance_norm, of which the Triton route makes none."""
+    """Counts the calls of torch.nn.functional.instance_norm. The Triton route makes none."""
     with mock.patch.object(nn.functional, "instance_norm", wraps=nn.functional.instance_norm) as calls:
         yield calls
 
