@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._guards import TracingContext  # one for each graph that torch.compile begins to trace
 from torch.autograd import forward_ad  # its _current_level, at least 0 in forward mode, has no public form
 from torch.nn.modules import module as _module
 from torch.utils._contextlib import context_decorator  # decorates for torch.no_grad, generators step by step
@@ -44,7 +45,7 @@ def constant_in_graphs(function: Function) -> Function:
 
 
 __all__ = [
-    "constant_in_graphs", "context_decorator", "disabled_torch_function", "dispatch_modes", "forbid_data_ptr",
-    "forward_ad", "has_global_hook", "is_legacy_batchedtensor", "saved_tensors_hooks", "transforms_active",
-    "tree_flatten", "tree_leaves", "tree_map", "tree_map_only",
+    "TracingContext", "constant_in_graphs", "context_decorator", "disabled_torch_function", "dispatch_modes",
+    "forbid_data_ptr", "forward_ad", "has_global_hook", "is_legacy_batchedtensor", "saved_tensors_hooks",
+    "transforms_active", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only",
 ]  # fmt: skip

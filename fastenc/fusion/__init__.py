@@ -14,8 +14,7 @@ from ..layers import _ConvModernNd
 from ..norm_act import _InstanceNormActNd
 from ..pair import INSTANCE_NORMS, why_not_plain
 from .convolutions import Convolution, has_free_strides
-from .modules import Activation, DeferredNorm, Dropout, Forward, FusedNorm, restore
-from .sequential import scope_of
+from .modules import Activation, DeferredNorm, Dropout, Forward, FusedNorm, FusionScope, ModelRoot, restore
 
 SUMMARY = "_fastenc_summary"  # holds the summary of a model that has an attribute `accelerated` of its own
 
@@ -68,8 +67,8 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model its
     its activation are supported. A norm without an activation runs as the kernel alone. On CUDA, tensors with two or
     more spatial axes are converted to channels-last when they enter the model. Whatever the kernels do not support runs
     as before; `fastenc.explain(model, x)` gives the reason. So does everything under tracers. Under torch.compile and
-    torch.export, a pair inside an nn.Sequential is one operator, and other pairs run as before. Calling accelerate
-    again re-analyses the model. After an error the model is as it was.
+    torch.export, a pair is one operator if the search has proven that nothing else sees the norm's output; other pairs
+    run as before. Calling accelerate again re-analyses the model. After an error the model is as it was.
 
     What differs from the original model:
 
@@ -149,6 +148,10 @@ def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
     found = find(model, {norm for norm in norms if norm not in left})
     outcomes: list[NormOutcome] = []
     forwards: list[Forward] = []
+
+    def named(norms_by_module: dict[nn.Module, list[nn.Module]]) -> tuple[tuple[nn.Module, tuple[str, ...]], ...]:
+        return tuple((module, tuple(dict.fromkeys(map(names.__getitem__, n)))) for module, n in norms_by_module.items())
+
     for norm in norms:
         if norm in left:
             outcomes.append(NormOutcome(names[norm], "left", left[norm]))
@@ -171,8 +174,8 @@ def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
         forwards += [Convolution(module) for module in convolutions if not own_forward(module)]
         scopes = {**found.scopes, **({} if model in norms else {model: found.scopes.get(model, {})})}
         for scope, inside in scopes.items():
-            between = tuple((caller, tuple(names[norm] for norm in waiting)) for caller, waiting in inside.items())
-            forwards.append(scope_of(scope, root=scope is model)(scope, between=between))
+            kind = ModelRoot if scope is model else FusionScope
+            forwards.append(kind(scope, between=named(inside), proven=named(found.proven(scope))))
     return Summary(tuple(outcomes)), forwards
 
 

@@ -132,9 +132,9 @@ class Deferred(Tensor):
             self.replaced = y
         return y
 
-    def dropped(self, dropout: Callable[[Tensor], Tensor]) -> Deferred | None:
-        """dropout(z), to be computed; None where z is `_settled`."""
-        if self._settled():
+    def dropped(self, dropout: Callable[[Tensor], Tensor], inplace: bool) -> Deferred | None:
+        """dropout(z), to be computed; None where z is `_settled`, or itself changes."""
+        if inplace or self._settled():
             return None
         self.passed_by = True
         if self.requires_grad:

@@ -1,8 +1,9 @@
 """The forwards that accelerated modules get in place of their own: `vars(module)["forward"]` is one of these objects.
 
 A module's class, layout and hooks stay as they were. A norm returns a `Deferred` while one of the modules in which it
-was seen to meet an activation is running, and the activation completes it. On the eager route, and for any other
-input, both do what torch.nn does. No `Deferred` leaves the outermost of those modules.
+was seen to meet an activation is running, and the activation completes it. Under torch.compile and torch.export a
+`Pending` takes its place. On the eager route, and for any other input, both do what torch.nn does. Neither leaves the
+outermost of those modules.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function
 
 from .. import route
-from .._torch import saved_tensors_hooks, tree_leaves, tree_map_only
+from .._torch import constant_in_graphs, saved_tensors_hooks, tree_leaves, tree_map_only
 from ..convolution import channels_last, is_channels_last
 from ..functional import fused, is_supported
 from ..pair import TORCH_FORWARDS, slope_of, why_not_plain
 from .deferred import Deferred, deferred, dense, running
+from .pending import Pending, enter, leave, may_wait
 
 
 class Forward(route.Accelerated):
@@ -135,14 +137,18 @@ class FusedNorm(Forward):
         """Why the norm runs as torch's own on x; None if the kernel runs."""
         return route.reason(x) or route.observed(self.module) or why_not_plain(self.module)
 
-    def __call__(self, input: Tensor) -> Tensor:  # named as torch.nn names it
-        x = input.plain() if type(input) is Deferred else input
-        if not (is_compiling() or route.eager(self.why_eager(x))):
+    def __call__(self, input: Tensor) -> Any:  # named as torch.nn names it
+        x = input.plain() if type(input) is Deferred or type(input) is Pending else input
+        if self._fuses() and not route.eager(self.why_eager(x)):
             norm = self.module
             weight, bias = norm.weight, norm.bias  # once: nn.Module is slow to find them
             if is_supported(norm, weight, bias, 1.0, x):
                 return self._normalized(x, weight, bias, norm.eps)
         return self.plainly(x)
+
+    def _fuses(self) -> bool:
+        """A norm alone is left to the compiler."""
+        return not is_compiling()
 
     def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         return fused(x, weight, bias, 1.0, eps)
@@ -157,7 +163,12 @@ class DeferredNorm(FusedNorm):
 
     name: str
 
-    def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def _fuses(self) -> bool:
+        return not is_compiling() or may_wait(self.name)
+
+    def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+        if is_compiling():
+            return Pending(self.name, self.plainly, x, (weight, bias, eps))
         if (
             (running.scopes or saved_tensors_hooks(True))
             and self.name not in running.observed
@@ -173,8 +184,8 @@ class DeferredNorm(FusedNorm):
 class Activation(Forward):
     """A PReLU, LeakyReLU or ReLU that completes a deferred norm."""
 
-    def __call__(self, input: Tensor) -> Tensor:
-        if type(input) is not Deferred:
+    def __call__(self, input: Any) -> Tensor:
+        if type(input) is not Deferred and type(input) is not Pending:
             return self.plainly(input)
         module: Any = self.module
         inplace = vars(module).get("inplace", False)
@@ -185,13 +196,13 @@ class Activation(Forward):
 class Dropout(Forward):
     """A dropout between a norm and its activation: it scales by factors ≥ 0, so the activation may come first."""
 
-    def __call__(self, input: Tensor) -> Tensor:
-        if type(input) is not Deferred:
+    def __call__(self, input: Any) -> Any:
+        if type(input) is not Deferred and type(input) is not Pending:
             return self.plainly(input)
         module: Any = self.module
         if not observed(module) and (not module.training or module.p == 0):
             return input
-        z = None if module.inplace or observed(module) else input.dropped(self.plainly)
+        z = None if observed(module) else input.dropped(self.plainly, module.inplace)
         return _unfused(self.plainly, input, module.inplace) if z is None else z
 
 
@@ -200,9 +211,12 @@ class FusionScope(Forward):
 
     between: the modules whose forward a norm's output leaves, or enters, on its way, and the names of those norms. A
     hook on such a module may use what it is given, or free the norm's weight as FSDP2 does: those norms do not defer.
+    proven: the modules that the output of a norm proven to fuse goes through, its activation at the end, and the names
+    of those norms, for torch.compile and torch.export.
     """
 
     between: tuple[tuple[nn.Module, tuple[str, ...]], ...] = ()
+    proven: tuple[tuple[nn.Module, tuple[str, ...]], ...] = ()
     keeps_inference_mode = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -228,7 +242,22 @@ class FusionScope(Forward):
 
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.compile and torch.export trace."""
-        return self.plainly(*args, **kwargs)
+        if not self.proven or not is_compiling():
+            return self.plainly(*args, **kwargs)
+        seen: list[str] = []
+        for module, names in (*self.between, *self.proven):
+            if route.observed(module):
+                seen.extend(names)
+        self._enter(seen)
+        try:
+            y = self.plainly(*args, **kwargs)
+        finally:
+            leave()
+        return tree_map_only(Pending, _leaving, y)
+
+    @constant_in_graphs
+    def _enter(self, observed: list[str]) -> None:
+        enter((name for _, names in self.proven for name in names), observed)
 
     def _called(self, args: Any, kwargs: Any) -> Any:
         """The forward, with norms that defer."""
@@ -311,6 +340,11 @@ class ModelRoot(FusionScope):
         )
 
 
+def _leaving(z: Pending) -> Any:
+    """z where it leaves a scope: itself in a scope around that one, else a tensor."""
+    return z if may_wait(z.name) else z.plain()
+
+
 def _converted(layout: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
     """The arguments in another layout; a list or a dict among them stays the caller's own."""
     return (
@@ -337,9 +371,9 @@ def observed(module: nn.Module) -> bool:
     return route.observed(module) is not None or type(module).forward not in TORCH_FORWARDS
 
 
-def _unfused(forward: Callable[[Tensor], Tensor], x: Deferred, inplace: bool) -> Tensor:
+def _unfused(forward: Callable[..., Any], x: Deferred | Pending, inplace: bool) -> Tensor:
     """forward of what x stands for; in place, x itself changes."""
-    if not inplace:
+    if type(x) is Pending or not inplace:
         return forward(x.plain())
     y = forward(x)
     return y.plain() if type(y) is Deferred else y

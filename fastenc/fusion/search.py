@@ -1,7 +1,9 @@
 """Which norms of a network lead to an activation: read off a trace of its forward, never off names.
 
 What is found decides where a norm waits for its activation, and what the summary says. It cannot make a result wrong: a
-norm that waits in vain gives its own output all the same (`deferred.py`).
+norm that waits in vain gives its own output all the same (`deferred.py`). Under torch.compile and torch.export nothing
+counts changes in place, so there a norm waits only if every call of it was seen to lead to an activation, nothing is
+changed in place in between, and nothing keeps its output (`pending.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import inspect
 import operator
 import random
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from ..pair import ACTIVATIONS, DROPOUTS, INSTANCE_NORMS
 from .modules import Forward, forward_of
 
 WORDS = {operator.add: "an addition", operator.iadd: "an addition in place"}
+_IN_PLACE = frozenset(getattr(operator, name) for name in dir(operator) if name.startswith("i"))
 HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
@@ -38,6 +42,8 @@ class Found:
     partners: the activations that a norm leads to. why: for a norm, what speaks against pairing it at some call. boxes:
     the module that calls a norm and could not be traced. dropouts: those in between. scopes: the innermost modules in
     whose forward norm and activation are called. Of each scope, the modules inside it that call either, with the norms.
+    ways: of each scope, the modules that the output of a norm goes through, its activation at the end, with the norms.
+    unproven: norms that may do otherwise than the pairs say.
     """
 
     partners: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
@@ -45,6 +51,14 @@ class Found:
     boxes: dict[nn.Module, nn.Module] = field(default_factory=dict)
     dropouts: set[nn.Module] = field(default_factory=set)
     scopes: dict[nn.Module, dict[nn.Module, list[nn.Module]]] = field(default_factory=dict)
+    ways: dict[nn.Module, dict[nn.Module, list[nn.Module]]] = field(default_factory=dict)
+    unproven: set[nn.Module] = field(default_factory=set)
+
+    def proven(self, scope: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+        """Those of `ways` that the norms take whatever else happens."""
+        ways = self.ways.get(scope, {}).items()
+        unproven = self.unproven.union(self.why, self.boxes)
+        return {module: kept for module, norms in ways if (kept := [norm for norm in norms if norm not in unproven])}
 
     def pair(
         self,
@@ -61,6 +75,8 @@ class Found:
         inside = self.scopes.setdefault(scope, {})
         for caller in callers:
             inside.setdefault(caller, []).append(norm)
+        for module in (*between, activation):
+            self.ways.setdefault(scope, {}).setdefault(module, []).append(norm)
         self.dropouts.update(module for module in between if type(module) in DROPOUTS and not own_forward(module))
 
 
@@ -86,17 +102,20 @@ def find(model: nn.Module, norms: set[nn.Module]) -> Found:
                 end = "its output is the model's"
                 if module is not model:
                     end = f"its output leaves a {type(module).__name__}, and what calls that cannot be traced"
-                _read(graph, norms, registered, end, found)
+                _read(graph, norms, registered, end, tracer.kept(), found)
             for box in tracer.boxes:
                 _guess(box, norms, found)
                 pending.extend(box.children())
     return found
 
 
-def _read(graph: fx.Graph, norms: set[nn.Module], registered: set[nn.Module], end: str, found: Found) -> None:
-    """Add what graph shows to found; `end` says what it means to reach the graph's end."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
+def _read(
+    graph: fx.Graph, norms: set[nn.Module], registered: set[nn.Module], end: str, kept: set[fx.Node], found: Found
+) -> None:
+    """Add what graph shows to found; `end` says what it means to reach the graph's end, `kept` what outlives it."""
+    nodes = list(graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    for node in nodes:
         norm = node.meta.get("module")
         if norm not in norms:
             continue
@@ -107,6 +126,9 @@ def _read(graph: fx.Graph, norms: set[nn.Module], registered: set[nn.Module], en
             *between, activation = (step.meta["module"] for step in way if "module" in step.meta)
             scope, callers = _innermost(node, way[-1])
             found.pair(norm, activation, scope, between, callers)
+            meanwhile = nodes[order[node] + 1 : order[way[-1]]]
+            if not kept.isdisjoint((node, *way[:-1])) or any(_may_change(n) for n in meanwhile if n not in way):
+                found.unproven.add(norm)
 
 
 def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:
@@ -180,6 +202,18 @@ def _has_dropout(way: list[fx.Node]) -> bool:
     return any(type(step.meta.get("module")) in DROPOUTS for step in way)
 
 
+def _may_change(node: fx.Node) -> bool:
+    """Whether node may change a tensor in place."""
+    module = node.meta.get("module")
+    if module is not None:
+        return bool(getattr(module, "inplace", False)) or not type(module).__module__.startswith("torch.nn.")
+    name = _called(node)
+    return (
+        (name.endswith("_") and not name.endswith("__")) or name == "setitem" or node.target in _IN_PLACE
+        or any(value is True for value in node.args) or bool({"out", "inplace"}.intersection(node.kwargs))
+    )  # fmt: skip
+
+
 def _only_asks(node: fx.Node) -> bool:
     """Whether node asks a tensor for what is known before it is computed."""
     if node.op == "call_method":
@@ -225,6 +259,7 @@ class _Tracer(fx.Tracer):
         self.boxes: list[nn.Module] = []
         self.originals: dict[nn.Module, nn.Module] = {}
         self.callers: list[_Call] = []
+        self.proxies: list[weakref.ref[fx.Proxy]] = []
 
     def graph_of(self, module: nn.Module, training: bool) -> fx.Graph | None:
         """module's forward; None where it cannot be traced."""
@@ -260,7 +295,13 @@ class _Tracer(fx.Tracer):
         return proxy
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        proxy = _Proxy(node, self)
+        self.proxies.append(weakref.ref(proxy))
+        return proxy
+
+    def kept(self) -> set[fx.Node]:
+        """The nodes whose output something still holds on to after the trace: an attribute, a list, a closure."""
+        return {proxy.node for each in self.proxies if (proxy := each()) is not None}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         return attr_val

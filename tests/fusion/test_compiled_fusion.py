@@ -1,4 +1,4 @@
-"""Accelerated networks under torch.compile and torch.export: one operator for each pair in an nn.Sequential.
+"""Accelerated networks under torch.compile and torch.export: one operator for each pair that eager mode fuses.
 
 "fused" is "auto" as it is on a GPU, the kernels interpreted; the operators in the graphs are counted.
 """
@@ -13,17 +13,13 @@ from support.backends import taken
 from support.plain import assert_near
 from support.small_models import assert_like_untouched, small_input, stack, twins
 from test_custom_ops import Compiled, fused_nodes
-from test_third_party import NETWORKS, SIZE
+from test_third_party import COUNTS, NETWORKS, assert_as_near, gradients, losses
+from test_third_party import twins as network_twins
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import fastenc
 
-# Pairs that follow each other in an nn.Sequential; DynUNet, SegResNet and UNETR call theirs by name.
-PAIRS = {
-    "UNet": 9, "UNet, dropout": 4, "UNet, NAD": 6, "BasicUNet": 18, "DynUNet": 0, "SegResNet, INSTANCE": 1,
-    "PlainConvUNet": 10, "ResidualEncoderUNet": 13,
-}  # fmt: skip
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "PReLU(4)": lambda: nn.PReLU(4),
     "PReLU(1)": nn.PReLU,
@@ -156,23 +152,35 @@ def test_undone_and_repeated_after_compiling(part: str) -> None:
     with taken("fused"), torch.no_grad():
         compiled = Compiled(net.get_submodule(part), fullgraph=not part)
         assert_near(compiled(x), expected)
-        assert compiled.graphs == [1]
+        assert compiled.graphs == ([1] if part else [2])
         fastenc.accelerate(net, undo=True)
         assert_near(compiled(x), expected)
-        assert compiled.graphs == ([1] if part else [1, 0])
+        assert compiled.graphs == ([1] if part else [2, 0])
         fastenc.accelerate(nn.Sequential(net))
         assert_near(compiled(x), expected)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name: str) -> None:
-    untouched = NETWORKS[name]().eval()
-    net = fastenc.accelerate(copy.deepcopy(untouched))
-    x = torch.randn(1, 1, *3 * (SIZE.get(name, 8),))
-    with taken("fused"), torch.no_grad():
+    """As many operators as eager mode fuses pairs, forward and backward, in one graph where torch makes one."""
+    net, untouched, x = network_twins(name)
+    torchs = gradients(untouched, x)
+    with taken("fused"):
         compiled = Compiled(net, fullgraph=name != "BasicUNet")  # it calls torch.jit.isinstance
-        assert_near(compiled(x), untouched(x).double())
-    assert sum(compiled.graphs) == PAIRS[name]
+        ours = gradients(net, x, compiled)
+        program = torch.export.export(net, (x,))
+    assert_as_near(ours, torchs, gradients(untouched.double(), x.double()))
+    assert net.accelerated.count("fused") == COUNTS[name][0]
+    assert sum(compiled.graphs) == 2 * COUNTS[name][0]
+    assert fused_nodes(program.graph) == COUNTS[name][0]
+
+
+@pytest.mark.parametrize("name", ["DynUNet, residual", "PlainConvUNet"])
+def test_training(name: str) -> None:
+    net, untouched, x = network_twins(name)
+    with taken("fused"):
+        found = losses(net, x, run=Compiled(net))
+    assert_near(found, losses(untouched.double(), x.double()))
 
 
 @pytest.mark.parametrize("activation", [nn.PReLU(4), nn.LeakyReLU(0.1)])

@@ -36,9 +36,9 @@ def twins(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
     return fastenc.accelerate(copy.deepcopy(untouched)), untouched, torch.randn(1, 1, *3 * (SIZE.get(name, 8),))
 
 
-def gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output, and the gradients of every parameter that has one."""
-    y = net(x)
+def gradients(net: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    """Output of net, or of what it was compiled to, and the gradients of every parameter that has one."""
+    y = net(x) if run is None else run(x)
     y.double().square().mean().backward()
     found = [y.detach(), *(parameter.grad for parameter in net.parameters() if parameter.grad is not None)]
     net.zero_grad()
@@ -61,13 +61,16 @@ def test_eager_route_is_bitwise_equal(name: str) -> None:
 
 @network
 def test_fused_as_near_as_torch(name: str) -> None:
-    """Farther from float64 by at most as much as torch is, and 16 ULP; in a sum that cancels, of the largest sum."""
     net, untouched, x = twins(name)
     torchs = gradients(untouched, x)
     with taken("fused"), eager_norms() as norms:
         ours = gradients(net, x)
         assert norms.call_count == 0
-    truth = gradients(untouched.double(), x.double())
+    assert_as_near(ours, torchs, gradients(untouched.double(), x.double()))
+
+
+def assert_as_near(ours: list[Tensor], torchs: list[Tensor], truth: list[Tensor]) -> None:
+    """Farther from float64 by at most as much as torch is, and 16 ULP; in a sum that cancels, of the largest sum."""
     ulp = torch.finfo(torch.float32).eps
     floor = ulp * max(value.abs().max().item() for value in truth)
     for i, value in enumerate(truth):
@@ -109,14 +112,14 @@ def test_checkpoints(name: str) -> None:
     net.load_state_dict(other.state_dict())
 
 
-def losses(net: nn.Module, x: Tensor, steps: int = 10) -> Tensor:
-    """Of training towards a fixed target."""
+def losses(net: nn.Module, x: Tensor, steps: int = 10, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Of training net, or what it was compiled to, towards a fixed target."""
     torch.manual_seed(5)
     target = torch.randn(x.shape).to(x)
     optimizer = torch.optim.SGD(net.train().parameters(), 0.05, momentum=0.9)
     found = []
     for _ in range(steps):
-        y = net(x)
+        y = (run or net)(x)
         loss = sum((part[:, :1] - target).square().mean() for part in (y.unbind(1) if y.dim() > 5 else [y]))
         optimizer.zero_grad()
         loss.backward()
