@@ -7,42 +7,33 @@ nothing; N and the number of SMs decide only run-time integers (how many program
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, isqrt
 
 VECTOR_BYTES = 16  # the widest load or store of a thread
 SECTOR_BYTES = 32  # the unit in which memory moves
-LINE_BYTES = 128  # an L2 line: a wider slice of channels gains nothing
 
 # (elements of a tile, most warps) of the one-pass kernels by (channels_last, backward): the largest that compile for
-# sm_80, sm_90 and sm_100 without spilling. 32 warps leave a thread 64 registers, 16 leave it 128; channels-last
-# threads hold five values for each of up to 8 channels besides their elements, the backward two tensors.
+# sm_80, sm_90 and sm_100 without spilling.
 ONE_PASS = {
-    (False, False): (32768, 32),
-    (False, True): (16384, 32),
+    (False, False): (16384, 16),
+    (False, True): (8192, 16),
     (True, False): (16384, 16),
     (True, True): (16384, 16),
 }
 
 # With a residual, which is one tensor more on chip.
 ONE_PASS_RESIDUAL = {
-    (False, False): (16384, 32),
+    (False, False): (16384, 16),
     (False, True): (8192, 16),
     (True, False): (16384, 16),
     (True, True): (16384, 16),
 }
 
-# (elements of a tile, warps) of the streaming kernels by backward: at least two programs to an SM, two or more 16-byte
-# loads in flight per thread.
-STREAM = {False: (8192, 8), True: (4096, 8)}
-
-# With a residual, by (channels_last, backward): fewer elements a thread, because contiguous rows of odd length, where
-# each element has an address in registers, would spill. Not a smaller tile: there its ends are partial sectors.
-STREAM_RESIDUAL = {
-    (False, False): (4096, 8),
-    (False, True): (4096, 16),
-    (True, False): (4096, 8),
-    (True, True): (4096, 8),
-}
+# (elements of a tile, warps) of the kernels that stream x, by (slab, backward).
+STREAM = {(False, False): (4096, 4), (False, True): (2048, 4), (True, False): (8192, 16), (True, True): (4096, 16)}
+SLAB_POSITIONS = {True: 4096, False: 32768}
+SLICE_BYTES = 64
+STAGES = 3
 
 # Rows of at most this many positions share one tile height: the deep ends of all volumes compile the same variants.
 SHORTEST_ROW = 8
@@ -55,10 +46,10 @@ RELOAD_BLOCK_S = 512
 # statistics would move mostly empty sectors. Channels-last tiles stay as narrow as whole sectors, and a 16-byte access
 # for each lane of a warp, allow: the most programs, two to each of 132 SMs from about 4,000 rows (bfloat16) on.
 SHORT_ROWS_TILE = 2048
-ELEMENTS_PER_THREAD = 16
+ELEMENTS_PER_THREAD = 32
 
-# Programs per SM of a split launch: 8 programs of 8 warps fill the 64 warps of an SM.
-PROGRAMS_PER_SM = 8
+# Programs per SM of a split launch.
+PROGRAMS_PER_SM = 4
 
 # A chunk's fixed cost is up to 72 bytes a row (partials written and read, parameters loaded): (bytes of x, least bytes
 # of a row's chunk) keep it under the excess that each size class allows over the ideal (0.02, 0.13, 0.5 of x).
@@ -66,24 +57,21 @@ CHUNK_BYTES = ((8_000_000, 2048), (1_000_000, 512), (0, 128))
 # A contiguous row's partials and parameters are single floats, each a sector: about 480 bytes instead of 72.
 CONTIGUOUS_CHUNK_FACTOR = 6
 
-# Partials that one program of the combining launch holds at a time, and its warps: 16 of each kind to a thread.
-COMBINE_TILE, COMBINE_WARPS = 4096, 8
+# Where apply combines the partials itself, every program of a row reads them all: 8 bytes a chunk. Of x's bytes that
+# may be this share, below these many bytes of x and above.
+OWN_COMBINE_BYTES, OWN_COMBINE = 16_000_000, (0.15, 0.01)
+
+# Partials of a kind that a program combines at a time.
+COMBINE_TILE = 2048
 # The tile of the launch that sums over n.
 SUM_N_N, SUM_N_C = 16, 64
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one direction of the op is launched on x of N·C rows of S elements.
+    """How one direction of the op is launched on x of N·C rows of S elements."""
 
-    one_pass: a program holds whole rows. Otherwise rows are split: streamed twice, tile by tile.
-    BLOCK_S, BLOCK_C, num_warps: the tile [positions, rows] of a program, and its warps. VEC: elements by which the
-    contiguous axis is known divisible. chunks: pieces a row is cut into. tiles: tiles of a piece.
-    grid: programs of the one-pass kernel or of each streaming kernel. COMBINE_K, COMBINE_C, combine_grid: tile and
-    programs of the launch that combines the chunks' partials.
-    """
-
-    one_pass: bool
+    branch: str
     BLOCK_S: int
     BLOCK_C: int
     VEC: int
@@ -92,8 +80,11 @@ class Plan:
     tiles: int
     grid: int
     COMBINE_K: int
-    COMBINE_C: int
     combine_grid: int
+
+    @property
+    def one_pass(self) -> bool:
+        return self.branch == "one pass"
 
 
 def power_of_2(n: int) -> int:
@@ -133,38 +124,19 @@ def make_plan(
     rows = max(SHORTEST_ROW, power_of_2(S))
     most, most_warps = (ONE_PASS_RESIDUAL if residual else ONE_PASS)[channels_last, backward]
     if rows * least <= most:
-        return one_pass(N, C, S, itemsize, channels_last, VEC, least, rows, most_warps)
-    stream = STREAM_RESIDUAL[channels_last, backward] if residual else STREAM[backward]
-    return split(N, C, S, itemsize, channels_last, VEC, least, sms, *stream)
-
-
-def one_pass(
-    N: int, C: int, S: int, itemsize: int, channels_last: bool, VEC: int, least: int, rows: int, most_warps: int
-) -> Plan:
-    """Whole rows held on chip: x is read once."""
-    if channels_last:
-        a_warp = 32 * VECTOR_BYTES // itemsize
-        BLOCK_C = max(least, min(power_of_2(C), a_warp // rows))
-    else:
-        BLOCK_C = max(1, SHORT_ROWS_TILE // rows)
-    num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD)))
-    return Plan(True, rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, 1, 0)
-
-
-def split(
-    N: int,
-    C: int,
-    S: int,
-    itemsize: int,
-    channels_last: bool,
-    VEC: int,
-    least: int,
-    sms: int,
-    tile: int,
-    num_warps: int,
-) -> Plan:
-    """Rows cut into chunks: partials per chunk, combined in a fixed order, then a second reading of x."""
-    BLOCK_C = max(least, min(power_of_2(C), LINE_BYTES // itemsize)) if channels_last else 1
+        if channels_last:
+            BLOCK_C = max(least, min(power_of_2(C), 32 * VECTOR_BYTES // itemsize // rows))
+        else:
+            BLOCK_C = max(1, SHORT_ROWS_TILE // rows)
+        num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD)))
+        return Plan("one pass", rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, 0)
+    if S <= SLAB_POSITIONS[channels_last] and least * itemsize <= SECTOR_BYTES and not (backward and residual):
+        tile, num_warps = STREAM[True, backward]
+        BLOCK_S = tile // least
+        across = blocks(N, C, least, channels_last)
+        return Plan("slab", BLOCK_S, least, VEC, num_warps, 1, ceil_div(S, BLOCK_S), across, 1, 0)
+    tile, num_warps = STREAM[False, backward]
+    BLOCK_C = max(least, min(power_of_2(C), SLICE_BYTES // itemsize)) if channels_last else 1
     BLOCK_S = max(1, tile // BLOCK_C)
     across = blocks(N, C, BLOCK_C, channels_last)
     volume = N * C * S * itemsize
@@ -172,11 +144,13 @@ def split(
     chunk_bytes *= 1 if channels_last else CONTIGUOUS_CHUNK_FACTOR
     most = max(1, S // max(BLOCK_S, chunk_bytes // itemsize))
     chunks = min(most, max(1, ceil_div(sms * PROGRAMS_PER_SM, across)))
+    share = OWN_COMBINE[volume >= OWN_COMBINE_BYTES]
+    own = max(1, isqrt(int(share * S * itemsize / 8)))
+    if volume < OWN_COMBINE_BYTES:
+        chunks = min(chunks, own)
     tiles = ceil_div(ceil_div(S, chunks), BLOCK_S)
     chunks = ceil_div(S, tiles * BLOCK_S)
-    # Channels-last partials are combined a sector of channels at a time, contiguous ones a row at a time.
-    COMBINE_C = min(power_of_2(C), SECTOR_BYTES // 4) if channels_last else 1
     return Plan(
-        False, BLOCK_S, BLOCK_C, VEC, num_warps, chunks, tiles, across * chunks,
-        COMBINE_TILE // COMBINE_C, COMBINE_C, blocks(N, C, COMBINE_C, channels_last),
+        "split", BLOCK_S, BLOCK_C, VEC, num_warps, chunks, tiles, across * chunks,
+        COMBINE_TILE // min(power_of_2(BLOCK_C), COMBINE_TILE), 0 if chunks <= own else across,
     )  # fmt: skip

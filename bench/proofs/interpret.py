@@ -144,6 +144,14 @@ def faithful() -> Iterator[None]:
             )
         return self.to_tensor(total, input.dtype)
 
+    def tree_reduce(self: Any, input: Any) -> Any:
+        parts = [np.moveaxis(one.handle.data, self.axis, 0) for one in input]
+        while len(parts[0]) > 1:
+            half = len(parts[0]) // 2
+            halves = [self.to_tensor(part, one.dtype) for cut in (slice(half), slice(half, None)) for part, one in zip((p[cut] for p in parts), input, strict=True)]
+            parts = [one.handle.data for one in self.combine_fn.fn(*halves)]
+        return tuple(self.to_tensor(part[0], one.dtype) for part, one in zip(parts, input, strict=True))
+
     builder = interpreter.interpreter_builder
     options = builder.options
     builder.options = dataclasses.replace(options, debug=True)
@@ -152,7 +160,7 @@ def faithful() -> Iterator[None]:
             _patched(
                 InterpreterBuilder, cast_impl=cast_impl, binary_op=binary_op, create_masked_load=create_masked_load
             ),
-            _patched(interpreter.ReduceOps, sum=tree_sum),
+            _patched(interpreter.ReduceOps, sum=tree_sum, generic_reduce=tree_reduce),
         ):
             yield
     finally:
