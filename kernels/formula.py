@@ -245,12 +245,18 @@ def stream_apply(
     """y of `size` positions of each row, from the offset `at` on; backwards: what was read last is still in a cache."""
     tiles = tl.cdiv(size, BLOCK_S)
     at += (tiles - 1).to(tl.int64) * BLOCK_S * step
-    for t in tl.range(0, tiles, num_stages=STAGES):
-        offset, valid = tile(at, start, step, size - (tiles - 1 - t) * BLOCK_S, exists, BLOCK_S)
-        x = tl.load(X + offset, mask=valid, other=0.0).to(tl.float32)
+    size -= (tiles - 1) * BLOCK_S
+    offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
+    ahead = tl.load(X + offset, mask=valid, other=0.0)
+    for t in range(0, tiles):
+        x = ahead.to(tl.float32)
+        offset, valid = tile(at, start, step, size, exists, BLOCK_S)
+        at -= BLOCK_S * step
+        size += BLOCK_S
+        offset_2, valid_2 = tile(at, start, step, size, exists & (t + 1 < tiles), BLOCK_S)
+        ahead = tl.load(X + offset_2, mask=valid_2, other=0.0)
         z = plus(normalize(x, mean[None, :], scale[None, :], bias[None, :]), R, offset, valid)
         tl.store(Y + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
-        at -= BLOCK_S * step
 
 
 @triton.jit

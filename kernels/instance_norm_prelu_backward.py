@@ -19,7 +19,6 @@ from torch import Tensor
 from .formula import (
     add_3,
     combined,
-    counts,
     locate,
     normalize,
     parameters,
@@ -27,12 +26,10 @@ from .formula import (
     plus,
     prelu_dslope,
     prelu_dz,
-    shares,
     statistics,
     sum_2,
     tile,
     total_of_parts,
-    union,
 )
 from .launch import elsewhere, parameters_side_by_side, prepared, side_by_side
 from .layout import like, readable
@@ -42,18 +39,28 @@ _RELOAD_BLOCK_S = tl.constexpr(RELOAD_BLOCK_S)
 
 
 @triton.jit
-def tile_terms(X, DY, R, offset, valid, mean, scale, bias, a):
+def tile_terms(x, dy, R, offset, valid, mean, scale, bias, a):
     """x − mean, dz and the slope's term of a tile [BLOCK_S, BLOCK_C]; dy is 0 on positions that do not exist."""
-    x = tl.load(X + offset, mask=valid, other=0.0).to(tl.float32)
-    dy = tl.load(DY + offset, mask=valid, other=0.0).to(tl.float32)
+    x = x.to(tl.float32)
+    dy = dy.to(tl.float32)
     z = plus(normalize(x, mean[None, :], scale[None, :], bias[None, :]), R, offset, valid)
     return x - mean[None, :], prelu_dz(dy, z, a[None, :]), prelu_dslope(dy, z)
+
+
+@triton.jit
+def load_2(X, DY, offset, valid):
+    return tl.load(X + offset, mask=valid, other=0.0), tl.load(DY + offset, mask=valid, other=0.0)
 
 
 @triton.jit
 def tile_dx(centered, dz, scale, mean_dz, slant):
     """dx of a tile [BLOCK_S, BLOCK_C], with mean_dz = Σdz/S and slant = rstd·Σdz·x̂/S of its rows."""
     return scale[None, :] * (dz - mean_dz[None, :] - centered * slant[None, :])
+
+
+@triton.jit
+def halved(terms):
+    return tl.sum(tl.reshape(terms, [2, terms.shape[0] // 2, terms.shape[1]]), axis=0)
 
 
 @triton.jit
@@ -65,21 +72,25 @@ def stream_sums(
 
     Every element of the tile has its own. They meet once, after the loop.
     """
-    mean_dz = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    mean_dz = tl.zeros([BLOCK_S // 2, BLOCK_C], tl.float32)
     sum_dz_centered = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    sum_dslope = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    sum_dslope = tl.zeros([BLOCK_S // 2, BLOCK_C], tl.float32)
     for t in tl.range(0, tl.cdiv(size, BLOCK_S), num_stages=STAGES):
         offset, valid = tile(at, start, step, size - t * BLOCK_S, exists, BLOCK_S)
-        centered, dz, dslope = tile_terms(X, DY, R, offset, valid, mean, scale, bias, a)
+        x, dy = load_2(X, DY, offset, valid)
+        centered, dz, dslope = tile_terms(x, dy, R, offset, valid, mean, scale, bias, a)
         at += BLOCK_S * step
         if DR is not None:
             tl.store(DR + offset, dz.to(DR.dtype.element_ty), mask=valid)
-        mean_dz += (dz - mean_dz) * shares(t, size, BLOCK_S)
+        mean_dz += (halved(dz) - mean_dz) * (1.0 / (t + 1.0))
         sum_dz_centered += dz * centered
         if SLOPE_GRAD:
-            sum_dslope += dslope
-    dz, dz_centered = union(mean_dz, sum_dz_centered, counts(size, BLOCK_S), size.to(tl.float32), False)
-    return dz, dz_centered, tl.sum(sum_dslope, axis=0)
+            sum_dslope += halved(dslope)
+    # Of as many values as there are tiles, those past the end being 0.
+    tiles = tl.cdiv(size, BLOCK_S).to(tl.float32)
+    dz = tl.sum(mean_dz, axis=0)
+    dz_centered = tl.sum(sum_dz_centered, axis=0)
+    return dz * (tiles / size.to(tl.float32)), dz_centered, tl.sum(sum_dslope, axis=0)
 
 
 @triton.jit
@@ -90,11 +101,18 @@ def stream_dx(
     """dx of `size` positions of each row, from `at` on; backwards: what was read last is still in a cache."""
     tiles = tl.cdiv(size, BLOCK_S)
     at += (tiles - 1).to(tl.int64) * BLOCK_S * step
-    for t in tl.range(0, tiles, num_stages=STAGES):
-        offset, valid = tile(at, start, step, size - (tiles - 1 - t) * BLOCK_S, exists, BLOCK_S)
-        centered, dz, _ = tile_terms(X, DY, None, offset, valid, mean, scale, bias, a)
-        tl.store(DX + offset, tile_dx(centered, dz, scale, mean_dz, slant).to(DX.dtype.element_ty), mask=valid)
+    size -= (tiles - 1) * BLOCK_S
+    offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
+    next_x, next_dy = load_2(X, DY, offset, valid)
+    for t in range(0, tiles):
+        x, dy = next_x, next_dy
+        offset, valid = tile(at, start, step, size, exists, BLOCK_S)
         at -= BLOCK_S * step
+        size += BLOCK_S
+        offset_2, valid_2 = tile(at, start, step, size, exists & (t + 1 < tiles), BLOCK_S)
+        next_x, next_dy = load_2(X, DY, offset_2, valid_2)
+        centered, dz, _ = tile_terms(x, dy, None, offset, valid, mean, scale, bias, a)
+        tl.store(DX + offset, tile_dx(centered, dz, scale, mean_dz, slant).to(DX.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -121,7 +139,8 @@ def backward_one_pass(
     mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     offset, valid = tile(at, start, step, size, exists, BLOCK_S)
-    centered, dz, dslope = tile_terms(X, DY, R, offset, valid, mean, rstd * weight, bias, a)
+    x, dy = load_2(X, DY, offset, valid)
+    centered, dz, dslope = tile_terms(x, dy, R, offset, valid, mean, rstd * weight, bias, a)
     inverse = 1.0 / tl.cast(S, tl.float32)
     mean_dz = tl.sum(dz, axis=0) * inverse
     if DR is not None:
@@ -144,29 +163,49 @@ def backward_one_pass(
         tl.store(DX + offset, dx.to(DX.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "tiles"])
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "last"])
 def backward_slab(
-    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, N, C, S, tiles,
+    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts, N, C, S, chunks, tiles, first, last,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    SLOPE_GRAD: tl.constexpr, STAGES: tl.constexpr,
+    SLOPE_GRAD: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same of rows that are read twice, the second time from L1 or L2; without a residual."""
-    row, c, exists, at, start, step, _, size = locate(
-        tl.program_id(0), N, C, S, 1, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    """The same of rows that are read twice, the second time from L1 or L2; without a residual.
+
+    With `chunks` = 1 in one launch that is both first and last; else the first writes the chunks' sums.
+    """
+    row, c, exists, at, start, step, chunk, size = locate(
+        tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
     mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     scale = rstd * weight
-    mean_dz, sum_dz_centered, sum_dslope = stream_sums(
-        DY, X, None, None, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S, BLOCK_C, SLOPE_GRAD, STAGES
-    )
-    sum_dz_xhat = sum_dz_centered * rstd
-    store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
-    if DX is not None:
-        slant = rstd * sum_dz_xhat / S
-        stream_dx(
-            DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S, STAGES
+    mean_dz = tl.zeros([BLOCK_C], tl.float32)
+    sum_dz_xhat = tl.zeros([BLOCK_C], tl.float32)
+    sum_dslope = tl.zeros([BLOCK_C], tl.float32)
+    if first:
+        mean_dz, sum_dz_centered, sum_dslope = stream_sums(
+            DY, X, None, None, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S, BLOCK_C, SLOPE_GRAD, STAGES
         )
+        sum_dz_xhat = sum_dz_centered * rstd
+        if last == 0:
+            here, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
+            tl.store(Parts + here, mean_dz, mask=exists)
+            tl.store(Parts + all_parts + here, sum_dz_xhat, mask=exists)
+            if SLOPE_GRAD:
+                tl.store(Parts + 2 * all_parts + here, sum_dslope, mask=exists)
+    if last:
+        if first == 0:
+            mean_dz, sum_dz_xhat = combined(
+                Parts, row, exists, N, C, S, chunks, tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, False
+            )
+            if SLOPE_GRAD:
+                sum_dslope = total_of_parts(Parts, row, exists, N, C, chunks, BLOCK_K, BLOCK_C, CHANNELS_LAST)
+        store_sums(Sums, row, N, C, exists & (chunk == 0), mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
+        if DX is not None:
+            slant = rstd * sum_dz_xhat / S
+            stream_dx(
+                DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S, STAGES
+            )
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
@@ -301,9 +340,14 @@ def instance_norm_prelu_backward(
             dy, x, residual, dx, dr, *given, sums, N, C, S, SLOPE_GRAD=need_dslope, **options
         )
     elif plan.branch == "slab":
-        backward_slab[(plan.grid,)](
-            dy, x, dx, *given, sums, N, C, S, plan.tiles, SLOPE_GRAD=need_dslope, STAGES=STAGES, **options
-        )
+        parts = statistics
+        if plan.chunks > 1:
+            parts = torch.empty(kinds * N * C * plan.chunks, dtype=torch.float32, device=x.device)
+        for first, last in ((1, 1),) if plan.chunks == 1 else ((1, 0), (0, 1)):
+            backward_slab[(plan.grid,)](
+                dy, x, dx, *given, sums, parts, N, C, S, plan.chunks, plan.tiles, first, last,
+                SLOPE_GRAD=need_dslope, BLOCK_K=plan.COMBINE_K, STAGES=STAGES, **options,
+            )  # fmt: skip
     else:
         chunks, tiles = plan.chunks, plan.tiles
         options = {**options, "SLOPE_GRAD": need_dslope, "STAGES": STAGES}

@@ -52,21 +52,36 @@ def forward_one_pass(
     store_statistics(Statistics, row, N, C, exists, mean, rstd)
 
 
-@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "tiles"])
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "last"])
 def forward_slab(
-    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, N, C, S, tiles, eps,
+    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, first, last, eps,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same of rows that are read twice, the second time from L1 or L2."""
-    row, c, exists, at, start, step, _, size = locate(
-        tl.program_id(0), N, C, S, 1, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    """The same of rows that are read twice, the second time from L1 or L2.
+
+    With `chunks` = 1 in one launch that is both first and last; else the first writes the chunks' statistics.
+    """
+    row, c, exists, at, start, step, chunk, size = locate(
+        tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
-    mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C, STAGES)
-    rstd = reciprocal_deviation(m2, 1.0 / tl.cast(S, tl.float32), eps)
-    store_statistics(Statistics, row, N, C, exists, mean, rstd)
-    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, STAGES)
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    if first:
+        mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C, STAGES)
+        if last == 0:
+            here, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
+            tl.store(Parts + here, mean, mask=exists)
+            tl.store(Parts + all_parts + here, m2, mask=exists)
+    if last:
+        if first == 0:
+            mean, m2 = combined(
+                Parts, row, exists, N, C, S, chunks, tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, True
+            )
+        rstd = reciprocal_deviation(m2, 1.0 / tl.cast(S, tl.float32), eps)
+        store_statistics(Statistics, row, N, C, exists & (chunk == 0), mean, rstd)
+        weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
+        stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, STAGES)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "chunks", "tiles"])
@@ -108,7 +123,7 @@ def forward_combine_apply(
     else:
         mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, 1)
+    stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, 3)
 
 
 def instance_norm_prelu_forward(
@@ -155,7 +170,14 @@ def instance_norm_prelu_forward(
     if plan.branch == "one pass":
         forward_one_pass[(plan.grid,)](*given, N, C, S, eps, **options)
     elif plan.branch == "slab":
-        forward_slab[(plan.grid,)](*given, N, C, S, plan.tiles, eps, STAGES=STAGES, **options)
+        parts = statistics
+        if plan.chunks > 1:
+            parts = torch.empty(2 * N * C * plan.chunks, dtype=torch.float32, device=x.device)
+        for first, last in ((1, 1),) if plan.chunks == 1 else ((1, 0), (0, 1)):
+            forward_slab[(plan.grid,)](
+                *given, parts, N, C, S, plan.chunks, plan.tiles, first, last, eps,
+                BLOCK_K=plan.COMBINE_K, STAGES=STAGES, **options,
+            )  # fmt: skip
     else:
         chunks, tiles = plan.chunks, plan.tiles
         # Each kind is 16-byte aligned, whatever N, so that one compiled variant serves.

@@ -15,8 +15,8 @@ SECTOR_BYTES = 32  # the unit in which memory moves
 # (elements of a tile, most warps) of the one-pass kernels by (channels_last, backward): the largest that compile for
 # sm_80, sm_90 and sm_100 without spilling.
 ONE_PASS = {
-    (False, False): (16384, 16),
-    (False, True): (8192, 16),
+    (False, False): (32768, 32),
+    (False, True): (8192, 8),
     (True, False): (16384, 16),
     (True, True): (16384, 16),
 }
@@ -30,9 +30,10 @@ ONE_PASS_RESIDUAL = {
 }
 
 # (elements of a tile, warps) of the kernels that stream x, by (slab, backward).
-STREAM = {(False, False): (4096, 4), (False, True): (2048, 4), (True, False): (8192, 16), (True, True): (4096, 16)}
+STREAM = {(False, False): (4096, 4), (False, True): (2048, 4), (True, False): (4096, 8), (True, True): (4096, 8)}
 SLAB_POSITIONS = {True: 4096, False: 32768}
 SLICE_BYTES = 64
+SLAB_OVER, SLAB_UNDER, SLAB_PROGRAMS = 9, 4, 1
 STAGES = 3
 
 # Rows of at most this many positions share one tile height: the deep ends of all volumes compile the same variants.
@@ -53,7 +54,7 @@ PROGRAMS_PER_SM = 4
 
 # A chunk's fixed cost is up to 72 bytes a row (partials written and read, parameters loaded): (bytes of x, least bytes
 # of a row's chunk) keep it under the excess that each size class allows over the ideal (0.02, 0.13, 0.5 of x).
-CHUNK_BYTES = ((8_000_000, 2048), (1_000_000, 512), (0, 128))
+CHUNK_BYTES = ((8_000_000, 1536), (1_000_000, 256), (0, 128))
 # A contiguous row's partials and parameters are single floats, each a sector: about 480 bytes instead of 72.
 CONTIGUOUS_CHUNK_FACTOR = 6
 
@@ -62,7 +63,7 @@ CONTIGUOUS_CHUNK_FACTOR = 6
 OWN_COMBINE_BYTES, OWN_COMBINE = 16_000_000, (0.15, 0.01)
 
 # Partials of a kind that a program combines at a time.
-COMBINE_TILE = 2048
+COMBINE_TILE = 1024
 # The tile of the launch that sums over n.
 SUM_N_N, SUM_N_C = 16, 64
 
@@ -134,7 +135,13 @@ def make_plan(
         tile, num_warps = STREAM[True, backward]
         BLOCK_S = tile // least
         across = blocks(N, C, least, channels_last)
-        return Plan("slab", BLOCK_S, least, VEC, num_warps, 1, ceil_div(S, BLOCK_S), across, 1, 0)
+        tiles, chunks = ceil_div(S, BLOCK_S), 1
+        if across * SLAB_OVER < sms * SLAB_UNDER:
+            tiles = ceil_div(tiles, min(tiles, max(1, SLAB_PROGRAMS * sms // across)))
+            chunks = ceil_div(S, tiles * BLOCK_S)
+        return Plan(
+            "slab", BLOCK_S, least, VEC, num_warps, chunks, tiles, across * chunks, COMBINE_TILE // least, 0
+        )
     tile, num_warps = STREAM[False, backward]
     BLOCK_C = max(least, min(power_of_2(C), SLICE_BYTES // itemsize)) if channels_last else 1
     BLOCK_S = max(1, tile // BLOCK_C)
@@ -143,7 +150,7 @@ def make_plan(
     chunk_bytes = next(least_bytes for size, least_bytes in CHUNK_BYTES if volume >= size)
     chunk_bytes *= 1 if channels_last else CONTIGUOUS_CHUNK_FACTOR
     most = max(1, S // max(BLOCK_S, chunk_bytes // itemsize))
-    chunks = min(most, max(1, ceil_div(sms * PROGRAMS_PER_SM, across)))
+    chunks = min(most, max(1, sms * PROGRAMS_PER_SM // across))
     share = OWN_COMBINE[volume >= OWN_COMBINE_BYTES]
     own = max(1, isqrt(int(share * S * itemsize / 8)))
     if volume < OWN_COMBINE_BYTES:
