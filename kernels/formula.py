@@ -65,6 +65,14 @@ def part(row, chunk, N, C, chunks, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def store_parts(Parts, row, chunk, N, C, chunks, exists, mean, second, CHANNELS_LAST: tl.constexpr):
+    """The first two kinds of a chunk's partial results, written."""
+    offset, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
+    tl.store(Parts + offset, mean, mask=exists)
+    tl.store(Parts + all_parts + offset, second, mask=exists)
+
+
+@triton.jit
 def parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C: tl.constexpr):
     """weight, bias and slope of channels c in float32: (1, 0) where there is no such parameter, a number for slope."""
     if Weight is None:
@@ -182,24 +190,17 @@ def combined(
 
 
 @triton.jit
-def total_of_parts(
-    Parts, row, exists, N, C, chunks, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
-    """The sum over all chunks of the rows of the third kind of partial results, in a fixed order."""
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for k0 in range(0, chunks, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        offset, all_parts = part(row[None, :], k[:, None], N, C, chunks, CHANNELS_LAST)
-        there = (k < chunks)[:, None] & exists[None, :]
-        total += tl.sum(tl.load(Parts + 2 * all_parts + offset, mask=there, other=0.0), axis=0)
-    return total
-
-
-@triton.jit
 def tile(at, start, step, size, exists, BLOCK_S: tl.constexpr):
     """Offsets of the tile that begins at `at`, and which of them are of the `size` positions left and of rows."""
     s = tl.arange(0, BLOCK_S)
     return at + (start[None, :] + s[:, None] * step), (s < size)[:, None] & exists[None, :]
+
+
+@triton.jit
+def last_tile(at, step, size, BLOCK_S: tl.constexpr):
+    """How many tiles `size` positions from `at` on make, where the last one begins, and its positions."""
+    tiles = tl.cdiv(size, BLOCK_S)
+    return tiles, at + (tiles - 1).to(tl.int64) * BLOCK_S * step, size - (tiles - 1) * BLOCK_S
 
 
 @triton.jit
@@ -239,13 +240,13 @@ def stream_statistics(
 
 
 @triton.jit
-def stream_apply(
-    X, R, Y, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S: tl.constexpr, STAGES: tl.constexpr
-):
-    """y of `size` positions of each row, from the offset `at` on; backwards: what was read last is still in a cache."""
-    tiles = tl.cdiv(size, BLOCK_S)
-    at += (tiles - 1).to(tl.int64) * BLOCK_S * step
-    size -= (tiles - 1) * BLOCK_S
+def stream_apply(X, R, Y, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S: tl.constexpr):
+    """y of `size` positions of each row, from the offset `at` on; backwards: what was read last is still in a cache.
+
+    Each tile is loaded while the one before it is worked on, into registers: the way through shared memory that
+    num_stages takes costs the stores their layout.
+    """
+    tiles, at, size = last_tile(at, step, size, BLOCK_S)
     offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
     ahead = tl.load(X + offset, mask=valid, other=0.0)
     for t in range(0, tiles):

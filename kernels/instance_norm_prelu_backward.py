@@ -19,6 +19,7 @@ from torch import Tensor
 from .formula import (
     add_3,
     combined,
+    last_tile,
     locate,
     normalize,
     parameters,
@@ -27,9 +28,9 @@ from .formula import (
     prelu_dslope,
     prelu_dz,
     statistics,
+    store_parts,
     sum_2,
     tile,
-    total_of_parts,
 )
 from .launch import elsewhere, parameters_side_by_side, prepared, side_by_side
 from .layout import like, readable
@@ -66,7 +67,7 @@ def halved(terms):
 @triton.jit
 def stream_sums(
     DY, X, R, DR, at, start, step, size, exists, mean, scale, bias, a,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, SLOPE_GRAD: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """The mean of dz, Σdz·(x − mean) and the slope's sum of `size` positions of each row, from `at` on; and dr.
 
@@ -95,13 +96,10 @@ def stream_sums(
 
 @triton.jit
 def stream_dx(
-    DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant,
-    BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dx of `size` positions of each row, from `at` on; backwards: what was read last is still in a cache."""
-    tiles = tl.cdiv(size, BLOCK_S)
-    at += (tiles - 1).to(tl.int64) * BLOCK_S * step
-    size -= (tiles - 1) * BLOCK_S
+    DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S: tl.constexpr
+):
+    """dx of `size` positions of each row, from the offset `at` on, in the order and the way of `stream_apply`."""
+    tiles, at, size = last_tile(at, step, size, BLOCK_S)
     offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
     next_x, next_dy = load_2(X, DY, offset, valid)
     for t in range(0, tiles):
@@ -109,8 +107,8 @@ def stream_dx(
         offset, valid = tile(at, start, step, size, exists, BLOCK_S)
         at -= BLOCK_S * step
         size += BLOCK_S
-        offset_2, valid_2 = tile(at, start, step, size, exists & (t + 1 < tiles), BLOCK_S)
-        next_x, next_dy = load_2(X, DY, offset_2, valid_2)
+        next_offset, next_valid = tile(at, start, step, size, exists & (t + 1 < tiles), BLOCK_S)
+        next_x, next_dy = load_2(X, DY, next_offset, next_valid)
         centered, dz, _ = tile_terms(x, dy, None, offset, valid, mean, scale, bias, a)
         tl.store(DX + offset, tile_dx(centered, dz, scale, mean_dz, slant).to(DX.dtype.element_ty), mask=valid)
 
@@ -163,15 +161,49 @@ def backward_one_pass(
         tl.store(DX + offset, dx.to(DX.dtype.element_ty), mask=valid)
 
 
+@triton.jit
+def store_sum_parts(
+    Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_xhat, sum_dslope,
+    CHANNELS_LAST: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """A chunk's mean of dz and its other two sums, written."""
+    store_parts(Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_xhat, CHANNELS_LAST)
+    if SLOPE_GRAD:
+        offset, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
+        tl.store(Parts + 2 * all_parts + offset, sum_dslope, mask=exists)
+
+
+@triton.jit
+def combine_sums(
+    Parts, Sums, row, chunk, exists, N, C, S, chunks, chunk_size,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """The mean of dz and Σdz·x̂ of rows from their chunks; the program of the first chunk writes the three sums."""
+    mean_dz, sum_dz_xhat = combined(
+        Parts, row, exists, N, C, S, chunks, chunk_size, BLOCK_K, BLOCK_C, CHANNELS_LAST, False
+    )
+    if Sums is not None:
+        if chunk == 0:
+            sum_dslope = tl.zeros([BLOCK_C], tl.float32)
+            if SLOPE_GRAD:
+                for k0 in range(0, chunks, BLOCK_K):
+                    k = k0 + tl.arange(0, BLOCK_K)
+                    offset, all_parts = part(row[None, :], k[:, None], N, C, chunks, CHANNELS_LAST)
+                    there = (k < chunks)[:, None] & exists[None, :]
+                    sum_dslope += tl.sum(tl.load(Parts + 2 * all_parts + offset, mask=there, other=0.0), axis=0)
+            store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
+    return mean_dz, sum_dz_xhat
+
+
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "last"])
 def backward_slab(
     DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts, N, C, S, chunks, tiles, first, last,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    SLOPE_GRAD: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """The same of rows that are read twice, the second time from L1 or L2; without a residual.
+    """The same of rows that are read twice, the second time from L1 or L2, in launches as those of `forward_slab`.
 
-    With `chunks` = 1 in one launch that is both first and last; else the first writes the chunks' sums.
+    Without a residual.
     """
     row, c, exists, at, start, step, chunk, size = locate(
         tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
@@ -181,38 +213,33 @@ def backward_slab(
     scale = rstd * weight
     mean_dz = tl.zeros([BLOCK_C], tl.float32)
     sum_dz_xhat = tl.zeros([BLOCK_C], tl.float32)
-    sum_dslope = tl.zeros([BLOCK_C], tl.float32)
     if first:
         mean_dz, sum_dz_centered, sum_dslope = stream_sums(
-            DY, X, None, None, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S, BLOCK_C, SLOPE_GRAD, STAGES
+            DY, X, None, None, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S, BLOCK_C, STAGES, SLOPE_GRAD
         )
         sum_dz_xhat = sum_dz_centered * rstd
-        if last == 0:
-            here, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
-            tl.store(Parts + here, mean_dz, mask=exists)
-            tl.store(Parts + all_parts + here, sum_dz_xhat, mask=exists)
-            if SLOPE_GRAD:
-                tl.store(Parts + 2 * all_parts + here, sum_dslope, mask=exists)
-    if last:
-        if first == 0:
-            mean_dz, sum_dz_xhat = combined(
-                Parts, row, exists, N, C, S, chunks, tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, False
+        if last:
+            store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
+        else:
+            store_sum_parts(
+                Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_xhat, sum_dslope, CHANNELS_LAST, SLOPE_GRAD
             )
-            if SLOPE_GRAD:
-                sum_dslope = total_of_parts(Parts, row, exists, N, C, chunks, BLOCK_K, BLOCK_C, CHANNELS_LAST)
-        store_sums(Sums, row, N, C, exists & (chunk == 0), mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
-        if DX is not None:
+    else:
+        mean_dz, sum_dz_xhat = combine_sums(
+            Parts, Sums, row, chunk, exists, N, C, S, chunks, tiles * BLOCK_S,
+            BLOCK_K, BLOCK_C, CHANNELS_LAST, SLOPE_GRAD,
+        )  # fmt: skip
+    if DX is not None:
+        if last:
             slant = rstd * sum_dz_xhat / S
-            stream_dx(
-                DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S, STAGES
-            )
+            stream_dx(DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
 def backward_sums(
     DY, X, R, DR, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    SLOPE_GRAD: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """The mean of dz and the other two sums of one chunk of BLOCK_C rows; and dr."""
     row, c, exists, at, start, step, chunk, size = locate(
@@ -221,14 +248,11 @@ def backward_sums(
     mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     mean_dz, sum_dz_centered, sum_dslope = stream_sums(
-        DY, X, R, DR, at, start, step, size, exists, mean, rstd * weight, bias, a,
-        BLOCK_S, BLOCK_C, SLOPE_GRAD, STAGES,
-    )  # fmt: skip
-    here, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
-    tl.store(Parts + here, mean_dz, mask=exists)
-    tl.store(Parts + all_parts + here, sum_dz_centered * rstd, mask=exists)
-    if SLOPE_GRAD:
-        tl.store(Parts + 2 * all_parts + here, sum_dslope, mask=exists)
+        DY, X, R, DR, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, BLOCK_C, STAGES, SLOPE_GRAD
+    )
+    store_sum_parts(
+        Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_centered * rstd, sum_dslope, CHANNELS_LAST, SLOPE_GRAD
+    )
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "parts", "part_tiles"])
@@ -236,7 +260,7 @@ def backward_combine_apply(
     DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts,
     N, C, S, chunks, tiles, parts, part_tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    SLOPE_GRAD: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """dx of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2.
 
@@ -247,26 +271,20 @@ def backward_combine_apply(
         tl.num_programs(0) - 1 - tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
     rows = tl.cast(N, tl.int64) * C
-    mean_dz_at = Sums + (3 if SLOPE_GRAD else 2) * rows + row
+    MeanDz = Sums + (3 if SLOPE_GRAD else 2) * rows
     if parts > 0:
-        mean_dz, sum_dz_xhat = combined(
-            Parts, row, exists, N, C, S, parts, part_tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, False
-        )
-        if chunk == 0:
-            sum_dslope = mean_dz
-            if SLOPE_GRAD:
-                sum_dslope = total_of_parts(Parts, row, exists, N, C, parts, BLOCK_K, BLOCK_C, CHANNELS_LAST)
-            store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
-            tl.store(mean_dz_at, mean_dz, mask=exists)
+        mean_dz, sum_dz_xhat = combine_sums(
+            Parts, Sums, row, chunk, exists, N, C, S, parts, part_tiles * BLOCK_S,
+            BLOCK_K, BLOCK_C, CHANNELS_LAST, SLOPE_GRAD,
+        )  # fmt: skip
+        tl.store(MeanDz + row, mean_dz, mask=exists & (chunk == 0))
     else:
-        mean_dz = tl.load(mean_dz_at, mask=exists, other=0.0)
-        sum_dz_xhat = tl.load(Sums + rows + row, mask=exists, other=0.0)
+        mean_dz = tl.load(MeanDz + row, mask=exists, other=0.0)  # [BLOCK_C]
+        sum_dz_xhat = tl.load(Sums + rows + row, mask=exists, other=0.0)  # [BLOCK_C]
     mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     slant = rstd * sum_dz_xhat / S
-    stream_dx(
-        DY, X, DX, at, start, step, size, exists, mean, rstd * weight, bias, a, mean_dz, slant, BLOCK_S, STAGES
-    )
+    stream_dx(DY, X, DX, at, start, step, size, exists, mean, rstd * weight, bias, a, mean_dz, slant, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -350,18 +368,18 @@ def instance_norm_prelu_backward(
             )  # fmt: skip
     else:
         chunks, tiles = plan.chunks, plan.tiles
-        options = {**options, "SLOPE_GRAD": need_dslope, "STAGES": STAGES}
+        options = {**options, "SLOPE_GRAD": need_dslope}
         parts = torch.empty(kinds * N * C * chunks, dtype=torch.float32, device=x.device)
-        backward_sums[(plan.grid,)](dy, x, residual, dr, *given, parts, N, C, S, chunks, tiles, **options)
+        backward_sums[(plan.grid,)](dy, x, residual, dr, *given, parts, N, C, S, chunks, tiles, STAGES=STAGES, **options)
         if dr is not None:  # it is dz, which a slope of 1 leaves as it is
             dy, given = dr, (weight, bias, None, 1.0, 0, statistics)
-        if dx is None or plan.combine_grid:
+        if dx is None or plan.combines_apart:
             backward_combine_apply[(plan.grid // chunks,)](
                 dy, x, x if dx is None else dx, *given, sums, parts, N, C, S, 1, 0, chunks, tiles,
                 BLOCK_K=plan.COMBINE_K, **options,
             )  # fmt: skip
         if dx is not None:
-            combining = 0 if plan.combine_grid else chunks
+            combining = 0 if plan.combines_apart else chunks
             backward_combine_apply[(plan.grid,)](
                 dy, x, dx, *given, sums, parts, N, C, S, chunks, tiles, combining, tiles,
                 BLOCK_K=plan.COMBINE_K, **options,

@@ -16,11 +16,11 @@ from .formula import (
     locate,
     normalize,
     parameters,
-    part,
     plus,
     prelu,
     reciprocal_deviation,
     statistics,
+    store_parts,
     store_statistics,
     stream_apply,
     stream_statistics,
@@ -70,9 +70,7 @@ def forward_slab(
     if first:
         mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C, STAGES)
         if last == 0:
-            here, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
-            tl.store(Parts + here, mean, mask=exists)
-            tl.store(Parts + all_parts + here, m2, mask=exists)
+            store_parts(Parts, row, chunk, N, C, chunks, exists, mean, m2, CHANNELS_LAST)
     if last:
         if first == 0:
             mean, m2 = combined(
@@ -81,7 +79,7 @@ def forward_slab(
         rstd = reciprocal_deviation(m2, 1.0 / tl.cast(S, tl.float32), eps)
         store_statistics(Statistics, row, N, C, exists & (chunk == 0), mean, rstd)
         weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-        stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, STAGES)
+        stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "chunks", "tiles"])
@@ -95,9 +93,7 @@ def forward_statistics(
         tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
     mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C, STAGES)
-    here, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
-    tl.store(Parts + here, mean, mask=exists)
-    tl.store(Parts + all_parts + here, m2, mask=exists)
+    store_parts(Parts, row, chunk, N, C, chunks, exists, mean, m2, CHANNELS_LAST)
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "parts", "part_tiles"])
@@ -123,7 +119,7 @@ def forward_combine_apply(
     else:
         mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, 3)
+    stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S)
 
 
 def instance_norm_prelu_forward(
@@ -184,11 +180,11 @@ def instance_norm_prelu_forward(
         parts = statistics if known else torch.empty(2 * N * C * chunks, dtype=torch.float32, device=x.device)
         if not known:
             forward_statistics[(plan.grid,)](x, parts, N, C, S, chunks, tiles, STAGES=STAGES, **options)
-            if plan.combine_grid:
-                forward_combine_apply[(plan.combine_grid,)](
+            if plan.combines_apart:
+                forward_combine_apply[(plan.grid // chunks,)](
                     *given, parts, N, C, S, 1, 0, chunks, tiles, eps, BLOCK_K=plan.COMBINE_K, **options
                 )
-        combining = 0 if known or plan.combine_grid else chunks
+        combining = 0 if known or plan.combines_apart else chunks
         forward_combine_apply[(plan.grid,)](
             *given, parts, N, C, S, chunks, tiles, combining, tiles, eps, BLOCK_K=plan.COMBINE_K, **options
         )

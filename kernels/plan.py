@@ -81,7 +81,7 @@ class Plan:
     tiles: int
     grid: int
     COMBINE_K: int
-    combine_grid: int
+    combines_apart: bool
 
     @property
     def one_pass(self) -> bool:
@@ -130,7 +130,7 @@ def make_plan(
         else:
             BLOCK_C = max(1, SHORT_ROWS_TILE // rows)
         num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD)))
-        return Plan("one pass", rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, 0)
+        return Plan("one pass", rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, False)
     if S <= SLAB_POSITIONS[channels_last] and least * itemsize <= SECTOR_BYTES and not (backward and residual):
         tile, num_warps = STREAM[True, backward]
         BLOCK_S = tile // least
@@ -140,7 +140,7 @@ def make_plan(
             tiles = ceil_div(tiles, min(tiles, max(1, SLAB_PROGRAMS * sms // across)))
             chunks = ceil_div(S, tiles * BLOCK_S)
         return Plan(
-            "slab", BLOCK_S, least, VEC, num_warps, chunks, tiles, across * chunks, COMBINE_TILE // least, 0
+            "slab", BLOCK_S, least, VEC, num_warps, chunks, tiles, across * chunks, COMBINE_TILE // least, False
         )
     tile, num_warps = STREAM[False, backward]
     BLOCK_C = max(least, min(power_of_2(C), SLICE_BYTES // itemsize)) if channels_last else 1
@@ -159,5 +159,5 @@ def make_plan(
     chunks = ceil_div(S, tiles * BLOCK_S)
     return Plan(
         "split", BLOCK_S, BLOCK_C, VEC, num_warps, chunks, tiles, across * chunks,
-        COMBINE_TILE // min(power_of_2(BLOCK_C), COMBINE_TILE), 0 if chunks <= own else across,
+        max(1, COMBINE_TILE // BLOCK_C), chunks > own,
     )  # fmt: skip
