@@ -9,15 +9,6 @@ import triton.language as tl
 
 
 @triton.jit
-def divisible(size, VEC: tl.constexpr):
-    """size, which the plan knows to be a multiple of VEC, written so that the compiler knows it too.
-
-    Triton specialises integers on divisibility by 16 only; a row of 24 bf16 is 16-byte aligned all the same.
-    """
-    return (size // VEC) * VEC
-
-
-@triton.jit
 def locate(
     block, N, C, S, chunks, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
@@ -26,9 +17,12 @@ def locate(
     Returns row = n·C + c, c, whether the row exists, the offset of the program's first element (a scalar, int64) and of
     each row's first from there (int32, so that a tile costs few registers), the step from one element of a row to the
     next, the number of the chunk, and its size. Neighbouring programs are neighbours in memory.
+
+    The plan knows the contiguous axis to be a multiple of VEC; written so, the compiler knows it too. Triton specialises
+    integers on divisibility by 16 only; a row of 24 bf16 is 16-byte aligned all the same.
     """
     if CHANNELS_LAST:
-        C = divisible(C, VEC)
+        C = (C // VEC) * VEC
         blocks = tl.cdiv(C, BLOCK_C)
         chunk = (block // blocks) % chunks
         n = (block // (blocks * chunks)).to(tl.int64)
@@ -39,7 +33,7 @@ def locate(
         start = c
         step = C
     else:
-        S = divisible(S, VEC)
+        S = (S // VEC) * VEC
         chunk = block % chunks
         first = (block // chunks).to(tl.int64) * BLOCK_C
         row = first + tl.arange(0, BLOCK_C)

@@ -151,7 +151,7 @@ def backward_one_pass(
         e, sum_dz_centered = sum_2(dz, dz * centered)
         sum_dslope = e
     if BLOCK_S >= _RELOAD_BLOCK_S:
-        _, rstd = statistics(Statistics, row, N, C, exists)
+        rstd = tl.load(Statistics + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0)  # [BLOCK_C]
         weight, _, _ = parameters(Weight, None, None, 0.0, 0, c, exists, BLOCK_C)
     store_sums(
         Sums, row, N, C, exists, mean_dz * size + e, sum_dz_centered * rstd, sum_dslope, SLOPE_GRAD

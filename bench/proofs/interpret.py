@@ -184,7 +184,7 @@ class Traffic:
 
         def moved(ptrs: Any, mask: Any) -> tuple[int, int]:
             size = ptrs.get_element_ty().primitive_bitwidth // 8
-            address = ptrs.data if mask is None else ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+            address = ptrs.data if mask is None else ptrs.data[np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)]
             return self.alike * address.size * size, self.alike * np.unique(address // 32).size * 32
 
         def load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:

@@ -147,7 +147,7 @@ def _count(case: Case) -> Count:
     def choose(kernel: str, grid: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
         nonlocal interpreted_programs, programs
         programs += grid[0] * grid[1]
-        numbers, counts = _kinds(case, plan, kernel)
+        numbers, counts = _kinds(case, plan, kernel, grid[0])
         if counts.sum() != grid[0]:
             raise RuntimeError(f"{case}: the plan makes {counts.sum()} programs of {kernel}, launched were {grid[0]}")
         for number, alike in zip(numbers.tolist(), counts.tolist(), strict=True):
@@ -162,13 +162,14 @@ def _count(case: Case) -> Count:
     return Count(traffic.sectors, interpreted_programs, programs)
 
 
-def _kinds(case: Case, plan: Plan, kernel: str) -> tuple[np.ndarray, np.ndarray]:
+def _kinds(case: Case, plan: Plan, kernel: str, grid: int) -> tuple[np.ndarray, np.ndarray]:
     """One program number of each kind, and how many there are of it, on the first axis of the kernel's grid."""
     if kernel.endswith("_sum_n"):
         return Programs.summing_n(case.N, case.C).kinds(FLOAT_BYTES)
-    if kernel.endswith("_combine"):
-        return Programs.combining(plan, case.N, case.C, case.channels_last).kinds(FLOAT_BYTES)
-    return Programs.streaming(plan, case.N, case.C, case.S, case.channels_last).kinds(case.itemsize)
+    programs = Programs.streaming(plan, case.N, case.C, case.S, case.channels_last)
+    if plan.combines_apart and grid * plan.chunks == plan.grid:
+        programs = programs.combining()  # the launch without tiles
+    return programs.kinds(case.itemsize)
 
 
 def predict(case: Case) -> int:
