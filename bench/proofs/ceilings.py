@@ -19,6 +19,18 @@ TRAFFIC = {
 # dr in place of dy, and r no more.
 RESIDUAL_TRAFFIC = {False: 1.0, True: 2.0}
 
+# Where each program of apply combines its rows' partial results itself, all of them read all again: so much more of x,
+# for an x of less than so many bytes.
+COMBINED_IN_APPLY, COMBINED_IN_APPLY_BYTES = 0.15, 16_000_000
+
+# Of the loops that stream x, for bfloat16, channels-last, at least 32 channels and no residual: instructions of a
+# thread for each of its elements, and barriers for each tile, read from sm_90 machine code.
+LOOP_CHANNELS = 32
+LOOP_INSTRUCTIONS = {
+    "forward statistics": 12.0, "forward apply": 10.0, "backward sums": 19.0, "backward apply": 16.0,
+}  # fmt: skip
+LOOP_BARRIERS = 3
+
 # Positions up to which a row must be read once, by (channels_last, backward).
 ONE_PASS_POSITIONS = {(True, False): 1024, (True, True): 1024, (False, False): 32768, (False, True): 4096}
 # With a residual no more than this: in float32, 32,768 positions of x and r spill on sm_80 and sm_90.
@@ -35,9 +47,11 @@ VARIANTS, VARIANTS_OTHER_BATCH, VARIANTS_OTHER_VOLUME = 40, 0, 6
 
 
 def traffic_ceiling(
-    N: int, C: int, S: int, itemsize: int, backward: bool, split: bool, residual: bool = False
+    N: int, C: int, S: int, itemsize: int, backward: bool, split: bool, residual: bool = False, in_apply: bool = False
 ) -> float:
     """The most that may be moved for x (N, C, S) of `itemsize`-byte elements, in bytes of x.
+
+    in_apply: the programs of apply combine the partial results of their rows.
 
     What every row costs besides its elements comes on top: five float32 forward, eleven and a share of the launch that
     sums over n backward.
@@ -45,6 +59,8 @@ def traffic_ceiling(
     size_class = bisect_right(SIZE_CLASSES, N * C * S * itemsize)
     row_bytes = 44 + 12 / N if backward else 20
     ideal = TRAFFIC[backward, split][size_class] + (RESIDUAL_TRAFFIC[backward] if residual else 0.0)
+    if in_apply and N * C * S * itemsize < COMBINED_IN_APPLY_BYTES:
+        ideal += COMBINED_IN_APPLY
     return ideal + row_bytes / (S * itemsize)
 
 

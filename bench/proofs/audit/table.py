@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HEADINGS = (
     "N×C×S", "layout", "dtype", "direction", "x read", "launches", "bytes/x", "ceiling", "counted on",
-    "registers", "spills", "16-byte", "shared",
+    "registers", "spills", "16-byte", "shared", "programs", "instructions", "barriers",
 )  # fmt: skip
 KEYS = 4  # columns that say which row it is
 BROKEN = " !"  # behind a row that breaks a ceiling
@@ -34,7 +34,7 @@ def cells(row: Row) -> tuple[str, ...]:
         layout(case.channels_last),
         case.dtype,
         direction(case.backward),
-        "once" if row.one_pass else "twice*" if row.split_excused else "twice",
+        "once" if row.one_pass else "twice, L2" if row.slab else "twice*" if row.split_excused else "twice",
         str(max(len(each.launches) for each in compiled)),
         f"{row.moved:.4f}",
         f"{row.ceiling:.4f}",
@@ -43,6 +43,9 @@ def cells(row: Row) -> tuple[str, ...]:
         str(max(each.spills or 0 for each in compiled)),
         f"{100 * min(shares):.0f} %" if shares else "–",
         str(max(each.shared or 0 for each in compiled)),
+        "/".join(str(each.programs) for each in compiled if each.programs is not None) or "–",
+        "/".join(f"{loop.instructions:.1f}" for each in compiled for loop in each.loops) or "–",
+        "/".join(str(loop.barriers) for each in compiled for loop in each.loops) or "–",
     )
 
 
@@ -67,6 +70,12 @@ def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[
         "the most of these; 16-byte: share of the bytes of accesses to x, y, r and their gradients, the least of these",
         "counted on: programs interpreted, one for all that move the same, of those launched at full size",
     ]
+    lines.append(
+        "programs: the least that an SM holds at a time; instructions: of a thread for each of its elements, and "
+        "barriers for each tile, in the loops that stream x; all read from sm_90 machine code"
+    )
+    if any(row.slab for row in rows):
+        lines.append("twice, L2: a slab, whose second read comes from L1 or L2")
     if any(map(violations, rows)):
         lines.append("!: the row breaks a ceiling")
     if any(row.split_excused for row in rows):
