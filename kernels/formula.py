@@ -105,11 +105,6 @@ def add_2(a, b, c, d):
 
 
 @triton.jit
-def add_3(a, b, e, c, d, f):
-    return a + c, b + d, e + f
-
-
-@triton.jit
 def sum_2(a, b):
     """Two sums down each column of a tile, for one exchange between the threads instead of two."""
     return tl.reduce((a, b), 0, add_2)

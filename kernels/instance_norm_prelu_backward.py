@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .formula import (
-    add_3,
     combined,
     last_tile,
     locate,
@@ -140,24 +139,25 @@ def backward_one_pass(
     x, dy = load_2(X, DY, offset, valid)
     centered, dz, dslope = tile_terms(x, dy, R, offset, valid, mean, rstd * weight, bias, a)
     inverse = 1.0 / tl.cast(S, tl.float32)
-    mean_dz = tl.sum(dz, axis=0) * inverse
+    sum_dslope = tl.zeros([BLOCK_C], tl.float32)
+    if SLOPE_GRAD:
+        sum_dz, sum_dslope = sum_2(dz, dslope)
+    else:
+        sum_dz = tl.sum(dz, axis=0)
     if DR is not None:
         tl.store(DR + offset, dz.to(DR.dtype.element_ty), mask=valid)
-    dz = tl.where(valid, dz - mean_dz[None, :], 0.0)
-    # Once corrected, as the mean of x is: behind a channel without variance it is multiplied by 1/sqrt(eps).
-    if SLOPE_GRAD:
-        e, sum_dz_centered, sum_dslope = tl.reduce((dz, dz * centered, dslope), 0, add_3)
-    else:
-        e, sum_dz_centered = sum_2(dz, dz * centered)
-        sum_dslope = e
+    # The mean of dz is corrected once, as that of x is: behind a channel without variance 1/√eps multiplies its error.
+    mean_dz = sum_dz * inverse
+    e, sum_dz_centered = sum_2(tl.where(valid, dz - mean_dz[None, :], 0.0), dz * centered)
+    mean_dz += e * inverse
     if BLOCK_S >= _RELOAD_BLOCK_S:
         rstd = tl.load(Statistics + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0)  # [BLOCK_C]
         weight, _, _ = parameters(Weight, None, None, 0.0, 0, c, exists, BLOCK_C)
     store_sums(
-        Sums, row, N, C, exists, mean_dz * size + e, sum_dz_centered * rstd, sum_dslope, SLOPE_GRAD
+        Sums, row, N, C, exists, mean_dz * size, sum_dz_centered * rstd, sum_dslope, SLOPE_GRAD
     )
     if DX is not None:
-        dx = tile_dx(centered, dz, rstd * weight, e * inverse, rstd * rstd * sum_dz_centered * inverse)
+        dx = tile_dx(centered, dz, rstd * weight, mean_dz, rstd * rstd * sum_dz_centered * inverse)
         tl.store(DX + offset, dx.to(DX.dtype.element_ty), mask=valid)
 
 

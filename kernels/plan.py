@@ -16,7 +16,7 @@ SECTOR_BYTES = 32  # the unit in which memory moves
 # sm_80, sm_90 and sm_100 without spilling.
 ONE_PASS = {
     (False, False): (32768, 32),
-    (False, True): (8192, 8),
+    (False, True): (8192, 16),
     (True, False): (16384, 16),
     (True, True): (16384, 16),
 }
@@ -31,7 +31,7 @@ ONE_PASS_RESIDUAL = {
 
 # (elements of a tile, warps) of the kernels that stream x, by (slab, backward).
 STREAM = {(False, False): (4096, 4), (False, True): (2048, 4), (True, False): (4096, 8), (True, True): (4096, 8)}
-SLAB_POSITIONS = {True: 4096, False: 32768}
+SLAB_POSITIONS = {True: 8192, False: 32768}
 SLICE_BYTES = 64
 SLAB_OVER, SLAB_UNDER, SLAB_PROGRAMS = 9, 4, 1
 STAGES = 3
@@ -121,6 +121,7 @@ def make_plan(
     if min(N, C, S, itemsize, sms) < 1:
         raise ValueError(f"a plan needs positive sizes, got {N=}, {C=}, {S=}, {itemsize=}, {sms=}")
     VEC = gcd(C if channels_last else S, VECTOR_BYTES // itemsize)
+    narrow = 1 if VEC * itemsize == VECTOR_BYTES else 2
     least = least_width(C, itemsize, channels_last)
     rows = max(SHORTEST_ROW, power_of_2(S))
     most, most_warps = (ONE_PASS_RESIDUAL if residual else ONE_PASS)[channels_last, backward]
@@ -129,10 +130,12 @@ def make_plan(
             BLOCK_C = max(least, min(power_of_2(C), 32 * VECTOR_BYTES // itemsize // rows))
         else:
             BLOCK_C = max(1, SHORT_ROWS_TILE // rows)
-        num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD)))
+        elements = 16 if backward and not channels_last else 32
+        num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * elements)))
         return Plan("one pass", rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, False)
     if S <= SLAB_POSITIONS[channels_last] and least * itemsize <= SECTOR_BYTES and not (backward and residual):
         tile, num_warps = STREAM[True, backward]
+        num_warps *= narrow
         BLOCK_S = tile // least
         across = blocks(N, C, least, channels_last)
         tiles, chunks = ceil_div(S, BLOCK_S), 1
@@ -143,6 +146,7 @@ def make_plan(
             "slab", BLOCK_S, least, VEC, num_warps, chunks, tiles, across * chunks, COMBINE_TILE // least, False
         )
     tile, num_warps = STREAM[False, backward]
+    num_warps *= narrow
     BLOCK_C = max(least, min(power_of_2(C), SLICE_BYTES // itemsize)) if channels_last else 1
     BLOCK_S = max(1, tile // BLOCK_C)
     across = blocks(N, C, BLOCK_C, channels_last)
