@@ -9,17 +9,15 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(
-    block, N, C, S, chunks, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
+def locate(block, N, C, S, chunks, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Where program number `block` works, in a tensor of N·C rows of S elements cut into chunks of `chunk_size`.
 
     Returns row = n·C + c, c, whether the row exists, the offset of the program's first element (a scalar, int64) and of
     each row's first from there (int32, so that a tile costs few registers), the step from one element of a row to the
     next, the number of the chunk, and its size. Neighbouring programs are neighbours in memory.
 
-    The plan knows the contiguous axis to be a multiple of VEC; written so, the compiler knows it too. Triton specialises
-    integers on divisibility by 16 only; a row of 24 bf16 is 16-byte aligned all the same.
+    The plan knows the contiguous axis to be a multiple of VEC; written so, the compiler knows it too. Triton
+    specialises integers on divisibility by 16 only; a row of 24 bf16 is 16-byte aligned all the same.
     """
     if CHANNELS_LAST:
         C = (C // VEC) * VEC
@@ -238,7 +236,7 @@ def stream_apply(X, R, Y, at, start, step, size, exists, mean, scale, bias, a, B
     tiles, at, size = last_tile(at, step, size, BLOCK_S)
     offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
     ahead = tl.load(X + offset, mask=valid, other=0.0)
-    for t in range(0, tiles):
+    for t in range(tiles):
         x = ahead.to(tl.float32)
         offset, valid = tile(at, start, step, size, exists, BLOCK_S)
         at -= BLOCK_S * step

@@ -94,14 +94,12 @@ def stream_sums(
 
 
 @triton.jit
-def stream_dx(
-    DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S: tl.constexpr
-):
+def stream_dx(DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S: tl.constexpr):
     """dx of `size` positions of each row, from the offset `at` on, in the order and the way of `stream_apply`."""
     tiles, at, size = last_tile(at, step, size, BLOCK_S)
     offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
     next_x, next_dy = load_2(X, DY, offset, valid)
-    for t in range(0, tiles):
+    for t in range(tiles):
         x, dy = next_x, next_dy
         offset, valid = tile(at, start, step, size, exists, BLOCK_S)
         at -= BLOCK_S * step
@@ -153,9 +151,7 @@ def backward_one_pass(
     if BLOCK_S >= _RELOAD_BLOCK_S:
         rstd = tl.load(Statistics + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0)  # [BLOCK_C]
         weight, _, _ = parameters(Weight, None, None, 0.0, 0, c, exists, BLOCK_C)
-    store_sums(
-        Sums, row, N, C, exists, mean_dz * size, sum_dz_centered * rstd, sum_dslope, SLOPE_GRAD
-    )
+    store_sums(Sums, row, N, C, exists, mean_dz * size, sum_dz_centered * rstd, sum_dslope, SLOPE_GRAD)
     if DX is not None:
         dx = tile_dx(centered, dz, rstd * weight, mean_dz, rstd * rstd * sum_dz_centered * inverse)
         tl.store(DX + offset, dx.to(DX.dtype.element_ty), mask=valid)
@@ -182,22 +178,21 @@ def combine_sums(
     mean_dz, sum_dz_xhat = combined(
         Parts, row, exists, N, C, S, chunks, chunk_size, BLOCK_K, BLOCK_C, CHANNELS_LAST, False
     )
-    if Sums is not None:
-        if chunk == 0:
-            sum_dslope = tl.zeros([BLOCK_C], tl.float32)
-            if SLOPE_GRAD:
-                for k0 in range(0, chunks, BLOCK_K):
-                    k = k0 + tl.arange(0, BLOCK_K)
-                    offset, all_parts = part(row[None, :], k[:, None], N, C, chunks, CHANNELS_LAST)
-                    there = (k < chunks)[:, None] & exists[None, :]
-                    sum_dslope += tl.sum(tl.load(Parts + 2 * all_parts + offset, mask=there, other=0.0), axis=0)
-            store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
+    if chunk == 0:
+        sum_dslope = tl.zeros([BLOCK_C], tl.float32)
+        if SLOPE_GRAD:
+            for k0 in range(0, chunks, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                offset, all_parts = part(row[None, :], k[:, None], N, C, chunks, CHANNELS_LAST)
+                there = (k < chunks)[:, None] & exists[None, :]
+                sum_dslope += tl.sum(tl.load(Parts + 2 * all_parts + offset, mask=there, other=0.0), axis=0)
+        store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
     return mean_dz, sum_dz_xhat
 
 
-@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "last"])
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "applies"])
 def backward_slab(
-    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts, N, C, S, chunks, tiles, first, last,
+    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts, N, C, S, chunks, tiles, first, applies,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +213,7 @@ def backward_slab(
             DY, X, None, None, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S, BLOCK_C, STAGES, SLOPE_GRAD
         )
         sum_dz_xhat = sum_dz_centered * rstd
-        if last:
+        if chunks == 1:
             store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
         else:
             store_sum_parts(
@@ -229,10 +224,9 @@ def backward_slab(
             Parts, Sums, row, chunk, exists, N, C, S, chunks, tiles * BLOCK_S,
             BLOCK_K, BLOCK_C, CHANNELS_LAST, SLOPE_GRAD,
         )  # fmt: skip
-    if DX is not None:
-        if last:
-            slant = rstd * sum_dz_xhat / S
-            stream_dx(DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S)
+    if applies:
+        slant = rstd * sum_dz_xhat / S
+        stream_dx(DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
@@ -361,16 +355,18 @@ def instance_norm_prelu_backward(
         parts = statistics
         if plan.chunks > 1:
             parts = torch.empty(kinds * N * C * plan.chunks, dtype=torch.float32, device=x.device)
-        for first, last in ((1, 1),) if plan.chunks == 1 else ((1, 0), (0, 1)):
+        applies = int(dx is not None)
+        for first, second in ((1, applies),) if plan.chunks == 1 else ((1, 0), (0, applies)):
             backward_slab[(plan.grid,)](
-                dy, x, dx, *given, sums, parts, N, C, S, plan.chunks, plan.tiles, first, last,
-                SLOPE_GRAD=need_dslope, BLOCK_K=plan.COMBINE_K, STAGES=STAGES, **options,
+                dy, x, dx if applies else x, *given, sums, parts, N, C, S, plan.chunks, plan.tiles, first, second,
+                BLOCK_K=plan.COMBINE_K, STAGES=STAGES, SLOPE_GRAD=need_dslope, **options,
             )  # fmt: skip
     else:
         chunks, tiles = plan.chunks, plan.tiles
         options = {**options, "SLOPE_GRAD": need_dslope}
+        size = N, C, S, chunks, tiles
         parts = torch.empty(kinds * N * C * chunks, dtype=torch.float32, device=x.device)
-        backward_sums[(plan.grid,)](dy, x, residual, dr, *given, parts, N, C, S, chunks, tiles, STAGES=STAGES, **options)
+        backward_sums[(plan.grid,)](dy, x, residual, dr, *given, parts, *size, STAGES=STAGES, **options)
         if dr is not None:  # it is dz, which a slope of 1 leaves as it is
             dy, given = dr, (weight, bias, None, 1.0, 0, statistics)
         if dx is None or plan.combines_apart:
@@ -381,7 +377,7 @@ def instance_norm_prelu_backward(
         if dx is not None:
             combining = 0 if plan.combines_apart else chunks
             backward_combine_apply[(plan.grid,)](
-                dy, x, dx, *given, sums, parts, N, C, S, chunks, tiles, combining, tiles,
+                dy, x, dx, *given, sums, parts, *size, combining, tiles,
                 BLOCK_K=plan.COMBINE_K, **options,
             )  # fmt: skip
     dbias = dweight = dslope = None
@@ -402,12 +398,12 @@ def _parameter_gradients(sums: Tensor, N: int, C: int, wanted: Sequence[Tensor |
         total = torch.empty(kinds, C, dtype=dtype, device=sums.device)
         backward_sum_n[(ceil_div(C, SUM_N_C), kinds)](sums, total, N, C, BLOCK_N=SUM_N_N, BLOCK_C=SUM_N_C, num_warps=4)
     found: list[Tensor | None] = []
-    for parameter, part in zip_longest(wanted, total.unbind()):
+    for parameter, gradient in zip_longest(wanted, total.unbind()):
         if parameter is None:
-            part = None
+            gradient = None
         elif parameter.numel() != C:
-            part = sums[-1].sum(0, True).to(parameter.dtype)  # of the sums in float32: rounded once
-        elif parameter.dtype != part.dtype:
-            part = part.to(parameter.dtype)
-        found.append(part)
+            gradient = sums[-1].sum(0, True).to(parameter.dtype)  # of the sums in float32: rounded once
+        elif parameter.dtype != gradient.dtype:
+            gradient = gradient.to(parameter.dtype)
+        found.append(gradient)
     return found

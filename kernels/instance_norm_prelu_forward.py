@@ -52,30 +52,27 @@ def forward_one_pass(
     store_statistics(Statistics, row, N, C, exists, mean, rstd)
 
 
-@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "last"])
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "applies"])
 def forward_slab(
-    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, first, last, eps,
+    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, first, applies, eps,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same of rows that are read twice, the second time from L1 or L2.
 
-    With `chunks` = 1 in one launch that is both first and last; else the first writes the chunks' statistics.
+    In one launch that is the first one and applies; else the first one writes the statistics of each of the chunks,
+    and the second one combines them.
     """
     row, c, exists, at, start, step, chunk, size = locate(
         tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
     if first:
         mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C, STAGES)
-        if last == 0:
+        if chunks > 1:
             store_parts(Parts, row, chunk, N, C, chunks, exists, mean, m2, CHANNELS_LAST)
-    if last:
-        if first == 0:
-            mean, m2 = combined(
-                Parts, row, exists, N, C, S, chunks, tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, True
-            )
+    else:
+        mean, m2 = combined(Parts, row, exists, N, C, S, chunks, tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, True)
+    if applies:
         rstd = reciprocal_deviation(m2, 1.0 / tl.cast(S, tl.float32), eps)
         store_statistics(Statistics, row, N, C, exists & (chunk == 0), mean, rstd)
         weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
@@ -169,9 +166,9 @@ def instance_norm_prelu_forward(
         parts = statistics
         if plan.chunks > 1:
             parts = torch.empty(2 * N * C * plan.chunks, dtype=torch.float32, device=x.device)
-        for first, last in ((1, 1),) if plan.chunks == 1 else ((1, 0), (0, 1)):
+        for first, applies in ((1, 1),) if plan.chunks == 1 else ((1, 0), (0, 1)):
             forward_slab[(plan.grid,)](
-                *given, parts, N, C, S, plan.chunks, plan.tiles, first, last, eps,
+                *given, parts, N, C, S, plan.chunks, plan.tiles, first, applies, eps,
                 BLOCK_K=plan.COMBINE_K, STAGES=STAGES, **options,
             )  # fmt: skip
     else:

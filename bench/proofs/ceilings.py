@@ -78,3 +78,8 @@ def breaks_sectors(C: int, itemsize: int, channels_last: bool) -> bool:
 def vectors_required(C: int, S: int, itemsize: int, channels_last: bool) -> bool:
     """Whether x's contiguous axis allows 16-byte accesses everywhere."""
     return (C if channels_last else S) * itemsize % 16 == 0
+
+
+def loops_held(dtype: str, channels_last: bool, C: int, residual: bool) -> bool:
+    """Whether the loops that stream x are held to LOOP_INSTRUCTIONS and LOOP_BARRIERS."""
+    return dtype == "bfloat16" and channels_last and LOOP_CHANNELS <= C and not residual

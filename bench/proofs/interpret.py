@@ -101,7 +101,7 @@ def faithful() -> Iterator[None]:
     """Mend the interpreter where it is kinder than a GPU, or wrong.
 
     bfloat16 is stored rounded to nearest, and arithmetic in it is refused; masked lanes of a load without `other`
-    come back poisoned instead of 0; int32 overflow and device_assert raise; a sum is a tree, not one long chain.
+    come back poisoned instead of 0; int32 overflow and device_assert raise; a reduction is a tree, not one long chain.
     """
     cast, binary, load = (
         InterpreterBuilder.cast_impl,
@@ -145,12 +145,14 @@ def faithful() -> Iterator[None]:
         return self.to_tensor(total, input.dtype)
 
     def tree_reduce(self: Any, input: Any) -> Any:
+        """Of tuples, down one axis, by any function; whole columns at a time."""
+        dtypes = [one.dtype for one in input]
         parts = [np.moveaxis(one.handle.data, self.axis, 0) for one in input]
-        while len(parts[0]) > 1:
-            half = len(parts[0]) // 2
-            halves = [self.to_tensor(part, one.dtype) for cut in (slice(half), slice(half, None)) for part, one in zip((p[cut] for p in parts), input, strict=True)]
-            parts = [one.handle.data for one in self.combine_fn.fn(*halves)]
-        return tuple(self.to_tensor(part[0], one.dtype) for part, one in zip(parts, input, strict=True))
+        while (half := len(parts[0]) // 2) > 0:
+            halves = [*(part[:half] for part in parts), *(part[half:] for part in parts)]
+            joined = self.combine_fn.fn(*map(self.to_tensor, halves, 2 * dtypes))
+            parts = [one.handle.data for one in joined]
+        return tuple(self.to_tensor(part[0], dtype) for part, dtype in zip(parts, dtypes, strict=True))
 
     builder = interpreter.interpreter_builder
     options = builder.options

@@ -12,8 +12,6 @@ from torch import Tensor
 
 import fastenc
 from fastenc.bench.proofs.interpret import Traffic, interpreted
-from fastenc.kernels import instance_norm_prelu_backward as backward_room
-from fastenc.kernels import instance_norm_prelu_forward as forward_room
 from fastenc.kernels.layout import MEMORY_FORMAT
 
 SPATIAL = {2: (2, 1, 1), 3: (3, 1, 1), 7: (7, 1, 1), 120: (4, 5, 6), 1000: (10, 10, 10), 4097: (17, 241, 1)}

@@ -25,14 +25,13 @@ class Other:
     reached: Callable[[Plan], bool]
 
 
+APART = {"PARTIALS": ((0, 128, 0.0),)}
 PLANS = {
     "slab in one launch": Other({}, 2, (SLAB, "channels_last"), lambda p: (p.branch, p.chunks) == ("slab", 1)),
     "slab in two launches": Other({}, 132, (SLAB, "channels_last"), lambda p: p.branch == "slab" and p.chunks > 1),
-    "combined apart, channels-last": Other(
-        {"OWN_COMBINE_BYTES": 0}, 132, (LONG, "channels_last"), lambda p: p.combines_apart
-    ),
+    "combined apart, channels-last": Other(APART, 132, (LONG, "channels_last"), lambda p: p.combines_apart),
     "combined apart, contiguous": Other(
-        {"OWN_COMBINE_BYTES": 0, "OWN_COMBINE": (0.0, 0.0), "CONTIGUOUS_CHUNK_FACTOR": 1, "ONE_PASS": plan.ONE_PASS | {(False, False): (8192, 8)}, "SLAB_POSITIONS": {False: 4096, True: 4096}},
+        APART | {"ONE_PASS": plan.ONE_PASS | {(False, False): (8192, 8)}, "SLAB_POSITIONS": {False: 0, True: 0}},
         132, (LONG, "contiguous"), lambda p: p.combines_apart,
     ),
     "more chunks than are combined at a time": Other(

@@ -57,7 +57,9 @@ class Row:
             one_pass=one_pass,
             moved=(predicted if count is None else count.bytes) / case.volume,
             predicted=predicted / case.volume,
-            ceiling=ceilings.traffic_ceiling(*shape, case.itemsize, case.backward, not one_pass, case.residual, in_apply),
+            ceiling=ceilings.traffic_ceiling(
+                *shape, case.itemsize, case.backward, not one_pass, case.residual, in_apply
+            ),
             interpreted=0 if count is None else count.interpreted,
             programs=0 if count is None else count.programs,
             split_excused=short and not one_pass and ceilings.breaks_sectors(case.C, case.itemsize, case.channels_last),
@@ -92,12 +94,13 @@ def _broken(row: Row) -> Iterator[str]:
             yield f"takes {compiled.shared} bytes of shared memory on {target}, where a block has {most}"
         if vectors and (compiled.vector_share or 0.0) < ceilings.VECTOR_SHARE:
             yield f"moves only {100 * (compiled.vector_share or 0.0):.0f} % of x in 16-byte accesses on {target}"
-        if case.dtype == "bfloat16" and case.channels_last and ceilings.LOOP_CHANNELS <= case.C and not case.residual:
-            for loop in compiled.loops:
-                if loop.instructions > ceilings.LOOP_INSTRUCTIONS[loop.work]:
-                    yield f"takes {loop.instructions:.1f} instructions an element in the loop of {loop.work} on {target}"
-                if loop.barriers > ceilings.LOOP_BARRIERS:
-                    yield f"has {loop.barriers} barriers a tile in the loop of {loop.work} on {target}"
+        for loop in (
+            compiled.loops if ceilings.loops_held(case.dtype, case.channels_last, case.C, case.residual) else ()
+        ):
+            if loop.instructions > ceilings.LOOP_INSTRUCTIONS[loop.work]:
+                yield f"takes {loop.instructions:.1f} instructions an element in the loop of {loop.work} on {target}"
+            if loop.barriers > ceilings.LOOP_BARRIERS:
+                yield f"has {loop.barriers} barriers a tile in the loop of {loop.work} on {target}"
         if compiled.atomics:
             yield f"has {compiled.atomics} atomic operations on {target}"
 
