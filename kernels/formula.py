@@ -1,7 +1,7 @@
 """The formula, once: small pure `@triton.jit` functions that the kernels of both layouts and both directions share.
 
 A tile is [BLOCK_S, BLOCK_C]: spatial positions by rows, where a row is one (n, c) of x. In memory a row is either
-contiguous, or, channels-last, interleaved with the other channels of its n; only `locate` knows which.
+contiguous, or, channels-last, interleaved with the other channels of its n; only `locate` and `part` know which.
 """
 
 import triton
@@ -9,22 +9,18 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(
-    block,
-    N,
-    C,
-    S,
-    chunks,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """Where program number `block` works, in a tensor of N·C rows of S elements cut into `chunks` pieces each.
+def locate(block, N, C, S, chunks, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where program number `block` works, in a tensor of N·C rows of S elements cut into chunks of `chunk_size`.
 
-    Returns row = n·C + c, c, whether the row exists, the offset of the block's first row (a scalar, int64) and of each
-    row from it (int32, so that a tile costs few registers), the step from one element of a row to the next, and the
-    number of the piece. Neighbouring programs are neighbours in memory.
+    Returns row = n·C + c, c, whether the row exists, the offset of the program's first element (a scalar, int64) and of
+    each row's first from there (int32, so that a tile costs few registers), the step from one element of a row to the
+    next, the number of the chunk, and its size. Neighbouring programs are neighbours in memory.
+
+    The plan knows the contiguous axis to be a multiple of VEC; written so, the compiler knows it too. Triton
+    specialises integers on divisibility by 16 only; a row of 24 bf16 is 16-byte aligned all the same.
     """
     if CHANNELS_LAST:
+        C = (C // VEC) * VEC
         blocks = tl.cdiv(C, BLOCK_C)
         chunk = (block // blocks) % chunks
         n = (block // (blocks * chunks)).to(tl.int64)
@@ -35,6 +31,7 @@ def locate(
         start = c
         step = C
     else:
+        S = (S // VEC) * VEC
         chunk = block % chunks
         first = (block // chunks).to(tl.int64) * BLOCK_C
         row = first + tl.arange(0, BLOCK_C)
@@ -43,16 +40,28 @@ def locate(
         base = first * S
         start = tl.arange(0, BLOCK_C) * S
         step = 1
-    return row, c, exists, base, start, step, chunk
+    before = tl.cast(chunk, tl.int64) * chunk_size
+    return row, c, exists, base + before * step, start, step, chunk, tl.minimum(chunk_size, S - before).to(tl.int32)
 
 
 @triton.jit
-def divisible(size, VEC: tl.constexpr):
-    """size, which the plan knows to be a multiple of VEC, written so that the compiler knows it too.
+def part(row, chunk, N, C, chunks, CHANNELS_LAST: tl.constexpr):
+    """Offset of a chunk's partial result of one kind: neighbours in memory are rows where they are in x, else chunks.
 
-    Triton specialises integers on divisibility by 16 only; a row of 24 bf16 is 16-byte aligned all the same.
+    And how many partial results of a kind there are.
     """
-    return (size // VEC) * VEC
+    rows = tl.cast(N, tl.int64) * C
+    if CHANNELS_LAST:
+        return chunk * rows + row, rows * chunks
+    return row * chunks + chunk, rows * chunks
+
+
+@triton.jit
+def store_parts(Parts, row, chunk, N, C, chunks, exists, mean, second, CHANNELS_LAST: tl.constexpr):
+    """The first two kinds of a chunk's partial results, written."""
+    offset, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
+    tl.store(Parts + offset, mean, mask=exists)
+    tl.store(Parts + all_parts + offset, second, mask=exists)
 
 
 @triton.jit
@@ -82,6 +91,24 @@ def statistics(Statistics, row, N, C, exists):
 
 
 @triton.jit
+def store_statistics(Statistics, row, N, C, exists, mean, rstd):
+    """The same, written."""
+    tl.store(Statistics + row, mean, mask=exists)
+    tl.store(Statistics + tl.cast(N, tl.int64) * C + row, rstd, mask=exists)
+
+
+@triton.jit
+def add_2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def sum_2(a, b):
+    """Two sums down each column of a tile, for one exchange between the threads instead of two."""
+    return tl.reduce((a, b), 0, add_2)
+
+
+@triton.jit
 def corrected(m2, excess):
     """M2 without the excess that an inexact mean gave it.
 
@@ -92,41 +119,144 @@ def corrected(m2, excess):
 
 
 @triton.jit
-def tile_statistics(x, valid, count):
-    """Mean and M2 = Σ(x − mean)² of `count` elements down each column of a tile; x is 0 where not valid.
+def tile_statistics(x, valid, inverse):
+    """Mean and M2 = Σ(x − mean)² down each column of a tile, with inverse = 1/count; x is 0 where not valid.
 
     The mean is corrected once by Σ(x − mean)/count, so that it is the nearest float32 even at mean 1e4; what the
     correction e changes in M2 is exactly −count·e².
     """
-    mean = tl.sum(x, axis=0) / count
+    mean = tl.sum(x, axis=0) * inverse
     d = tl.where(valid, x - mean[None, :], 0.0)
-    e = tl.sum(d, axis=0) / count
-    return mean + e, corrected(tl.sum(d * d, axis=0), count * e * e)
+    e, m2 = sum_2(d, d * d)
+    return mean + e * inverse, corrected(m2, e * (e * inverse))
 
 
 @triton.jit
-def combined_statistics(mean, m2, count, total):
-    """Statistics of the union, down each column, of parts with `count` elements each (Chan's formula for many)."""
-    center = tl.sum(mean * count, axis=0) / total
-    d = mean - center[None, :]
-    e = tl.sum(d * count, axis=0) / total
-    return center + e, corrected(tl.sum(tl.where(count > 0.0, m2 + d * d * count, 0.0), axis=0), total * e * e)
+def union(mean, second, count, total, M2: tl.constexpr):
+    """Mean of the union, down each column, of parts with `count` elements each; the mean is corrected once, as above.
+
+    second: with M2, that of each part, combined by Chan's formula for many; else a sum of each part.
+    """
+    inverse = 1.0 / total
+    center = tl.sum(mean * count, axis=0) * inverse
+    d = tl.where(count > 0.0, mean - center[None, :], 0.0)
+    if M2:
+        second += d * d * count
+    e, second = sum_2(d * count, second)
+    if M2:
+        second = corrected(second, e * (e * inverse))
+    return center + e * inverse, second
 
 
 @triton.jit
-def merge(mean, m2, count, mean_b, m2_b, count_b):
-    """Chan's formula for two: (mean, m2) of `count` elements and of `count_b` more, count + count_b > 0."""
-    total = count + count_b
-    delta = mean_b - mean
-    share = count_b / total
-    return mean + delta * share, m2 + m2_b + delta * (delta * (count * share)), total
+def combined(
+    Parts, row, exists, N, C, S, chunks, chunk_size,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, M2: tl.constexpr,
+):  # fmt: skip
+    """`union` of all chunks of the rows, in a fixed order, from their partial results: of all the means come first."""
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    second = tl.zeros([BLOCK_C], tl.float32)
+    count = 0.0
+    for k0 in range(0, chunks, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        there = (k < chunks)[:, None] & exists[None, :]
+        offset, all_parts = part(row[None, :], k[:, None], N, C, chunks, CHANNELS_LAST)
+        means = tl.load(Parts + offset, mask=there, other=0.0)  # [BLOCK_K, BLOCK_C]
+        seconds = tl.load(Parts + all_parts + offset, mask=there, other=0.0)  # [BLOCK_K, BLOCK_C]
+        size = tl.maximum(tl.minimum(S - k.to(tl.int64) * chunk_size, chunk_size), 0).to(tl.float32)  # [BLOCK_K]
+        more = tl.sum(size, axis=0)
+        mean_k, second_k = union(means, seconds, size[:, None], more, M2)
+        count += more
+        share = more / count
+        delta = mean_k - mean
+        if M2:
+            second_k += delta * (delta * ((count - more) * share))
+        mean += delta * share
+        second += second_k
+    return mean, second
 
 
 @triton.jit
-def reciprocal_deviation(m2, S, eps):
-    """rstd = 1/√(M2/S + eps), rounded to nearest at each step; 0 where variance and eps are both 0, as in torch."""
-    variance = m2 / S + eps
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.where(variance == 0.0, float("inf"), variance)))
+def tile(at, start, step, size, exists, BLOCK_S: tl.constexpr):
+    """Offsets of the tile that begins at `at`, and which of them are of the `size` positions left and of rows."""
+    s = tl.arange(0, BLOCK_S)
+    return at + (start[None, :] + s[:, None] * step), (s < size)[:, None] & exists[None, :]
+
+
+@triton.jit
+def last_tile(at, step, size, BLOCK_S: tl.constexpr):
+    """How many tiles `size` positions from `at` on make, where the last one begins, and its positions."""
+    tiles = tl.cdiv(size, BLOCK_S)
+    return tiles, at + (tiles - 1).to(tl.int64) * BLOCK_S * step, size - (tiles - 1) * BLOCK_S
+
+
+@triton.jit
+def shares(t, size, BLOCK_S: tl.constexpr):
+    """Share of tile number t in the mean of each of its positions over the tiles so far: 0 past the last position."""
+    return tl.where(tl.arange(0, BLOCK_S) < size - t * BLOCK_S, 1.0 / (t + 1.0), 0.0)[:, None]
+
+
+@triton.jit
+def counts(size, BLOCK_S: tl.constexpr):
+    """How many of `size` positions fall on each position of a tile."""
+    return ((size + (BLOCK_S - 1) - tl.arange(0, BLOCK_S)) // BLOCK_S).to(tl.float32)[:, None]
+
+
+@triton.jit
+def stream_statistics(
+    X, at, start, step, size, exists, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
+):
+    """Mean and M2 of `size` positions of each row, from the offset `at` on.
+
+    Every element of the tile has its own, by Welford's formula and relative to the first element of its row here, so
+    that neither an offset of all elements nor one outlier costs accuracy. They meet once, after the loop.
+    """
+    center = tl.load(X + at + start, mask=exists, other=0.0).to(tl.float32)  # [BLOCK_C]
+    mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    for t in tl.range(0, tl.cdiv(size, BLOCK_S), num_stages=STAGES):
+        offset, valid = tile(at, start, step, size - t * BLOCK_S, exists, BLOCK_S)
+        x = tl.load(X + offset, mask=valid, other=0.0).to(tl.float32)
+        at += BLOCK_S * step
+        share = shares(t, size, BLOCK_S)
+        d = (x - center[None, :]) - mean
+        mean += d * share
+        m2 += d * (d * (share * t))
+    mean, m2 = union(mean, m2, counts(size, BLOCK_S), size.to(tl.float32), True)
+    return center + mean, m2
+
+
+@triton.jit
+def stream_apply(X, R, Y, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S: tl.constexpr):
+    """y of `size` positions of each row, from the offset `at` on; backwards: what was read last is still in a cache.
+
+    Each tile is loaded while the one before it is worked on, into registers: the way through shared memory that
+    num_stages takes costs the stores their layout.
+    """
+    tiles, at, size = last_tile(at, step, size, BLOCK_S)
+    offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
+    ahead = tl.load(X + offset, mask=valid, other=0.0)
+    for t in range(tiles):
+        x = ahead.to(tl.float32)
+        offset, valid = tile(at, start, step, size, exists, BLOCK_S)
+        at -= BLOCK_S * step
+        size += BLOCK_S
+        offset_2, valid_2 = tile(at, start, step, size, exists & (t + 1 < tiles), BLOCK_S)
+        ahead = tl.load(X + offset_2, mask=valid_2, other=0.0)
+        z = plus(normalize(x, mean[None, :], scale[None, :], bias[None, :]), R, offset, valid)
+        tl.store(Y + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def reciprocal_deviation(m2, inverse, eps):
+    """rstd = 1/√(M2·inverse + eps): the hardware's estimate and one Newton step, within a unit in the last place.
+
+    0 where the variance is infinite, and where variance and eps are both 0 (or no normal float32), as in torch.
+    """
+    variance = m2 * inverse + eps
+    estimate = tl.rsqrt(variance)
+    refined = estimate + (0.5 * estimate) * (1.0 - (variance * estimate) * estimate)
+    return tl.where(variance < 2.0**-126, 0.0, tl.where(variance < float("inf"), refined, estimate))
 
 
 @triton.jit
@@ -136,10 +266,10 @@ def normalize(x, mean, scale, bias):
 
 
 @triton.jit
-def plus(z, R, base, offset, valid):
+def plus(z, R, offset, valid):
     """z + r, with r laid out as x; z where there is no R."""
     if R is not None:
-        z += tl.load(R + base + offset, mask=valid, other=0.0).to(tl.float32)
+        z += tl.load(R + offset, mask=valid, other=0.0).to(tl.float32)
     return z
 
 

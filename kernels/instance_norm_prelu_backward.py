@@ -16,25 +16,109 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formula import divisible, locate, normalize, parameters, plus, prelu_dslope, prelu_dz, statistics
+from .formula import (
+    combined,
+    last_tile,
+    locate,
+    normalize,
+    parameters,
+    part,
+    plus,
+    prelu_dslope,
+    prelu_dz,
+    statistics,
+    store_parts,
+    sum_2,
+    tile,
+)
 from .launch import elsewhere, parameters_side_by_side, prepared, side_by_side
 from .layout import like, readable
-from .plan import COMBINE_WARPS, RELOAD_BLOCK_S, SUM_N_C, SUM_N_N, ceil_div
+from .plan import RELOAD_BLOCK_S, STAGES, SUM_N_C, SUM_N_N, ceil_div
 
 _RELOAD_BLOCK_S = tl.constexpr(RELOAD_BLOCK_S)
 
 
 @triton.jit
-def tile_terms(x, dy, mean, scale, bias, a, R, base, offset, valid):
+def tile_terms(x, dy, R, offset, valid, mean, scale, bias, a):
     """x − mean, dz and the slope's term of a tile [BLOCK_S, BLOCK_C]; dy is 0 on positions that do not exist."""
-    z = plus(normalize(x, mean[None, :], scale[None, :], bias[None, :]), R, base, offset, valid)
+    x = x.to(tl.float32)
+    dy = dy.to(tl.float32)
+    z = plus(normalize(x, mean[None, :], scale[None, :], bias[None, :]), R, offset, valid)
     return x - mean[None, :], prelu_dz(dy, z, a[None, :]), prelu_dslope(dy, z)
+
+
+@triton.jit
+def load_2(X, DY, offset, valid):
+    return tl.load(X + offset, mask=valid, other=0.0), tl.load(DY + offset, mask=valid, other=0.0)
 
 
 @triton.jit
 def tile_dx(centered, dz, scale, mean_dz, slant):
     """dx of a tile [BLOCK_S, BLOCK_C], with mean_dz = Σdz/S and slant = rstd·Σdz·x̂/S of its rows."""
     return scale[None, :] * (dz - mean_dz[None, :] - centered * slant[None, :])
+
+
+@triton.jit
+def halved(terms):
+    return tl.sum(tl.reshape(terms, [2, terms.shape[0] // 2, terms.shape[1]]), axis=0)
+
+
+@triton.jit
+def stream_sums(
+    DY, X, R, DR, at, start, step, size, exists, mean, scale, bias, a,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """The mean of dz, Σdz·(x − mean) and the slope's sum of `size` positions of each row, from `at` on; and dr.
+
+    Every element of the tile has its own. They meet once, after the loop.
+    """
+    mean_dz = tl.zeros([BLOCK_S // 2, BLOCK_C], tl.float32)
+    sum_dz_centered = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    sum_dslope = tl.zeros([BLOCK_S // 2, BLOCK_C], tl.float32)
+    for t in tl.range(0, tl.cdiv(size, BLOCK_S), num_stages=STAGES):
+        offset, valid = tile(at, start, step, size - t * BLOCK_S, exists, BLOCK_S)
+        x, dy = load_2(X, DY, offset, valid)
+        centered, dz, dslope = tile_terms(x, dy, R, offset, valid, mean, scale, bias, a)
+        at += BLOCK_S * step
+        if DR is not None:
+            tl.store(DR + offset, dz.to(DR.dtype.element_ty), mask=valid)
+        mean_dz += (halved(dz) - mean_dz) * (1.0 / (t + 1.0))
+        sum_dz_centered += dz * centered
+        if SLOPE_GRAD:
+            sum_dslope += halved(dslope)
+    # Of as many values as there are tiles, those past the end being 0.
+    tiles = tl.cdiv(size, BLOCK_S).to(tl.float32)
+    dz = tl.sum(mean_dz, axis=0)
+    dz_centered = tl.sum(sum_dz_centered, axis=0)
+    return dz * (tiles / size.to(tl.float32)), dz_centered, tl.sum(sum_dslope, axis=0)
+
+
+@triton.jit
+def stream_dx(DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S: tl.constexpr):
+    """dx of `size` positions of each row, from the offset `at` on, in the order and the way of `stream_apply`."""
+    tiles, at, size = last_tile(at, step, size, BLOCK_S)
+    offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
+    next_x, next_dy = load_2(X, DY, offset, valid)
+    for t in range(tiles):
+        x, dy = next_x, next_dy
+        offset, valid = tile(at, start, step, size, exists, BLOCK_S)
+        at -= BLOCK_S * step
+        size += BLOCK_S
+        next_offset, next_valid = tile(at, start, step, size, exists & (t + 1 < tiles), BLOCK_S)
+        next_x, next_dy = load_2(X, DY, next_offset, next_valid)
+        centered, dz, _ = tile_terms(x, dy, None, offset, valid, mean, scale, bias, a)
+        tl.store(DX + offset, tile_dx(centered, dz, scale, mean_dz, slant).to(DX.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def store_sums(Sums, row, N, C, exists, sum_dz, sum_dz_xhat, sum_dslope, SLOPE_GRAD: tl.constexpr):
+    """The three sums of rows, one after the other."""
+    if Sums is not None:
+        rows = tl.cast(N, tl.int64) * C
+        tl.store(Sums + row, sum_dz, mask=exists)
+        tl.store(Sums + rows + row, sum_dz_xhat, mask=exists)
+        if SLOPE_GRAD:
+            tl.store(Sums + 2 * rows + row, sum_dslope, mask=exists)
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
@@ -44,132 +128,157 @@ def backward_one_pass(
     SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """dx, dr and the three sums of BLOCK_C whole rows; DX, DR or Sums is None where nobody asks for it."""
-    if CHANNELS_LAST:
-        C = divisible(C, VEC)
-    else:
-        S = divisible(S, VEC)
-    row, c, exists, base, start, step, _ = locate(tl.program_id(0), N, C, S, 1, BLOCK_C, CHANNELS_LAST)
-    s = tl.arange(0, BLOCK_S)
-    offset = start[None, :] + s[:, None] * step
-    valid = (s < S)[:, None] & exists[None, :]
-    x = tl.load(X + base + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-    dy = tl.load(DY + base + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
+    row, c, exists, at, start, step, _, size = locate(
+        tl.program_id(0), N, C, S, 1, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    )
     mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    centered, dz, dslope = tile_terms(x, dy, mean, rstd * weight, bias, a, R, base, offset, valid)
-    sum_dz = tl.sum(dz, axis=0)
-    sum_dz_centered = tl.sum(dz * centered, axis=0)
+    offset, valid = tile(at, start, step, size, exists, BLOCK_S)
+    x, dy = load_2(X, DY, offset, valid)
+    centered, dz, dslope = tile_terms(x, dy, R, offset, valid, mean, rstd * weight, bias, a)
+    inverse = 1.0 / tl.cast(S, tl.float32)
+    sum_dslope = tl.zeros([BLOCK_C], tl.float32)
+    if SLOPE_GRAD:
+        sum_dz, sum_dslope = sum_2(dz, dslope)
+    else:
+        sum_dz = tl.sum(dz, axis=0)
     if DR is not None:
-        tl.store(DR + base + offset, dz.to(DR.dtype.element_ty), mask=valid)
-    rows = tl.cast(N, tl.int64) * C
-    if Sums is not None:
-        if SLOPE_GRAD:
-            tl.store(Sums + 2 * rows + row, tl.sum(dslope, axis=0), mask=exists)
-        tl.store(Sums + row, sum_dz, mask=exists)
+        tl.store(DR + offset, dz.to(DR.dtype.element_ty), mask=valid)
+    # The mean of dz is corrected once, as that of x is: behind a channel without variance 1/√eps multiplies its error.
+    mean_dz = sum_dz * inverse
+    e, sum_dz_centered = sum_2(tl.where(valid, dz - mean_dz[None, :], 0.0), dz * centered)
+    mean_dz += e * inverse
     if BLOCK_S >= _RELOAD_BLOCK_S:
-        rstd = tl.load(Statistics + rows + row, mask=exists, other=0.0)  # [BLOCK_C]
-        if Weight is not None:
-            weight = tl.load(Weight + c, mask=exists, other=0.0).to(tl.float32)  # [BLOCK_C]
-    sum_dz_xhat = sum_dz_centered * rstd
-    if Sums is not None:
-        tl.store(Sums + rows + row, sum_dz_xhat, mask=exists)
+        rstd = tl.load(Statistics + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0)  # [BLOCK_C]
+        weight, _, _ = parameters(Weight, None, None, 0.0, 0, c, exists, BLOCK_C)
+    store_sums(Sums, row, N, C, exists, mean_dz * size, sum_dz_centered * rstd, sum_dslope, SLOPE_GRAD)
     if DX is not None:
-        dx = tile_dx(centered, dz, rstd * weight, sum_dz / S, rstd * sum_dz_xhat / S)
-        tl.store(DX + base + offset, dx.to(DX.dtype.element_ty), mask=valid)
+        dx = tile_dx(centered, dz, rstd * weight, mean_dz, rstd * rstd * sum_dz_centered * inverse)
+        tl.store(DX + offset, dx.to(DX.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def store_sum_parts(
+    Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_xhat, sum_dslope,
+    CHANNELS_LAST: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """A chunk's mean of dz and its other two sums, written."""
+    store_parts(Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_xhat, CHANNELS_LAST)
+    if SLOPE_GRAD:
+        offset, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
+        tl.store(Parts + 2 * all_parts + offset, sum_dslope, mask=exists)
+
+
+@triton.jit
+def combine_sums(
+    Parts, Sums, row, chunk, exists, N, C, S, chunks, chunk_size,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """The mean of dz and Σdz·x̂ of rows from their chunks; the program of the first chunk writes the three sums."""
+    mean_dz, sum_dz_xhat = combined(
+        Parts, row, exists, N, C, S, chunks, chunk_size, BLOCK_K, BLOCK_C, CHANNELS_LAST, False
+    )
+    if chunk == 0:
+        sum_dslope = tl.zeros([BLOCK_C], tl.float32)
+        if SLOPE_GRAD:
+            for k0 in range(0, chunks, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                offset, all_parts = part(row[None, :], k[:, None], N, C, chunks, CHANNELS_LAST)
+                there = (k < chunks)[:, None] & exists[None, :]
+                sum_dslope += tl.sum(tl.load(Parts + 2 * all_parts + offset, mask=there, other=0.0), axis=0)
+        store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
+    return mean_dz, sum_dz_xhat
+
+
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "applies"])
+def backward_slab(
+    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts, N, C, S, chunks, tiles, first, applies,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """The same of rows that are read twice, the second time from L1 or L2, in launches as those of `forward_slab`.
+
+    Without a residual.
+    """
+    row, c, exists, at, start, step, chunk, size = locate(
+        tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    )
+    mean, rstd = statistics(Statistics, row, N, C, exists)
+    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
+    scale = rstd * weight
+    mean_dz = tl.zeros([BLOCK_C], tl.float32)
+    sum_dz_xhat = tl.zeros([BLOCK_C], tl.float32)
+    if first:
+        mean_dz, sum_dz_centered, sum_dslope = stream_sums(
+            DY, X, None, None, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S, BLOCK_C, STAGES, SLOPE_GRAD
+        )
+        sum_dz_xhat = sum_dz_centered * rstd
+        if chunks == 1:
+            store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
+        else:
+            store_sum_parts(
+                Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_xhat, sum_dslope, CHANNELS_LAST, SLOPE_GRAD
+            )
+    else:
+        mean_dz, sum_dz_xhat = combine_sums(
+            Parts, Sums, row, chunk, exists, N, C, S, chunks, tiles * BLOCK_S,
+            BLOCK_K, BLOCK_C, CHANNELS_LAST, SLOPE_GRAD,
+        )  # fmt: skip
+    if applies:
+        slant = rstd * sum_dz_xhat / S
+        stream_dx(DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
 def backward_sums(
-    DY, X, R, DR, Weight, Bias, Slope, slope, slope_step, Statistics, ChunkSums, N, C, S, chunks, tiles,
+    DY, X, R, DR, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    SLOPE_GRAD: tl.constexpr,
+    STAGES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """The three sums of one chunk of BLOCK_C rows, laid out as x would be with `chunks` elements a row; and dr."""
-    if CHANNELS_LAST:
-        C = divisible(C, VEC)
-    else:
-        S = divisible(S, VEC)
-    row, c, exists, base, start, step, chunk = locate(tl.program_id(0), N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
+    """The mean of dz and the other two sums of one chunk of BLOCK_C rows; and dr."""
+    row, c, exists, at, start, step, chunk, size = locate(
+        tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    )
     mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    scale = rstd * weight
-    first = tl.cast(chunk, tl.int64) * (tiles * BLOCK_S)
-    last = tl.minimum(first + tiles * BLOCK_S, S)
-    sum_dz = tl.zeros([BLOCK_C], tl.float32)
-    sum_dz_xhat = tl.zeros([BLOCK_C], tl.float32)
-    sum_dslope = tl.zeros([BLOCK_C], tl.float32)
-    s = tl.arange(0, BLOCK_S)
-    offset = start[None, :] + s[:, None] * step
-    for s0 in range(first, last, BLOCK_S):
-        at = base + s0 * step
-        valid = (s < last - s0)[:, None] & exists[None, :]
-        x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-        dy = tl.load(DY + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-        centered, dz, dslope = tile_terms(x, dy, mean, scale, bias, a, R, at, offset, valid)
-        if DR is not None:
-            tl.store(DR + at + offset, dz.to(DR.dtype.element_ty), mask=valid)
-        sum_dz += tl.sum(dz, axis=0)
-        sum_dz_xhat += tl.sum(dz * centered, axis=0) * rstd
-        if SLOPE_GRAD:
-            sum_dslope += tl.sum(dslope, axis=0)
-    _, _, exists, base, start, step, chunk = locate(tl.program_id(0), N, C, chunks, chunks, BLOCK_C, CHANNELS_LAST)
-    all_chunks = tl.cast(N, tl.int64) * C * chunks
-    here = ChunkSums + base + tl.cast(chunk, tl.int64) * step + start
-    tl.store(here, sum_dz, mask=exists)
-    tl.store(here + all_chunks, sum_dz_xhat, mask=exists)
-    if SLOPE_GRAD:
-        tl.store(here + 2 * all_chunks, sum_dslope, mask=exists)
+    mean_dz, sum_dz_centered, sum_dslope = stream_sums(
+        DY, X, R, DR, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, BLOCK_C, STAGES, SLOPE_GRAD
+    )
+    store_sum_parts(
+        Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_centered * rstd, sum_dslope, CHANNELS_LAST, SLOPE_GRAD
+    )
 
 
-@triton.jit(do_not_specialize=["N", "C", "chunks"])
-def backward_combine(
-    ChunkSums, Sums, N, C, chunks,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "parts", "part_tiles"])
+def backward_combine_apply(
+    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts,
+    N, C, S, chunks, tiles, parts, part_tiles,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_K: tl.constexpr, SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """One of the three sums (the grid's second axis) of BLOCK_C rows over their chunks, in a fixed order."""
-    row, _, exists, base, start, step, _ = locate(tl.program_id(0), N, C, chunks, 1, BLOCK_C, CHANNELS_LAST)
+    """dx of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2.
+
+    The rows' sums are combined from those of `parts` chunks of `part_tiles` tiles and written, the mean of dz after
+    them, or, without parts, read. Without tiles, that is all.
+    """
+    row, c, exists, at, start, step, chunk, size = locate(
+        tl.num_programs(0) - 1 - tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    )
     rows = tl.cast(N, tl.int64) * C
-    which = tl.program_id(1)
-    ChunkSums += which * rows * chunks
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for k0 in range(0, chunks, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        valid = (k < chunks)[:, None] & exists[None, :]
-        offset = base + start[None, :] + k[:, None] * tl.cast(step, tl.int64)
-        part = tl.load(ChunkSums + offset, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_C]
-        total += tl.sum(part, axis=0)
-    tl.store(Sums + which * rows + row, total, mask=exists)
-
-
-@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
-def backward_apply(
-    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, N, C, S, chunks, tiles,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
-    """dx of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2."""
-    if CHANNELS_LAST:
-        C = divisible(C, VEC)
+    MeanDz = Sums + (3 if SLOPE_GRAD else 2) * rows
+    if parts > 0:
+        mean_dz, sum_dz_xhat = combine_sums(
+            Parts, Sums, row, chunk, exists, N, C, S, parts, part_tiles * BLOCK_S,
+            BLOCK_K, BLOCK_C, CHANNELS_LAST, SLOPE_GRAD,
+        )  # fmt: skip
+        tl.store(MeanDz + row, mean_dz, mask=exists & (chunk == 0))
     else:
-        S = divisible(S, VEC)
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    row, c, exists, base, start, step, chunk = locate(block, N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
+        mean_dz = tl.load(MeanDz + row, mask=exists, other=0.0)  # [BLOCK_C]
+        sum_dz_xhat = tl.load(Sums + rows + row, mask=exists, other=0.0)  # [BLOCK_C]
     mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    mean_dz = tl.load(Sums + row, mask=exists, other=0.0) / S  # [BLOCK_C]
-    slant = rstd * tl.load(Sums + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0) / S  # [BLOCK_C]
-    scale = rstd * weight
-    first = tl.cast(chunk, tl.int64) * (tiles * BLOCK_S)
-    last = tl.minimum(first + tiles * BLOCK_S, S)
-    s = tl.arange(0, BLOCK_S)
-    offset = start[None, :] + s[:, None] * step
-    for s0 in range(first, last, BLOCK_S):
-        at = base + s0 * step
-        valid = (s < last - s0)[:, None] & exists[None, :]
-        x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-        dy = tl.load(DY + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-        centered, dz, _ = tile_terms(x, dy, mean, scale, bias, a, None, at, offset, valid)
-        dx = tile_dx(centered, dz, scale, mean_dz, slant)
-        tl.store(DX + at + offset, dx.to(DX.dtype.element_ty), mask=valid)
+    slant = rstd * sum_dz_xhat / S
+    stream_dx(DY, X, DX, at, start, step, size, exists, mean, rstd * weight, bias, a, mean_dz, slant, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -213,7 +322,7 @@ def instance_norm_prelu_backward(
     launch = prepared(x.shape, stride, x.itemsize, device, True, residual is not None)
     if launch is None:
         return instance_norm_prelu_backward(dy, readable(x), weight, bias, slope, statistics, needs, in_place, residual)
-    N, C, S, channels_last, plan, tile = launch
+    N, C, S, plan, options = launch
     if dy.stride() != stride:
         dy = like(dy, x)
     weight, bias, pointer, number, slope_step = parameters_side_by_side(weight, bias, slope)
@@ -224,44 +333,56 @@ def instance_norm_prelu_backward(
     # Written over dy, if at all: every program loads all it needs of it ahead of its first store, and no other's part.
     dx = None if not needs[0] else dy if in_place and dy.dtype == x.dtype else torch.empty_like(x)
     dr = None
+    split = plan.branch == "split"
     if residual is not None:
         residual = like(residual, x)
         if needs[4]:
             dr = torch.empty_like(x)
-        elif not plan.one_pass:
+        elif split:
             dr = dx  # dz waits there for the launch that turns it into dx
     if dx is None and dr is None and not need_sums:
         return (None,) * (4 if residual is None else 5)
     kinds = 3 if need_dslope else 2
     sums = None
-    if need_sums or not plan.one_pass:
-        sums = torch.empty(kinds, N * C, dtype=torch.float32, device=x.device)
-    if plan.one_pass:
+    if need_sums or split:
+        sums = torch.empty(kinds + split, N * C, dtype=torch.float32, device=x.device)
+    given = weight, bias, pointer, number, slope_step, statistics
+    if plan.branch == "one pass":
         backward_one_pass[(plan.grid,)](
-            dy, x, residual, dx, dr, weight, bias, pointer, number, slope_step, statistics, sums, N, C, S,
-            SLOPE_GRAD=need_dslope, **tile,
-        )  # fmt: skip
+            dy, x, residual, dx, dr, *given, sums, N, C, S, SLOPE_GRAD=need_dslope, **options
+        )
+    elif plan.branch == "slab":
+        parts = statistics
+        if plan.chunks > 1:
+            parts = torch.empty(kinds * N * C * plan.chunks, dtype=torch.float32, device=x.device)
+        applies = int(dx is not None)
+        for first, second in ((1, applies),) if plan.chunks == 1 else ((1, 0), (0, applies)):
+            backward_slab[(plan.grid,)](
+                dy, x, dx if applies else x, *given, sums, parts, N, C, S, plan.chunks, plan.tiles, first, second,
+                BLOCK_K=plan.COMBINE_K, STAGES=STAGES, SLOPE_GRAD=need_dslope, **options,
+            )  # fmt: skip
     else:
-        chunk_sums = torch.empty(kinds, N * C * plan.chunks, dtype=torch.float32, device=x.device)
-        backward_sums[(plan.grid,)](
-            dy, x, residual, dr, weight, bias, pointer, number, slope_step, statistics, chunk_sums, N, C, S,
-            plan.chunks, plan.tiles, SLOPE_GRAD=need_dslope, **tile,
-        )  # fmt: skip
-        backward_combine[(plan.combine_grid, kinds)](
-            chunk_sums, sums, N, C, plan.chunks,
-            BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last,
-            num_warps=COMBINE_WARPS,
-        )  # fmt: skip
+        chunks, tiles = plan.chunks, plan.tiles
+        options = {**options, "SLOPE_GRAD": need_dslope}
+        size = N, C, S, chunks, tiles
+        parts = torch.empty(kinds * N * C * chunks, dtype=torch.float32, device=x.device)
+        backward_sums[(plan.grid,)](dy, x, residual, dr, *given, parts, *size, STAGES=STAGES, **options)
+        if dr is not None:  # it is dz, which a slope of 1 leaves as it is
+            dy, given = dr, (weight, bias, None, 1.0, 0, statistics)
+        if dx is None or plan.combines_apart:
+            backward_combine_apply[(plan.grid // chunks,)](
+                dy, x, x if dx is None else dx, *given, sums, parts, N, C, S, 1, 0, chunks, tiles,
+                BLOCK_K=plan.COMBINE_K, **options,
+            )  # fmt: skip
         if dx is not None:
-            if dr is not None:  # it is dz, which a slope of 1 leaves as it is
-                dy, pointer, number, slope_step = dr, None, 1.0, 0
-            backward_apply[(plan.grid,)](
-                dy, x, dx, weight, bias, pointer, number, slope_step, statistics, sums, N, C, S,
-                plan.chunks, plan.tiles, **tile,
+            combining = 0 if plan.combines_apart else chunks
+            backward_combine_apply[(plan.grid,)](
+                dy, x, dx, *given, sums, parts, *size, combining, tiles,
+                BLOCK_K=plan.COMBINE_K, **options,
             )  # fmt: skip
     dbias = dweight = dslope = None
     if sums is not None and need_sums:
-        dbias, dweight, dslope = _parameter_gradients(sums, N, C, wanted)
+        dbias, dweight, dslope = _parameter_gradients(sums[:kinds], N, C, wanted)
     if residual is None:
         return dx, dweight, dbias, dslope
     return dx, dweight, dbias, dslope, dr if needs[4] else None
@@ -277,12 +398,12 @@ def _parameter_gradients(sums: Tensor, N: int, C: int, wanted: Sequence[Tensor |
         total = torch.empty(kinds, C, dtype=dtype, device=sums.device)
         backward_sum_n[(ceil_div(C, SUM_N_C), kinds)](sums, total, N, C, BLOCK_N=SUM_N_N, BLOCK_C=SUM_N_C, num_warps=4)
     found: list[Tensor | None] = []
-    for parameter, part in zip_longest(wanted, total.unbind()):
+    for parameter, gradient in zip_longest(wanted, total.unbind()):
         if parameter is None:
-            part = None
+            gradient = None
         elif parameter.numel() != C:
-            part = sums[-1].sum(0, True).to(parameter.dtype)  # of the sums in float32: rounded once
-        elif parameter.dtype != part.dtype:
-            part = part.to(parameter.dtype)
-        found.append(part)
+            gradient = sums[-1].sum(0, True).to(parameter.dtype)  # of the sums in float32: rounded once
+        elif parameter.dtype != gradient.dtype:
+            gradient = gradient.to(parameter.dtype)
+        found.append(gradient)
     return found

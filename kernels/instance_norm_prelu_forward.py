@@ -12,21 +12,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .formula import (
-    combined_statistics,
-    divisible,
+    combined,
     locate,
-    merge,
     normalize,
     parameters,
     plus,
     prelu,
     reciprocal_deviation,
     statistics,
+    store_parts,
+    store_statistics,
+    stream_apply,
+    stream_statistics,
+    tile,
     tile_statistics,
 )
 from .launch import elsewhere, parameters_side_by_side, prepared, side_by_side
 from .layout import like, readable
-from .plan import COMBINE_WARPS, ceil_div
+from .plan import STAGES
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
@@ -34,116 +37,86 @@ def forward_one_pass(
     X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, N, C, S, eps,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, normalisation and activation of BLOCK_C whole rows."""
-    if CHANNELS_LAST:
-        C = divisible(C, VEC)
-    else:
-        S = divisible(S, VEC)
-    row, c, exists, base, start, step, _ = locate(tl.program_id(0), N, C, S, 1, BLOCK_C, CHANNELS_LAST)
-    s = tl.arange(0, BLOCK_S)
-    offset = start[None, :] + s[:, None] * step
-    valid = (s < S)[:, None] & exists[None, :]
-    x = tl.load(X + base + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-    mean, m2 = tile_statistics(x, valid, S)
-    rstd = reciprocal_deviation(m2, S, eps)
+    """Statistics, normalisation and activation of BLOCK_C whole rows, held on chip."""
+    row, c, exists, at, start, step, _, size = locate(
+        tl.program_id(0), N, C, S, 1, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    )
+    offset, valid = tile(at, start, step, size, exists, BLOCK_S)
+    x = tl.load(X + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    z = plus(normalize(x, mean[None, :], (rstd * weight)[None, :], bias[None, :]), R, base, offset, valid)
-    tl.store(Y + base + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
-    tl.store(Statistics + row, mean, mask=exists)
-    tl.store(Statistics + tl.cast(N, tl.int64) * C + row, rstd, mask=exists)
+    inverse = 1.0 / tl.cast(S, tl.float32)
+    mean, m2 = tile_statistics(x, valid, inverse)
+    rstd = reciprocal_deviation(m2, inverse, eps)
+    z = plus(normalize(x, mean[None, :], (rstd * weight)[None, :], bias[None, :]), R, offset, valid)
+    tl.store(Y + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
+    store_statistics(Statistics, row, N, C, exists, mean, rstd)
+
+
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "applies"])
+def forward_slab(
+    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, first, applies, eps,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same of rows that are read twice, the second time from L1 or L2.
+
+    In one launch that is the first one and applies; else the first one writes the statistics of each of the chunks,
+    and the second one combines them.
+    """
+    row, c, exists, at, start, step, chunk, size = locate(
+        tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    )
+    if first:
+        mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C, STAGES)
+        if chunks > 1:
+            store_parts(Parts, row, chunk, N, C, chunks, exists, mean, m2, CHANNELS_LAST)
+    else:
+        mean, m2 = combined(Parts, row, exists, N, C, S, chunks, tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, True)
+    if applies:
+        rstd = reciprocal_deviation(m2, 1.0 / tl.cast(S, tl.float32), eps)
+        store_statistics(Statistics, row, N, C, exists & (chunk == 0), mean, rstd)
+        weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
+        stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "chunks", "tiles"])
 def forward_statistics(
-    X, Center, Mean, M2, N, C, S, chunks, tiles,
+    X, Parts, N, C, S, chunks, tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Mean and M2 of one chunk of BLOCK_C rows, laid out as x would be with `chunks` elements a row.
+    """Mean and M2 of one chunk of BLOCK_C rows."""
+    row, _, exists, at, start, step, chunk, size = locate(
+        tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    )
+    mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C, STAGES)
+    store_parts(Parts, row, chunk, N, C, chunks, exists, mean, m2, CHANNELS_LAST)
 
-    The mean is kept as the chunk's first element and the distance from it, so that merging rounds small numbers.
+
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "parts", "part_tiles"])
+def forward_combine_apply(
+    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, parts, part_tiles, eps,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2.
+
+    The rows' statistics are combined from those of `parts` chunks of `part_tiles` tiles and written, or, without
+    parts, read. Without tiles, that is all.
     """
-    if CHANNELS_LAST:
-        C = divisible(C, VEC)
-    else:
-        S = divisible(S, VEC)
-    _, _, exists, base, start, step, chunk = locate(tl.program_id(0), N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
-    first = tl.cast(chunk, tl.int64) * (tiles * BLOCK_S)
-    last = tl.minimum(first + tiles * BLOCK_S, S)
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
-    count = 0.0
-    s = tl.arange(0, BLOCK_S)
-    offset = start[None, :] + s[:, None] * step
-    at = base + first * step
-    center = tl.load(X + at + start, mask=exists, other=0.0).to(tl.float32)  # [BLOCK_C]
-    for s0 in range(first, last, BLOCK_S):
-        at = base + s0 * step
-        valid = (s < last - s0)[:, None] & exists[None, :]
-        x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-        size = tl.minimum(last - s0, BLOCK_S).to(tl.float32)
-        tile_mean, tile_m2 = tile_statistics(tl.where(valid, x - center[None, :], 0.0), valid, size)
-        mean, m2, count = merge(mean, m2, count, tile_mean, tile_m2, size)
-    _, _, exists, base, start, step, chunk = locate(tl.program_id(0), N, C, chunks, chunks, BLOCK_C, CHANNELS_LAST)
-    at = base + tl.cast(chunk, tl.int64) * step
-    tl.store(Center + at + start, center, mask=exists)
-    tl.store(Mean + at + start, mean, mask=exists)
-    tl.store(M2 + at + start, m2, mask=exists)
-
-
-@triton.jit(do_not_specialize=["N", "C", "S", "chunks", "chunk_size"])
-def forward_combine(
-    ChunkCenter, ChunkMean, ChunkM2, Statistics, N, C, S, chunks, chunk_size, eps,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
-    """mean and rstd of BLOCK_C rows from their chunks' statistics, in a fixed order."""
-    row, _, exists, base, start, step, _ = locate(tl.program_id(0), N, C, chunks, 1, BLOCK_C, CHANNELS_LAST)
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
-    count = 0.0
-    center = tl.load(ChunkCenter + base + start, mask=exists, other=0.0)  # [BLOCK_C]
-    for k0 in range(0, chunks, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        offset = base + start[None, :] + k[:, None] * tl.cast(step, tl.int64)
-        valid = (k < chunks)[:, None] & exists[None, :]
-        rest = S - k.to(tl.int64) * chunk_size
-        size = tl.maximum(tl.minimum(rest, chunk_size), 0).to(tl.float32)  # [BLOCK_K]
-        total = tl.sum(size, axis=0)
-        chunk_center = tl.load(ChunkCenter + offset, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_C]
-        chunk_mean = tl.load(ChunkMean + offset, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_C]
-        chunk_m2 = tl.load(ChunkM2 + offset, mask=valid, other=0.0)  # [BLOCK_K, BLOCK_C]
-        tile_mean, tile_m2 = combined_statistics(
-            chunk_center - center[None, :] + chunk_mean, chunk_m2, size[:, None], total
+    row, c, exists, at, start, step, chunk, size = locate(
+        tl.num_programs(0) - 1 - tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    )
+    if parts > 0:
+        mean, m2 = combined(
+            Parts, row, exists, N, C, S, parts, part_tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, True
         )
-        mean, m2, count = merge(mean, m2, count, tile_mean, tile_m2, total)
-    tl.store(Statistics + row, center + mean, mask=exists)
-    tl.store(Statistics + tl.cast(N, tl.int64) * C + row, reciprocal_deviation(m2, S, eps), mask=exists)
-
-
-@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
-def forward_apply(
-    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, N, C, S, chunks, tiles,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
-    """y of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2."""
-    if CHANNELS_LAST:
-        C = divisible(C, VEC)
+        rstd = reciprocal_deviation(m2, 1.0 / tl.cast(S, tl.float32), eps)
+        store_statistics(Statistics, row, N, C, exists & (chunk == 0), mean, rstd)
     else:
-        S = divisible(S, VEC)
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    row, c, exists, base, start, step, chunk = locate(block, N, C, S, chunks, BLOCK_C, CHANNELS_LAST)
-    mean, rstd = statistics(Statistics, row, N, C, exists)
+        mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    scale = rstd * weight
-    first = tl.cast(chunk, tl.int64) * (tiles * BLOCK_S)
-    last = tl.minimum(first + tiles * BLOCK_S, S)
-    s = tl.arange(0, BLOCK_S)
-    offset = start[None, :] + s[:, None] * step
-    for s0 in range(first, last, BLOCK_S):
-        at = base + s0 * step
-        valid = (s < last - s0)[:, None] & exists[None, :]
-        x = tl.load(X + at + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
-        z = plus(normalize(x, mean[None, :], scale[None, :], bias[None, :]), R, at, offset, valid)
-        tl.store(Y + at + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
+    stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S)
 
 
 def instance_norm_prelu_forward(
@@ -172,7 +145,7 @@ def instance_norm_prelu_forward(
     launch = prepared(x.shape, x.stride(), x.itemsize, device, False, residual is not None)
     if launch is None:
         return instance_norm_prelu_forward(readable(x), weight, bias, slope, eps, dtype, in_place, statistics, residual)
-    N, C, S, channels_last, plan, tile = launch
+    N, C, S, plan, options = launch
     if in_place and (dtype is None or dtype == x.dtype):
         y = x  # every program loads all it needs of it ahead of its first store, and no other's part
     else:
@@ -186,21 +159,30 @@ def instance_norm_prelu_forward(
     else:
         statistics = side_by_side(statistics)
     weight, bias, pointer, number, slope_step = parameters_side_by_side(weight, bias, slope)
-    if plan.one_pass:
-        forward_one_pass[(plan.grid,)](
-            x, residual, y, weight, bias, pointer, number, slope_step, statistics, N, C, S, eps, **tile
+    given = x, residual, y, weight, bias, pointer, number, slope_step, statistics
+    if plan.branch == "one pass":
+        forward_one_pass[(plan.grid,)](*given, N, C, S, eps, **options)
+    elif plan.branch == "slab":
+        parts = statistics
+        if plan.chunks > 1:
+            parts = torch.empty(2 * N * C * plan.chunks, dtype=torch.float32, device=x.device)
+        for first, applies in ((1, 1),) if plan.chunks == 1 else ((1, 0), (0, 1)):
+            forward_slab[(plan.grid,)](
+                *given, parts, N, C, S, plan.chunks, plan.tiles, first, applies, eps,
+                BLOCK_K=plan.COMBINE_K, STAGES=STAGES, **options,
+            )  # fmt: skip
+    else:
+        chunks, tiles = plan.chunks, plan.tiles
+        # Each kind is 16-byte aligned, whatever N, so that one compiled variant serves.
+        parts = statistics if known else torch.empty(2 * N * C * chunks, dtype=torch.float32, device=x.device)
+        if not known:
+            forward_statistics[(plan.grid,)](x, parts, N, C, S, chunks, tiles, STAGES=STAGES, **options)
+            if plan.combines_apart:
+                forward_combine_apply[(plan.grid // chunks,)](
+                    *given, parts, N, C, S, 1, 0, chunks, tiles, eps, BLOCK_K=plan.COMBINE_K, **options
+                )
+        combining = 0 if known or plan.combines_apart else chunks
+        forward_combine_apply[(plan.grid,)](
+            *given, parts, N, C, S, chunks, tiles, combining, tiles, eps, BLOCK_K=plan.COMBINE_K, **options
         )
-        return y, statistics
-    if not known:
-        # Each 16-byte aligned, whatever N, so that one compiled variant serves.
-        parts = torch.empty((3, 4 * ceil_div(N * C * plan.chunks, 4)), dtype=torch.float32, device=x.device).unbind()
-        forward_statistics[(plan.grid,)](x, *parts, N, C, S, plan.chunks, plan.tiles, **tile)
-        forward_combine[(plan.combine_grid,)](
-            *parts, statistics, N, C, S, plan.chunks, plan.tiles * plan.BLOCK_S, eps,
-            BLOCK_K=plan.COMBINE_K, BLOCK_C=plan.COMBINE_C, CHANNELS_LAST=channels_last,
-            num_warps=COMBINE_WARPS,
-        )  # fmt: skip
-    forward_apply[(plan.grid,)](
-        x, residual, y, weight, bias, pointer, number, slope_step, statistics, N, C, S, plan.chunks, plan.tiles, **tile
-    )
     return y, statistics

@@ -19,7 +19,7 @@ CPU_MULTIPROCESSORS = 132
 @lru_cache(maxsize=4096)
 def prepared(
     shape: Sequence[int], stride: Sequence[int], itemsize: int, device: int, backward: bool, residual: bool = False
-) -> tuple[int, int, int, bool, Plan, dict[str, Any]] | None:
+) -> tuple[int, int, int, Plan, dict[str, Any]] | None:
     """N, C, S, whether x is channels-last, the plan and the launch options made of it; None where x is not readable.
 
     device is `x.get_device()`: the number of the GPU, negative for a CPU.
@@ -34,14 +34,14 @@ def prepared(
     channels_last = found == "channels_last"
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else CPU_MULTIPROCESSORS
     plan = make_plan(N, C, S, itemsize, channels_last, sms, backward, residual)
-    tile = {
+    options = {
         "BLOCK_S": plan.BLOCK_S,
         "BLOCK_C": plan.BLOCK_C,
         "VEC": plan.VEC,
         "CHANNELS_LAST": channels_last,
         "num_warps": plan.num_warps,
     }
-    return N, C, S, channels_last, plan, tile
+    return N, C, S, plan, options
 
 
 def elsewhere(device: int) -> bool:

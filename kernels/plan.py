@@ -1,48 +1,41 @@
 """Launch plans: pure arithmetic from shapes to block sizes, warps and grid. The launchers obey.
 
-Block sizes depend on C, S, the element size and the layout but never on N, so that another batch size compiles
-nothing; N and the number of SMs decide only run-time integers (how many programs, how many chunks a row).
+The rule, for x of N·C rows of S elements:
+1. *one pass*, where the narrowest slice of channels that moves whole sectors (or one contiguous row) is at most a tile
+   of ONE_PASS: one launch holds it on chip and reads x once.
+2. *slab*, where such a slice is a sector wide and has at most SLAB_POSITIONS positions: a program streams the slice
+   twice, the second time from L1 or L2. In one launch, where the slices keep SLAB_BUSY of the SMs busy, else in two,
+   with each slice cut into chunks. With a residual the backward has none: dz has to wait in memory.
+3. *split*: slices of SLICE_BYTES, cut into chunks. One launch streams x for partial results, another streams it again.
+   The second one combines the partial results of its rows itself, where that adds at most OWN_COMBINE to x; else a
+   launch between the two combines them.
+
+Block sizes and which kernels are compiled depend on C, S, the element size and the layout but never on N, so that
+another batch size compiles nothing. N and the number of SMs decide run-time integers: how many programs, chunks and
+launches. Where a constant's source is a simulation, it is of sm_90 machine code and was never measured; `fastenc bench
+tune` compares the branches on a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, isqrt
+from typing import Literal
 
 VECTOR_BYTES = 16  # the widest load or store of a thread
 SECTOR_BYTES = 32  # the unit in which memory moves
-LINE_BYTES = 128  # an L2 line: a wider slice of channels gains nothing
 
 # (elements of a tile, most warps) of the one-pass kernels by (channels_last, backward): the largest that compile for
-# sm_80, sm_90 and sm_100 without spilling. 32 warps leave a thread 64 registers, 16 leave it 128; channels-last
-# threads hold five values for each of up to 8 channels besides their elements, the backward two tensors.
+# sm_80, sm_90 and sm_100 without spilling.
 ONE_PASS = {
-    (False, False): (32768, 32),
-    (False, True): (16384, 32),
-    (True, False): (16384, 16),
-    (True, True): (16384, 16),
-}
-
+    (False, False): (32768, 32), (False, True): (8192, 16), (True, False): (16384, 16), (True, True): (16384, 16),
+}  # fmt: skip
 # With a residual, which is one tensor more on chip.
-ONE_PASS_RESIDUAL = {
-    (False, False): (16384, 32),
-    (False, True): (8192, 16),
-    (True, False): (16384, 16),
-    (True, True): (16384, 16),
-}
+ONE_PASS_RESIDUAL = {**ONE_PASS, (False, False): (16384, 16)}
 
-# (elements of a tile, warps) of the streaming kernels by backward: at least two programs to an SM, two or more 16-byte
-# loads in flight per thread.
-STREAM = {False: (8192, 8), True: (4096, 8)}
-
-# With a residual, by (channels_last, backward): fewer elements a thread, because contiguous rows of odd length, where
-# each element has an address in registers, would spill. Not a smaller tile: there its ends are partial sectors.
-STREAM_RESIDUAL = {
-    (False, False): (4096, 8),
-    (False, True): (4096, 16),
-    (True, False): (4096, 8),
-    (True, True): (4096, 8),
-}
+# Elements of a one-pass tile for each thread, by (channels_last, backward): with half as many, threads whose channels
+# are as many reduce and divide twice as often (simulated); contiguous, the backward spills.
+ELEMENTS_PER_THREAD = {(False, False): 32, (False, True): 16, (True, False): 32, (True, True): 32}
 
 # Rows of at most this many positions share one tile height: the deep ends of all volumes compile the same variants.
 SHORTEST_ROW = 8
@@ -55,19 +48,31 @@ RELOAD_BLOCK_S = 512
 # statistics would move mostly empty sectors. Channels-last tiles stay as narrow as whole sectors, and a 16-byte access
 # for each lane of a warp, allow: the most programs, two to each of 132 SMs from about 4,000 rows (bfloat16) on.
 SHORT_ROWS_TILE = 2048
-ELEMENTS_PER_THREAD = 16
 
-# Programs per SM of a split launch: 8 programs of 8 warps fill the 64 warps of an SM.
-PROGRAMS_PER_SM = 8
+# (elements of a tile, warps) of the kernels that stream x, by (slab, backward): the most elements of a thread with
+# which four programs of 4 warps fit the registers of an SM (simulated). Where elements are not 16 bytes side by side,
+# each has an address in registers, and twice the warps share them; they would spill.
+STREAM = {(False, False): (4096, 4), (False, True): (2048, 4), (True, False): (4096, 8), (True, True): (4096, 8)}
+STAGES = 3  # tiles of the first reading that are on their way or worked on at a time (simulated)
 
-# A chunk's fixed cost is up to 72 bytes a row (partials written and read, parameters loaded): (bytes of x, least bytes
-# of a row's chunk) keep it under the excess that each size class allows over the ideal (0.02, 0.13, 0.5 of x).
-CHUNK_BYTES = ((8_000_000, 2048), (1_000_000, 512), (0, 128))
+# Positions of a slab by channels_last, and the share of the SMs that its slices keep busy in one launch (simulated).
+SLAB_POSITIONS = {True: 8192, False: 32768}
+SLAB_BUSY = 4 / 9
+
+# Width of a split slice, and programs per SM of a split launch: those that fit at a time.
+SLICE_BYTES = 64
+PROGRAMS_PER_SM = 4
+
+# What partial results may add to the traffic of x, by bytes of x: (from so many bytes of x on, least bytes of a row's
+# chunk, share of x). A chunk's fixed cost is up to 72 bytes a row: partials written and read, parameters loaded. Where
+# apply combines the partials itself, each of a row's programs reads all of them besides, 8 bytes a chunk: at most that
+# share. Together they keep to the ceilings (0.05, 0.3 and 1 over the ideal backward; 0.15 for combining below 16 MB).
+PARTIALS = ((16_000_000, 1536, 0.01), (8_000_000, 1536, 0.15), (1_000_000, 384, 0.2), (0, 128, 0.3))
 # A contiguous row's partials and parameters are single floats, each a sector: about 480 bytes instead of 72.
 CONTIGUOUS_CHUNK_FACTOR = 6
 
-# Partials that one program of the combining launch holds at a time, and its warps: 16 of each kind to a thread.
-COMBINE_TILE, COMBINE_WARPS = 4096, 8
+# Partials of a kind that a program combines at a time.
+COMBINE_TILE = 1024
 # The tile of the launch that sums over n.
 SUM_N_N, SUM_N_C = 16, 64
 
@@ -76,14 +81,12 @@ SUM_N_N, SUM_N_C = 16, 64
 class Plan:
     """How one direction of the op is launched on x of N·C rows of S elements.
 
-    one_pass: a program holds whole rows. Otherwise rows are split: streamed twice, tile by tile.
     BLOCK_S, BLOCK_C, num_warps: the tile [positions, rows] of a program, and its warps. VEC: elements by which the
-    contiguous axis is known divisible. chunks: pieces a row is cut into. tiles: tiles of a piece.
-    grid: programs of the one-pass kernel or of each streaming kernel. COMBINE_K, COMBINE_C, combine_grid: tile and
-    programs of the launch that combines the chunks' partials.
+    contiguous axis is known divisible. chunks: pieces a row is cut into. tiles: tiles of a piece. grid: programs of
+    each launch that streams x. COMBINE_K: chunks combined at a time. combines_apart: a launch of its own does that.
     """
 
-    one_pass: bool
+    branch: Literal["one pass", "slab", "split"]
     BLOCK_S: int
     BLOCK_C: int
     VEC: int
@@ -92,8 +95,12 @@ class Plan:
     tiles: int
     grid: int
     COMBINE_K: int
-    COMBINE_C: int
-    combine_grid: int
+    combines_apart: bool = False
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether x is read once."""
+        return self.branch == "one pass"
 
 
 def power_of_2(n: int) -> int:
@@ -133,50 +140,31 @@ def make_plan(
     rows = max(SHORTEST_ROW, power_of_2(S))
     most, most_warps = (ONE_PASS_RESIDUAL if residual else ONE_PASS)[channels_last, backward]
     if rows * least <= most:
-        return one_pass(N, C, S, itemsize, channels_last, VEC, least, rows, most_warps)
-    stream = STREAM_RESIDUAL[channels_last, backward] if residual else STREAM[backward]
-    return split(N, C, S, itemsize, channels_last, VEC, least, sms, *stream)
-
-
-def one_pass(
-    N: int, C: int, S: int, itemsize: int, channels_last: bool, VEC: int, least: int, rows: int, most_warps: int
-) -> Plan:
-    """Whole rows held on chip: x is read once."""
-    if channels_last:
-        a_warp = 32 * VECTOR_BYTES // itemsize
-        BLOCK_C = max(least, min(power_of_2(C), a_warp // rows))
-    else:
-        BLOCK_C = max(1, SHORT_ROWS_TILE // rows)
-    num_warps = min(most_warps, max(1, rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD)))
-    return Plan(True, rows, BLOCK_C, VEC, num_warps, 1, 1, blocks(N, C, BLOCK_C, channels_last), 1, 1, 0)
-
-
-def split(
-    N: int,
-    C: int,
-    S: int,
-    itemsize: int,
-    channels_last: bool,
-    VEC: int,
-    least: int,
-    sms: int,
-    tile: int,
-    num_warps: int,
-) -> Plan:
-    """Rows cut into chunks: partials per chunk, combined in a fixed order, then a second reading of x."""
-    BLOCK_C = max(least, min(power_of_2(C), LINE_BYTES // itemsize)) if channels_last else 1
-    BLOCK_S = max(1, tile // BLOCK_C)
+        widest = 32 * VECTOR_BYTES // itemsize if channels_last else SHORT_ROWS_TILE
+        BLOCK_C = max(least, min(power_of_2(C) if channels_last else widest, widest // rows))
+        warps = rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD[channels_last, backward])
+        grid = blocks(N, C, BLOCK_C, channels_last)
+        return Plan("one pass", rows, BLOCK_C, VEC, min(most_warps, max(1, warps)), 1, 1, grid, 1)
+    slab = SLAB_POSITIONS[channels_last] >= S and least * itemsize <= SECTOR_BYTES and not (backward and residual)
+    tile, num_warps = STREAM[slab, backward]
+    if VEC * itemsize < VECTOR_BYTES:
+        num_warps *= 2
+    BLOCK_C = max(least, min(power_of_2(C), SLICE_BYTES // itemsize)) if channels_last and not slab else least
+    BLOCK_S = max(2, tile // BLOCK_C)
     across = blocks(N, C, BLOCK_C, channels_last)
     volume = N * C * S * itemsize
-    chunk_bytes = next(least_bytes for size, least_bytes in CHUNK_BYTES if volume >= size)
-    chunk_bytes *= 1 if channels_last else CONTIGUOUS_CHUNK_FACTOR
-    most = max(1, S // max(BLOCK_S, chunk_bytes // itemsize))
-    chunks = min(most, max(1, ceil_div(sms * PROGRAMS_PER_SM, across)))
-    tiles = ceil_div(ceil_div(S, chunks), BLOCK_S)
+    chunk_bytes, share = next(limits for least_volume, *limits in PARTIALS if volume >= least_volume)
+    own = isqrt(int(share * S * itemsize / 8))
+    if slab:
+        chunks = 1 if across >= SLAB_BUSY * sms else min(sms // across, own)
+    else:
+        chunk_bytes *= 1 if channels_last else CONTIGUOUS_CHUNK_FACTOR
+        chunks = min(PROGRAMS_PER_SM * sms // across, S // max(BLOCK_S, chunk_bytes // itemsize))
+        if volume < PARTIALS[0][0]:
+            chunks = min(chunks, own)
+    tiles = ceil_div(ceil_div(S, max(1, chunks)), BLOCK_S)
     chunks = ceil_div(S, tiles * BLOCK_S)
-    # Channels-last partials are combined a sector of channels at a time, contiguous ones a row at a time.
-    COMBINE_C = min(power_of_2(C), SECTOR_BYTES // 4) if channels_last else 1
+    K = max(1, COMBINE_TILE // BLOCK_C)
     return Plan(
-        False, BLOCK_S, BLOCK_C, VEC, num_warps, chunks, tiles, across * chunks,
-        COMBINE_TILE // COMBINE_C, COMBINE_C, blocks(N, C, COMBINE_C, channels_last),
-    )  # fmt: skip
+        "slab" if slab else "split", BLOCK_S, BLOCK_C, VEC, num_warps, chunks, tiles, across * chunks, K, chunks > own
+    )

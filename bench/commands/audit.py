@@ -29,7 +29,7 @@ from ..proofs.audit.rows import Row, variant_violations, violations
 from ..proofs.audit.table import print_table, summary
 
 if TYPE_CHECKING:
-    from ..proofs.audit.findings import Compiled, Variants
+    from ..proofs.audit.findings import Compiled, Count, Variants
 
 PURPOSE = "check the kernels' bytes, registers, vector widths and variants against their ceilings, without a GPU"
 SCHEMA = "fastenc-audit-1"
@@ -99,11 +99,13 @@ def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Vari
         for case, one in zip(group, next(results), strict=True):
             compiled[case][target] = one
     counts = {case: count for group in counting for case, count in zip(group, next(results), strict=True)}
-    rows = [
-        Row.of(case, find.plan_of(case).one_pass, find.predict(case), counts.get(case), compiled[case])
-        for case in audited
-    ]
-    return rows, list(results)
+    return [_row(find, case, counts.get(case), compiled[case]) for case in audited], list(results)
+
+
+def _row(find: Any, case: Case, count: Count | None, compiled: dict[str, Compiled]) -> Row:
+    plan = find.plan_of(case)
+    in_apply = plan.chunks > 1 and not plan.combines_apart
+    return Row.of(case, plan.one_pass, find.predict(case), count, compiled, plan.branch == "slab", in_apply)
 
 
 def _grouped(audited: Sequence[Case], key: Callable[[Case], Any]) -> list[list[Case]]:

@@ -28,6 +28,7 @@ TTIR_PLACE = re.compile(
 PTX_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"(.*)"', re.MULTILINE)
 PTX_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
 PTX_ACCESS = re.compile(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z]+(\d+)\s")
+PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s+\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|\d+)")
 
 Place = tuple[str, int]  # a file's name and a line of it
 
@@ -76,6 +77,9 @@ def _thread_bytes(ptx: str) -> dict[Place, Counter[int]]:
             here = names[place[1]], int(place[2])
         elif here is not None and (access := PTX_ACCESS.search(line)):
             width = int(access[1] or 1) * int(access[2]) // 8
+            moved[here][width] += width
+        elif here is not None and (copy := PTX_COPY.search(line)):
+            width = int(copy[1], 0)
             moved[here][width] += width
     return moved
 

@@ -21,6 +21,18 @@ TRAFFIC = {
 # backward reads r once, for the sign of z + r, and writes dr = dz once. A split backward then reads dr instead of dy.
 RESIDUAL_TRAFFIC = {False: 1.0, True: 2.0}
 
+# If each program of apply combines the partial results of its rows itself, all programs read them again. That adds so
+# much of x, for an x of less than so many bytes.
+COMBINED_IN_APPLY, COMBINED_IN_APPLY_BYTES = 0.15, 16_000_000
+
+# The largest cost of a loop that streams x, for bfloat16, channels-last, at least 32 channels and no residual:
+# instructions of a thread per element, and barriers per tile, read from sm_90 machine code.
+LOOP_CHANNELS = 32
+LOOP_INSTRUCTIONS = {
+    "forward statistics": 12.0, "forward apply": 10.0, "backward sums": 19.0, "backward apply": 16.0,
+}  # fmt: skip
+LOOP_BARRIERS = 3
+
 # The longest rows that must be read only once, in positions, by (channels_last, backward).
 ONE_PASS_POSITIONS = {(True, False): 1024, (True, True): 1024, (False, False): 32768, (False, True): 4096}
 # The limit with a residual: in float32, 32,768 positions of x and r spill registers on sm_80 and sm_90.
@@ -37,16 +49,20 @@ VARIANTS, VARIANTS_OTHER_BATCH, VARIANTS_OTHER_SIZE = 40, 0, 6
 
 
 def traffic_ceiling(
-    N: int, C: int, S: int, itemsize: int, backward: bool, split: bool, residual: bool = False
+    N: int, C: int, S: int, itemsize: int, backward: bool, split: bool, residual: bool = False, in_apply: bool = False
 ) -> float:
     """The most bytes that may be moved for x (N, C, S) with `itemsize`-byte elements, over the bytes of x.
 
     This includes what each row costs in addition to its elements: five float32 in the forward; eleven, and a share of
     the launch that sums over n, in the backward.
+
+    in_apply: the programs of apply combine the partial results of their rows.
     """
     size_class = bisect_right(SIZE_CLASSES, N * C * S * itemsize)
     row_bytes = 44 + 12 / N if backward else 20
     ideal = TRAFFIC[backward, split][size_class] + (RESIDUAL_TRAFFIC[backward] if residual else 0.0)
+    if in_apply and N * C * S * itemsize < COMBINED_IN_APPLY_BYTES:
+        ideal += COMBINED_IN_APPLY
     return ideal + row_bytes / (S * itemsize)
 
 
@@ -64,3 +80,8 @@ def breaks_sectors(C: int, itemsize: int, channels_last: bool) -> bool:
 def vectors_required(C: int, S: int, itemsize: int, channels_last: bool) -> bool:
     """Whether the length of x's contiguous axis allows 16-byte accesses everywhere."""
     return (C if channels_last else S) * itemsize % 16 == 0
+
+
+def loops_held(dtype: str, channels_last: bool, C: int, residual: bool) -> bool:
+    """Whether the loops that stream x are held to LOOP_INSTRUCTIONS and LOOP_BARRIERS."""
+    return dtype == "bfloat16" and channels_last and LOOP_CHANNELS <= C and not residual

@@ -117,7 +117,12 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
 
 
+def machine_code(cubin: bytes) -> str:
+    """The machine code, disassembled."""
+    return _cuobjdump("-sass", cubin)
+
+
 def instructions(cubin: bytes) -> Counter[str]:
     """How often each of PATTERNS occurs in the machine code."""
-    sass = _cuobjdump("-sass", cubin)
-    return Counter({name: len(pattern.findall(sass)) for name, pattern in PATTERNS.items()})
+    code = machine_code(cubin)
+    return Counter({name: len(pattern.findall(code)) for name, pattern in PATTERNS.items()})

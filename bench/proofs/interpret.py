@@ -144,6 +144,16 @@ def faithful() -> Iterator[None]:
             )
         return self.to_tensor(total, input.dtype)
 
+    def tree_reduce(self: Any, input: Any) -> Any:
+        """Of tuples, down one axis, by any function; whole columns at a time."""
+        dtypes = [one.dtype for one in input]
+        parts = [np.moveaxis(one.handle.data, self.axis, 0) for one in input]
+        while (half := len(parts[0]) // 2) > 0:
+            halves = [*(part[:half] for part in parts), *(part[half:] for part in parts)]
+            joined = self.combine_fn.fn(*map(self.to_tensor, halves, 2 * dtypes))
+            parts = [one.handle.data for one in joined]
+        return tuple(self.to_tensor(part[0], dtype) for part, dtype in zip(parts, dtypes, strict=True))
+
     builder = interpreter.interpreter_builder
     options = builder.options
     builder.options = dataclasses.replace(options, debug=True)
@@ -152,7 +162,7 @@ def faithful() -> Iterator[None]:
             _patched(
                 InterpreterBuilder, cast_impl=cast_impl, binary_op=binary_op, create_masked_load=create_masked_load
             ),
-            _patched(interpreter.ReduceOps, sum=tree_sum),
+            _patched(interpreter.ReduceOps, sum=tree_sum, generic_reduce=tree_reduce),
         ):
             yield
     finally:
@@ -179,7 +189,7 @@ class Traffic:
 
         def moved(ptrs: Any, mask: Any) -> tuple[int, int]:
             size = ptrs.get_element_ty().primitive_bitwidth // 8
-            address = ptrs.data if mask is None else ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+            address = ptrs.data if mask is None else ptrs.data[np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)]
             return self.alike * address.size * size, self.alike * np.unique(address // 32).size * 32
 
         def load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:

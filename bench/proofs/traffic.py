@@ -49,6 +49,7 @@ class Programs:
     chunk: the number of the chunk, of `chunks` that the rows are split into.
     """
 
+    N: int
     C: int
     S: int
     chunks: int
@@ -72,27 +73,46 @@ class Programs:
             row, chunk = p // chunks * BLOCK_C, p % chunks
             c, rows = row % C, np.minimum(BLOCK_C, N * C - row)
         s = chunk * chunk_size
-        return cls(C, S, chunks, channels_last, row, c, rows, chunk, s, np.minimum(chunk_size, S - s))
+        return cls(N, C, S, chunks, channels_last, row, c, rows, chunk, s, np.minimum(chunk_size, S - s))
 
     @classmethod
     def streaming(cls, plan: Plan, N: int, C: int, S: int, channels_last: bool) -> Programs:
-        """The programs of the one-pass kernel, or of each kernel that streams x."""
-        chunk_size = S if plan.one_pass else plan.tiles * plan.BLOCK_S
-        return cls.of(N, C, S, plan.BLOCK_C, plan.chunks, chunk_size, channels_last)
+        """The programs of the one-pass kernel, or of each launch that streams x."""
+        return cls.of(N, C, S, plan.BLOCK_C, plan.chunks, plan.tiles * plan.BLOCK_S, channels_last)
 
-    @classmethod
-    def combining(cls, plan: Plan, N: int, C: int, channels_last: bool) -> Programs:
-        """The programs that combine the chunks' partials."""
-        return cls.of(N, C, plan.chunks, plan.COMBINE_C, 1, plan.chunks, channels_last)
+    def combining(self) -> Programs:
+        """Of these the first chunks': the programs of the launch that combines partials, or those that store them."""
+        return self.chosen(self.chunk == 0)
+
+    def chosen(self, which: np.ndarray) -> Programs:
+        """Some of these."""
+        arrays = {name: getattr(self, name)[which] for name in ("row", "c", "rows", "chunk", "s", "positions")}
+        return replace(self, **arrays)
 
     @classmethod
     def summing_n(cls, N: int, C: int) -> Programs:
         """The programs that sum over n. They see the N·C sums as one channels-last sample (C, N)."""
         return cls.of(1, C, N, SUM_N_C, 1, N, True)
 
-    def partials(self) -> Programs:
-        """The same programs on the partials, whose layout is that of an x with `chunks` positions."""
-        return replace(self, S=self.chunks, s=self.chunk, positions=np.ones_like(self.s))
+    def part(self, chunk: Any) -> Any:
+        """Offset of a partial result of the first row's."""
+        return chunk * self.N * self.C + self.row if self.channels_last else self.row * self.chunks + chunk
+
+    def part_bytes(self) -> int:
+        """Bytes of one access to the program's own partial result of every row, all of one kind."""
+        touched = sectors(self.part(self.chunk) * FLOAT_BYTES, self.rows * FLOAT_BYTES)
+        return int(touched.sum()) * SECTOR_BYTES
+
+    def parts_bytes(self, COMBINE_K: int) -> int:
+        """Bytes of accesses to all partial results of every row, COMBINE_K chunks at a time, all of one kind."""
+        touched = 0
+        for k in range(0, self.chunks, COMBINE_K):
+            count, start = min(COMBINE_K, self.chunks - k), self.part(k) * FLOAT_BYTES
+            if self.channels_last:
+                touched += sectors(start, self.rows * FLOAT_BYTES, self.N * self.C * FLOAT_BYTES, count).sum()
+            else:
+                touched += sectors(start, count * FLOAT_BYTES, self.chunks * FLOAT_BYTES, self.rows).sum()
+        return int(touched) * SECTOR_BYTES
 
     def first(self) -> np.ndarray:
         """Offset of the first element."""
@@ -125,9 +145,11 @@ class Programs:
 
     def kinds(self, itemsize: int) -> tuple[np.ndarray, np.ndarray]:
         """One program number for each kind of programs that move the same, and the number of programs of each kind."""
-        traits = [self.rows, self.positions, self.first() * itemsize % SECTOR_BYTES]
+        traits = [self.rows, self.positions, self.chunk == 0, self.first() * itemsize % SECTOR_BYTES]
+        if self.chunks > 1:
+            traits += [self.part(chunk) * FLOAT_BYTES % SECTOR_BYTES for chunk in (0, self.chunk)]
         if self.rows.max() > 1:
-            traits += [at * FLOAT_BYTES % SECTOR_BYTES for at in (self.row, self.c, self.partials().first())]
+            traits += [at * FLOAT_BYTES % SECTOR_BYTES for at in (self.row, self.c)]
             traits.append(np.minimum(self.rows, self.C - self.c))  # channels up to the end of the sample
         _, numbers, counts = np.unique(np.stack(traits), axis=1, return_index=True, return_counts=True)
         return numbers, counts
@@ -148,13 +170,20 @@ def predicted_bytes(
         return total + 3 * tile + 3 * channel + 5 * row + reload
     if plan.one_pass:
         return total + 2 * tile + 3 * channel + 2 * row
-    combine = Programs.combining(plan, N, C, channels_last)
-    partials = stream.partials().tile_bytes(FLOAT_BYTES, 1) + combine.tile_bytes(FLOAT_BYTES, plan.COMBINE_K)
+    combine, kinds, sums = stream.combining(), 2, 2
+    total += (5 if backward else 3) * tile + 3 * channel
     if backward:
-        total += 2 * tile + 3 * channel + 2 * row
-        total += 3 * partials + 3 * combine.row_bytes()
-        return total + 3 * tile + 3 * channel + 4 * row
-    # A chunk's mean is its first element and the distance from it.
-    total += tile + replace(stream, positions=np.ones_like(stream.s)).tile_bytes(itemsize, 1)
-    total += 3 * partials + replace(combine, positions=np.ones_like(combine.s)).tile_bytes(FLOAT_BYTES, 1)
-    return total + 2 * combine.row_bytes() + 2 * tile + 3 * channel + 2 * row
+        kinds, sums = 3, 4 if plan.branch == "split" else 3
+        total += 2 * row  # the statistics, read once in each of two launches below
+    else:
+        total += replace(stream, positions=np.ones_like(stream.s)).tile_bytes(itemsize, 1)
+    if plan.chunks == 1 and plan.branch == "slab":
+        return total + sums * combine.row_bytes()
+    total += kinds * stream.part_bytes() + sums * combine.row_bytes()
+    readers = combine if plan.combines_apart else stream
+    total += 2 * readers.parts_bytes(plan.COMBINE_K)
+    if backward:
+        total += combine.parts_bytes(plan.COMBINE_K) + 2 * row + 3 * channel
+    if plan.combines_apart:
+        total += 2 * row + 3 * combine.channel_bytes() + (2 * combine.row_bytes() if backward else 0)
+    return total

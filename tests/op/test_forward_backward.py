@@ -7,14 +7,12 @@ from functools import partial
 import pytest
 import torch
 from support.accuracy import check, double, formula, gradients, hold, magnitudes
+from support.plans import PLANS, planned
 from torch import Tensor
 
 import fastenc
 from fastenc.bench.proofs.interpret import Traffic, interpreted
-from fastenc.kernels import instance_norm_prelu_backward as backward_room
-from fastenc.kernels import instance_norm_prelu_forward as forward_room
 from fastenc.kernels.layout import MEMORY_FORMAT
-from fastenc.kernels.plan import blocks, make_plan
 
 SPATIAL = {2: (2, 1, 1), 3: (3, 1, 1), 7: (7, 1, 1), 120: (4, 5, 6), 1000: (10, 10, 10), 4097: (17, 241, 1)}
 LAYOUTS = ("contiguous", "channels_last")
@@ -111,37 +109,17 @@ def test_rows_split_in_many_chunks(layout: str) -> None:
     check(x, torch.randn(3), torch.randn(3), torch.rand(3), dy)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_more_chunks_than_a_combining_program_holds_at_a_time(channels_last: bool) -> None:
-    """The combining launches alone, on the partials of short chunks: a 128³ input is too large to interpret."""
-    C, size = 8, 5
-    plan = make_plan(1, C, 128**3, 4, channels_last=True, sms=132, backward=False)
-    assert plan.chunks > plan.COMBINE_K
-    chunks, rows = 2 * plan.COMBINE_K + 88, 2 * C
-    S = chunks * size - 3
-    x = torch.randn(rows, S, dtype=torch.float64) + 10
-    parts = x.float().split(size, dim=1)
-
-    def laid_out_as_partials(per_chunk: list[Tensor]) -> Tensor:
-        found = torch.stack(per_chunk, dim=1)  # [rows, chunks]
-        return found.view(2, C, chunks).transpose(1, 2).contiguous() if channels_last else found
-
-    center = [part[:, 0] for part in parts]
-    mean = [part.mean(1) - part[:, 0] for part in parts]
-    m2 = [part.var(1, correction=0) * part.shape[1] for part in parts]
-    statistics, sums = torch.empty(2, rows), torch.empty(2, rows)
-    grid = blocks(2, C, plan.COMBINE_C, channels_last)
-    options = {"BLOCK_K": plan.COMBINE_K, "BLOCK_C": plan.COMBINE_C, "CHANNELS_LAST": channels_last}
-    forward_room.forward_combine[(grid,)](
-        *map(laid_out_as_partials, (center, mean, m2)), statistics, 2, C, S, chunks, size, 1e-5, **options
-    )
-    backward_room.backward_combine[(grid, 2)](
-        torch.stack([laid_out_as_partials([k * part.sum(1) for part in parts]) for k in (1, 2)]),
-        sums, 2, C, chunks, **options,
-    )  # fmt: skip
-    rstd = (x.var(1, correction=0) + 1e-5).rsqrt()
-    for found, truth in zip((*statistics, *sums), (x.mean(1), rstd, x.sum(1), 2 * x.sum(1)), strict=True):
-        assert (found - truth).abs().max() <= 1e-6 * truth.abs().max()
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("name", PLANS)
+def test_other_plans(name: str, residual: bool) -> None:
+    """Branches that only tensors too large to interpret would take."""
+    spatial, layout = PLANS[name].shape
+    x, dy, r = (laid_out(torch.randn(spatial), layout) for _ in range(3))
+    with planned(name) as plan:
+        forward, backward = plan(x, False, residual), plan(x, True, residual)
+        assert PLANS[name].reached(forward), forward
+        assert residual or PLANS[name].reached(backward), backward
+        check(x, torch.randn(8), torch.randn(8), torch.rand(8), dy, residual=r if residual else None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

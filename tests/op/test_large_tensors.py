@@ -55,11 +55,11 @@ def last_rows(programs: int) -> Callable[[str, tuple[int, int, int]], list[tuple
 
 
 def programs(N: int, C: int, S: int, channels_last: bool, backward: bool) -> int:
-    """How many programs of a streaming or combining launch the last rows take, whichever takes more."""
+    """How many programs of a launch that streams the last rows take."""
     plan = make_plan(N, C, S, 2, channels_last, 132, backward)
     if not channels_last:
         return plan.chunks
-    return max(plan.chunks * -(-C // plan.BLOCK_C), -(-C // plan.COMBINE_C))
+    return plan.chunks * -(-C // plan.BLOCK_C)
 
 
 def check_forward(N: int, C: int, S: int, channels_last: bool) -> None:

@@ -18,8 +18,8 @@ EXAMPLE_1 = [
     (256, (4, 4, 4)), (512, (4, 4, 4)), (512, (2, 2, 2)), (1024, (2, 2, 2)),
 ]  # fmt: skip
 EVERY_KERNEL = {
-    "forward_one_pass", "forward_statistics", "forward_combine", "forward_apply",
-    "backward_one_pass", "backward_sums", "backward_combine", "backward_apply", "backward_sum_n",
+    "forward_one_pass", "forward_slab", "forward_statistics", "forward_combine_apply",
+    "backward_one_pass", "backward_slab", "backward_sums", "backward_combine_apply", "backward_sum_n",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Needs triton but no GPU. Every finding is of the launchers that users call, run 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from fastenc.kernels.plan import VECTOR_BYTES, Plan, make_plan
 
 from ..access_width import share
 from ..compile import Launch, recorded, resources
+from ..hot_loops import HotLoop, hot_loops, programs_per_sm
 from ..interpret import Traffic, interpreted, sampled_programs
 from ..traffic import FLOAT_BYTES, Programs, predicted_bytes
 from .cases import EXAMPLE_1, Case, Precision, norm_inputs
@@ -35,6 +36,7 @@ class Compiled:
     launches: the kernels' names, in order. registers: of a thread. spills: bytes of stack of a thread. shared: bytes of
     a block. vector_share: of the bytes that accesses to x, y, r and their gradients move, the share that moves 16 bytes
     at a time. These four are None for ROCm. atomics: in triton's intermediate code. failure: why it does not compile.
+    programs: that an SM holds at a time; loops: those that stream x, in order; both for sm_90 only.
     """
 
     launches: tuple[str, ...] = ()
@@ -44,6 +46,8 @@ class Compiled:
     vector_share: float | None = None
     atomics: int = 0
     failure: str | None = None
+    programs: int | None = None
+    loops: tuple[HotLoop, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,11 @@ def read(made: Launch) -> Compiled:
         return Compiled((made.name,), atomics=atomics)
     used, shared = resources(cubin), made.compiled.metadata.shared
     spills = used["STACK"] + used["LOCAL"]
-    return Compiled((made.name,), used["REG"], spills, shared, share(made, VECTOR_BYTES), atomics)
+    compiled = Compiled((made.name,), used["REG"], spills, shared, share(made, VECTOR_BYTES), atomics)
+    if made.compiled.metadata.target.arch != 90 or made.name.endswith("_sum_n"):
+        return compiled
+    programs = programs_per_sm(used["REG"], made.num_warps, shared)
+    return replace(compiled, programs=programs, loops=hot_loops(made))
 
 
 def _worst(launches: Sequence[Compiled]) -> Compiled:
@@ -127,6 +135,8 @@ def _worst(launches: Sequence[Compiled]) -> Compiled:
         shared=_most(each.shared for each in launches),
         vector_share=min(shares, default=None),
         atomics=sum(each.atomics for each in launches),
+        programs=min((each.programs for each in launches if each.programs is not None), default=None),
+        loops=tuple(dict.fromkeys(loop for each in launches for loop in each.loops)),
     )
 
 
@@ -147,7 +157,7 @@ def _count(case: Case) -> Count:
     def choose(kernel: str, grid: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
         nonlocal interpreted_programs, programs
         programs += grid[0] * grid[1]
-        numbers, counts = _kinds(case, plan, kernel)
+        numbers, counts = _kinds(case, plan, kernel, grid[0])
         if counts.sum() != grid[0]:
             raise RuntimeError(f"{case}: the plan makes {counts.sum()} programs of {kernel}, launched were {grid[0]}")
         for number, alike in zip(numbers.tolist(), counts.tolist(), strict=True):
@@ -162,13 +172,14 @@ def _count(case: Case) -> Count:
     return Count(traffic.sectors, interpreted_programs, programs)
 
 
-def _kinds(case: Case, plan: Plan, kernel: str) -> tuple[np.ndarray, np.ndarray]:
+def _kinds(case: Case, plan: Plan, kernel: str, grid: int) -> tuple[np.ndarray, np.ndarray]:
     """One program number of each kind, and how many there are of it, on the first axis of the kernel's grid."""
     if kernel.endswith("_sum_n"):
         return Programs.summing_n(case.N, case.C).kinds(FLOAT_BYTES)
-    if kernel.endswith("_combine"):
-        return Programs.combining(plan, case.N, case.C, case.channels_last).kinds(FLOAT_BYTES)
-    return Programs.streaming(plan, case.N, case.C, case.S, case.channels_last).kinds(case.itemsize)
+    programs = Programs.streaming(plan, case.N, case.C, case.S, case.channels_last)
+    if plan.combines_apart and grid * plan.chunks == plan.grid:
+        programs = programs.combining()  # the launch without tiles
+    return programs.kinds(case.itemsize)
 
 
 def predict(case: Case) -> int:

@@ -24,6 +24,7 @@ class Row:
     interpreted, programs: the number of interpreted programs and of all programs; both are 0 if predicted.
     split_excused: the row is short enough for one pass, but slices of its channels would move partial sectors.
     compiled: by target.
+    slab: the second read of x comes from L1 or L2.
     """
 
     case: Case
@@ -35,10 +36,26 @@ class Row:
     programs: int
     split_excused: bool
     compiled: dict[str, Compiled]
+    slab: bool = False
 
     @classmethod
-    def of(cls, case: Case, one_pass: bool, predicted: int, count: Count | None, compiled: dict[str, Compiled]) -> Row:
-        """The row of `case`. predicted, count: bytes moved. compiled: the compiled launches, by target."""
+    def of(
+        cls,
+        case: Case,
+        one_pass: bool,
+        predicted: int,
+        count: Count | None,
+        compiled: dict[str, Compiled],
+        slab: bool = False,
+        in_apply: bool = False,
+    ) -> Row:
+        """The row of `case`.
+
+        Args:
+            predicted, count: bytes moved.
+            compiled: the compiled launches, by target.
+            in_apply: the programs of apply combine the partial results of their rows.
+        """
         short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
         shape = case.N, case.C, case.S
         return cls(
@@ -46,11 +63,14 @@ class Row:
             one_pass=one_pass,
             moved=(predicted if count is None else count.bytes) / case.x_bytes,
             predicted=predicted / case.x_bytes,
-            ceiling=ceilings.traffic_ceiling(*shape, case.itemsize, case.backward, not one_pass, case.residual),
+            ceiling=ceilings.traffic_ceiling(
+                *shape, case.itemsize, case.backward, not one_pass, case.residual, in_apply
+            ),
             interpreted=0 if count is None else count.interpreted,
             programs=0 if count is None else count.programs,
             split_excused=short and not one_pass and ceilings.breaks_sectors(case.C, case.itemsize, case.channels_last),
             compiled=compiled,
+            slab=slab,
         )
 
 
@@ -80,6 +100,13 @@ def _broken(row: Row) -> Iterator[str]:
             yield f"takes {compiled.shared} bytes of shared memory on {target}, where a block has {most}"
         if vectors and (compiled.vector_share or 0.0) < ceilings.VECTOR_SHARE:
             yield f"moves only {100 * (compiled.vector_share or 0.0):.0f} % of x in 16-byte accesses on {target}"
+        for loop in (
+            compiled.loops if ceilings.loops_held(case.dtype, case.channels_last, case.C, case.residual) else ()
+        ):
+            if loop.instructions > ceilings.LOOP_INSTRUCTIONS[loop.work]:
+                yield f"takes {loop.instructions:.1f} instructions an element in the loop of {loop.work} on {target}"
+            if loop.barriers > ceilings.LOOP_BARRIERS:
+                yield f"has {loop.barriers} barriers a tile in the loop of {loop.work} on {target}"
         if compiled.atomics:
             yield f"has {compiled.atomics} atomic operations on {target}"
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HEADINGS = (
     "N×C×S", "layout", "dtype", "direction", "x read", "launches", "bytes/x", "ceiling", "counted on",
-    "registers", "spills", "16-byte", "shared",
+    "registers", "spills", "16-byte", "shared", "programs", "instructions", "barriers",
 )  # fmt: skip
 KEYS = 4  # the first columns identify a row
 
@@ -33,7 +33,7 @@ def cells(row: Row) -> tuple[str, ...]:
         layout(case.channels_last),
         case.dtype,
         direction(case.backward),
-        "once" if row.one_pass else "twice*" if row.split_excused else "twice",
+        "once" if row.one_pass else "twice, L2" if row.slab else "twice*" if row.split_excused else "twice",
         str(max(len(each.launches) for each in compiled)),
         f"{row.moved:.4f}",
         f"{row.ceiling:.4f}",
@@ -42,6 +42,9 @@ def cells(row: Row) -> tuple[str, ...]:
         str(max(each.spills or 0 for each in compiled)),
         f"{100 * min(shares):.0f} %" if shares else "–",
         str(max(each.shared or 0 for each in compiled)),
+        "/".join(str(each.programs) for each in compiled if each.programs is not None) or "–",
+        "/".join(f"{loop.instructions:.1f}" for each in compiled for loop in each.loops) or "–",
+        "/".join(str(loop.barriers) for each in compiled for loop in each.loops) or "–",
     )
 
 
@@ -61,6 +64,12 @@ def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[
         "accesses; the smallest of these targets",
         "counted on: programs that were interpreted, one of each kind that moves the same, of all programs launched",
     ]
+    lines.append(
+        "programs: the least that an SM holds at a time; instructions: of a thread for each of its elements, and "
+        "barriers for each tile, in the loops that stream x; all read from sm_90 machine code"
+    )
+    if any(row.slab for row in rows):
+        lines.append("twice, L2: a slab, whose second read comes from L1 or L2")
     if any(map(violations, rows)):
         lines.append("!: the row breaks a ceiling")
     if any(row.split_excused for row in rows):
