@@ -13,7 +13,7 @@ import random
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ import nibabel
 from nilearn import datasets
 from nnunetv2.experiment_planning import plan_and_preprocess_api as planning
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor, predict_entry_point
-from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.run.run_training import get_trainer_from_args, run_training_entry
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from support.backends import launches_replaced
@@ -175,9 +175,10 @@ def test_every_pair_fuses_and_trains_alike(home: Path, plans: str) -> None:
     assert pairs.call_count == PLANS[plans][0]
 
 
-def test_compiled_as_on_a_gpu(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("plans", "least"), [("nnUNetPlans", 10), ("nnUNetResEncUNetMPlans", 11)])
+def test_compiled_as_on_a_gpu(home: Path, tmp_path: Path, plans: str, least: int) -> None:
     """nnU-Net's torch.compile: a graph for training, and one after deep supervision was turned off for validation."""
-    plain, x = started(PLAIN), torch.randn(1, 1, SIDE, SIDE, SIDE)
+    plain, x = started(PLAIN, plans), torch.randn(1, 1, SIDE, SIDE, SIDE)
     graphs: list[int] = []
 
     def look(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
@@ -193,18 +194,19 @@ def test_compiled_as_on_a_gpu(home: Path, tmp_path: Path) -> None:
         launches_replaced(),
         mock.patch.dict("fastenc.route._faults", {x.device: "no kernel here"}),  # the operators take the formula
     ):
-        ours = started(OURS)
+        ours = started(OURS, plans)
         assert isinstance(ours.network, OptimizedModule)
         assert_trains_like_plain(ours, plain)
-        assert graphs == 2 * [PLANS["nnUNetPlans"][0]], "forward and backward"
+        assert len(graphs) == 2, "forward and backward"
+        assert graphs[0] == graphs[1] >= least
         for trainer in (ours, plain):
             trainer.set_deep_supervision_enabled(False)
             trainer.network.eval()
         with torch.inference_mode():
             assert_near(ours.network(x), plain.network(x).double())
-        assert graphs[2:] == [PLANS["nnUNetPlans"][0]]
+        assert graphs[2:] == graphs[:1]
         ours.save_checkpoint(str(tmp_path / "compiled.pth"))
-    trainer_of(PLAIN).load_checkpoint(str(tmp_path / "compiled.pth"))
+    trainer_of(PLAIN, plans).load_checkpoint(str(tmp_path / "compiled.pth"))
 
 
 def test_distributed(home: Path, tmp_path: Path) -> None:
@@ -231,12 +233,16 @@ def probabilities(path: Path) -> Tensor:
 
 
 def test_validation_and_prediction_to_the_bit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By nnU-Net's commands; the predicted brain is the one of the validation."""
+    """By nnU-Net's commands; the brain that is predicted is the one that is validated on."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+    def run(entry_point: Callable[[], None], command: str) -> None:
+        monkeypatch.setattr(sys, "argv", command.split())
+        entry_point()
+
     found = []
     for name in NAMES:
-        trainer = trainer_of(name)
-        trainer.load_checkpoint(str(checkpoint_of(home, name)))
-        trainer.perform_actual_validation(save_probabilities=True)
+        run(run_training_entry, f"nnUNetv2_train 1 3d_fullres 0 -tr {name} --val --npz -device cpu")
         folder = checkpoint_of(home, name).parent / "validation"
         found.append((probabilities(folder / "brain_2.npz"), json.loads((folder / "summary.json").read_text())["mean"]))
     assert torch.equal(found[0][0], found[1][0])
@@ -245,9 +251,8 @@ def test_validation_and_prediction_to_the_bit(home: Path, monkeypatch: pytest.Mo
     images, out = home / "images", home / "predicted"
     images.mkdir()
     shutil.copy(home / "raw" / "Dataset001_Brain" / "imagesTr" / "brain_2_0000.nii.gz", images)
-    command = f"nnUNetv2_predict -d 1 -i {images} -o {out} -c 3d_fullres -f 0 -tr {OURS} -device cpu -npp 1 -nps 1"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--save_probabilities"])
-    predict_entry_point()
+    options = "-c 3d_fullres -f 0 -device cpu -npp 1 -nps 1 --save_probabilities"
+    run(predict_entry_point, f"nnUNetv2_predict -d 1 -i {images} -o {out} -tr {OURS} {options}")
     assert torch.equal(probabilities(out / "brain_2.npz"), found[0][0])
 
 
@@ -273,6 +278,10 @@ def test_prediction_by_the_other_trainer(home: Path, monkeypatch: pytest.MonkeyP
     first, *others = (each.predict_logits_from_preprocessed_data(x) for each in predictors)
     for other in others:
         assert torch.equal(first, other)
+    with launches_replaced(), mock.patch.object(deferred, "fused", wraps=deferred.fused) as pairs:
+        found = predictors[0].predict_logits_from_preprocessed_data(x)
+    assert pairs.call_count == PLANS["nnUNetPlans"][0]
+    assert_near(found, first, floor=torch.finfo(torch.float16).eps * first.abs().max().item())  # nnU-Net rounds logits
     with pytest.raises(RuntimeError, match=f"Could not find requested nnunet trainer {OURS}"):
         predictor_of(home, OURS)
 
