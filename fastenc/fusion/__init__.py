@@ -14,18 +14,22 @@ from ..layers import _ConvModernNd
 from ..norm_act import _InstanceNormActNd
 from ..pair import INSTANCE_NORMS, why_not_plain
 from .convolutions import Convolution, has_free_strides
-from .modules import Activation, DeferredNorm, Dropout, Forward, FusedNorm, FusionScope, ModelRoot, restore
+from .modules import Activation, DeferredNorm, Dropout, Forward, FusedNorm, FusionScope, ModelRoot, TracedScope, restore
 
 SUMMARY = "_fastenc_summary"  # holds the summary of a model that has an attribute `accelerated` of its own
 
 
 @dataclass(frozen=True, slots=True)
 class NormOutcome:
-    """What became of one norm: "fused" with an activation, the kernel "alone", or "left" as it was; and why."""
+    """What became of one norm: "fused" with an activation, the kernel "alone", or "left" as it was; and why.
+
+    biases: the convolutions before it whose bias it cancels, and which run without that bias.
+    """
 
     name: str
     outcome: str
     detail: str
+    biases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +48,21 @@ class Summary:
         """How many norms are "fused", "alone" or "left"."""
         return sum(norm.outcome == outcome for norm in self.norms)
 
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The convolutions that run without their bias."""
+        return tuple(dict.fromkeys(name for norm in self.norms for name in norm.biases))
+
     def __str__(self) -> str:
         if not self.norms:
             return "no InstanceNorm1d, 2d or 3d in this model: nothing to accelerate"
         widths = [max(len(getattr(norm, column)) for norm in self.norms) for column in ("name", "outcome")]
-        rows = [f"{n.name:<{widths[0]}}  {n.outcome:<{widths[1]}}  {n.detail}".rstrip() for n in self.norms]
+        rows = []
+        for n in self.norms:
+            detail = "; ".join((*filter(None, [n.detail]), *(f"{name} runs without its bias" for name in n.biases)))
+            rows.append(f"{n.name:<{widths[0]}}  {n.outcome:<{widths[1]}}  {detail}".rstrip())
         counts = ", ".join(f"{self.count(outcome)} {outcome}" for outcome in ("fused", "alone", "left"))
-        return "\n".join([*rows, f"{len(self.norms)} instance norms: {counts}"])
+        return "\n".join([*rows, f"{len(self.norms)} instance norms: {counts}; {len(self.biases)} biases left out"])
 
 
 def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model itself, with `accelerated` on it
@@ -64,11 +76,13 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model its
     stay as they were, and so do the numbers. Copies, pickles and nn.DataParallel's replicas are accelerated too.
 
     Pairs are found by tracing the forward. Dropout, Identity and a residual addition (`+` or `+=`) between the norm and
-    its activation are supported. A norm without an activation runs as the kernel alone. On CUDA, tensors with two or
-    more spatial axes are converted to channels-last when they enter the model. Whatever the kernels do not support runs
-    as before; `fastenc.explain(model, x)` gives the reason. So does everything under tracers. Under torch.compile and
-    torch.export, a pair is one operator if the search has proven that nothing else sees the norm's output; other pairs
-    run as before. Calling accelerate again re-analyses the model. After an error the model is as it was.
+    its activation are supported. A norm without an activation runs as the kernel alone. A convolution whose output only
+    a norm reads runs without its bias, which the norm cancels; the gradient of the bias is exact zeros. On CUDA,
+    tensors with two or more spatial axes are converted to channels-last when they enter the model. Whatever the kernels
+    do not support runs as before; `fastenc.explain(model, x)` gives the reason. So does everything under tracers. Under
+    torch.compile and torch.export, a pair is one operator if the search has proven that nothing else sees the norm's
+    output; other pairs run as before. Calling accelerate again re-analyses the model. After an error the model is as it
+    was.
 
     What differs from the original model:
 
@@ -81,6 +95,8 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model its
       Under torch.inference_mode the model therefore runs in torch.no_grad, so its outputs are ordinary tensors, and a
       tensor that was made in inference mode before the call cannot be changed in place during the first call.
     - A model that writes over its input writes over the channels-last copy, not over the caller's tensor.
+    - Under torch.compile, changes in place between norm and activation are known from the search alone. If you change a
+      forward so that it changes a norm's input there, accelerate again before compiling.
     - A hook on a module that a norm's output leaves before its activation keeps the two from being fused.
     - Each of these modules is part of a reference cycle, so a deleted model is freed by Python's garbage collector.
     - A module whose class defines `__reduce_ex__` itself is pickled by that; copy.copy of it shares the forward.
@@ -152,6 +168,15 @@ def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
     def named(norms_by_module: dict[nn.Module, list[nn.Module]]) -> tuple[tuple[nn.Module, tuple[str, ...]], ...]:
         return tuple((module, tuple(dict.fromkeys(map(names.__getitem__, n)))) for module, n in norms_by_module.items())
 
+    cancelled = {
+        convolution: ways
+        for convolution, ways in found.cancelled.items()
+        if convolution not in found.kept and convolution not in own and not own_forward(convolution)
+    }
+    biases: dict[nn.Module, list[str]] = {}
+    for convolution, ways in cancelled.items():
+        for norm in dict.fromkeys(way.norm for way in ways):
+            biases.setdefault(norm, []).append(names[convolution])
     for norm in norms:
         if norm in left:
             outcomes.append(NormOutcome(names[norm], "left", left[norm]))
@@ -160,22 +185,38 @@ def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
         partners = " or ".join(f"{names[m]} ({type(m).__name__})" for m in found.partners.get(norm, ()))
         if norm in found.boxes:
             why = f"if they meet: the forward of {type(found.boxes[norm]).__name__} cannot be traced"
+        without = tuple(biases.get(norm, ()))
         if partners:
-            outcomes.append(NormOutcome(names[norm], "fused", f"with {partners}" + (f"; {why}" if why else "")))
+            detail = f"with {partners}" + (f"; {why}" if why else "")
+            outcomes.append(NormOutcome(names[norm], "fused", detail, without))
             forwards.append(DeferredNorm(norm, name=names[norm]))
         else:
-            outcomes.append(NormOutcome(names[norm], "alone", why or "no call of it was seen"))
+            outcomes.append(NormOutcome(names[norm], "alone", why or "no call of it was seen", without))
             forwards.append(FusedNorm(norm))
     if forwards:
         activations = dict.fromkeys(partner for partners in found.partners.values() for partner in partners)
         forwards += [Activation(activation) for activation in activations]
         forwards += [Dropout(dropout) for dropout in found.dropouts]
-        convolutions = (module for module in names if has_free_strides(module) and module not in own)
-        forwards += [Convolution(module) for module in convolutions if not own_forward(module)]
         scopes = {**found.scopes, **({} if model in norms else {model: found.scopes.get(model, {})})}
-        for scope, inside in scopes.items():
-            kind = ModelRoot if scope is model else FusionScope
-            forwards.append(kind(scope, between=named(inside), proven=named(found.proven(scope))))
+        between = {scope: {module: list(inner) for module, inner in inside.items()} for scope, inside in scopes.items()}
+        proven = {scope: found.proven(scope) for scope in scopes}
+        for convolution, ways in cancelled.items():
+            for way in ways:
+                scope, callers = way.scope(scopes)
+                for module in (way.norm, *way.between, *callers):
+                    between.setdefault(scope, {}).setdefault(module, []).append(convolution)
+                scope, callers = way.scope()
+                for module in (convolution, way.norm, *way.between, *callers):
+                    if convolution not in found.unproven:
+                        proven.setdefault(scope, {}).setdefault(module, []).append(convolution)
+        for module in names:
+            if (module in cancelled or has_free_strides(module)) and module not in own and not own_forward(module):
+                name = names[module] if module in cancelled else ""
+                forwards.append(Convolution(module, cancelled=name, mends=has_free_strides(module)))
+        for scope in dict.fromkeys((*between, *proven)):
+            kind = ModelRoot if scope is model else FusionScope if scope in between else TracedScope
+            options = {"between": named(between.get(scope, {})), "proven": named(proven.get(scope, {}))}
+            forwards.append(kind(scope, **options))
     return Summary(tuple(outcomes)), forwards
 
 

@@ -28,6 +28,9 @@ from ..functional import fused, is_supported
 from ..pair import TORCH_FORWARDS, slope_of, why_not_plain
 from .deferred import Deferred, deferred, dense, running
 from .pending import Pending, enter, leave, may_wait
+from .unbiased import PendingBias, Unbiased
+
+_WAITING = (Deferred, Pending, Unbiased, PendingBias)
 
 
 class Forward(route.Accelerated):
@@ -137,8 +140,12 @@ class FusedNorm(Forward):
         """Why the norm runs as torch's own on x; None if the kernel runs."""
         return route.reason(x) or route.observed(self.module) or why_not_plain(self.module)
 
-    def __call__(self, input: Tensor) -> Any:  # named as torch.nn names it
-        x = input.plain() if type(input) is Deferred or type(input) is Pending else input
+    def __call__(self, input: Any) -> Any:  # named as torch.nn names it
+        kind = type(input)
+        if (kind is Unbiased or kind is PendingBias) and why_not_plain(self.module) is None:
+            x = input.unread()
+        else:
+            x = input.plain() if kind in _WAITING else input
         if self._fuses() and not route.eager(self.why_eager(x)):
             norm = self.module
             weight, bias = norm.weight, norm.bias  # once: nn.Module is slow to find them
@@ -197,11 +204,14 @@ class Dropout(Forward):
     """A dropout between a norm and its activation: it scales by factors ≥ 0, so the activation may come first."""
 
     def __call__(self, input: Any) -> Any:
-        if type(input) is not Deferred and type(input) is not Pending:
+        kind = type(input)
+        if kind is Tensor:
             return self.plainly(input)
         module: Any = self.module
-        if not observed(module) and (not module.training or module.p == 0):
+        if kind in _WAITING and not observed(module) and (not module.training or module.p == 0):
             return input
+        if kind is not Deferred and kind is not Pending:
+            return self.plainly(input)
         z = None if observed(module) else input.dropped(self.plainly, module.inplace)
         return _unfused(self.plainly, input, module.inplace) if z is None else z
 
@@ -261,7 +271,7 @@ class FusionScope(Forward):
 
     def _called(self, args: Any, kwargs: Any) -> Any:
         """The forward, with norms that defer."""
-        made: list[Callable[[], Deferred | None]] = []
+        made: list[Callable[[], Deferred | Unbiased | None]] = []
         around, outside, running.waiting = running.waiting, running.observed, made
         for module, names in self.between:
             if route.observed(module):
@@ -275,15 +285,22 @@ class FusionScope(Forward):
         leaving: list[Any] = []
         if type(y) is not Tensor:
             if running.scopes and not route.observed(self.module):
-                leaving = [leaf for leaf in tree_leaves(y) if type(leaf) is Deferred]
+                leaving = [leaf for leaf in tree_leaves(y) if isinstance(leaf, (Deferred, Unbiased))]
                 around += map(weakref.ref, leaving)
             else:
-                y = tree_map_only(Deferred, Deferred.plain, y)
+                y = tree_map_only((Deferred, Unbiased), lambda z: z.plain(), y)
         for each in made:  # what something still refers to, and does not leave to a scope around this one
             z = each()
             if z is not None and not any(z is other for other in leaving):
                 z.settle()
         return y
+
+
+class TracedScope(FusionScope):
+    """A scope under torch.compile and torch.export alone: eager mode asks the scope around it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._traced(*args, **kwargs)
 
 
 class ModelRoot(FusionScope):

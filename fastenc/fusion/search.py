@@ -14,7 +14,7 @@ import random
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from .. import route
 from .._torch import tree_map
 from ..pair import ACTIVATIONS, DROPOUTS, INSTANCE_NORMS
+from .convolutions import CONVOLUTIONS
 from .modules import Forward, forward_of
 
 WORDS = {operator.add: "an addition", operator.iadd: "an addition in place"}
@@ -35,6 +36,23 @@ HOOKS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Cancelled:
+    """A call of a convolution whose bias has no effect: the norm behind it, what is between, how both were called."""
+
+    norm: nn.Module
+    between: tuple[nn.Module, ...]
+    calls: tuple[tuple[_Call, ...], tuple[_Call, ...]]
+
+    def scope(self, scopes: Mapping[nn.Module, Any] | None = None) -> tuple[nn.Module, list[nn.Module]]:
+        """The innermost module, of scopes, whose forward makes both calls, and the modules inside it that make them."""
+        first, second = self.calls
+        shared = [a.module for a, b in zip(first, second, strict=False) if a is b]
+        scope = next((module for module in reversed(shared) if scopes is None or module in scopes), shared[0])
+        depth = shared.index(scope) + 1
+        return scope, [call.module for chain in self.calls for call in chain[depth:]]
+
+
 @dataclass
 class Found:
     """What a search found.
@@ -43,7 +61,8 @@ class Found:
     the module that calls a norm and could not be traced. dropouts: those in between. scopes: the innermost modules in
     whose forward norm and activation are called. Of each scope, the modules inside it that call either, with the norms.
     ways: of each scope, the modules that the output of a norm goes through, its activation at the end, with the norms.
-    unproven: norms that may do otherwise than the pairs say.
+    unproven: norms and convolutions that may do otherwise than the pairs say. cancelled: the convolutions with a bias
+    that a norm cancels, as pairs of that norm and the calls and modules between the two; kept: those with another use.
     """
 
     partners: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
@@ -53,6 +72,8 @@ class Found:
     scopes: dict[nn.Module, dict[nn.Module, list[nn.Module]]] = field(default_factory=dict)
     ways: dict[nn.Module, dict[nn.Module, list[nn.Module]]] = field(default_factory=dict)
     unproven: set[nn.Module] = field(default_factory=set)
+    cancelled: dict[nn.Module, list[Cancelled]] = field(default_factory=dict)
+    kept: set[nn.Module] = field(default_factory=set)
 
     def proven(self, scope: nn.Module) -> dict[nn.Module, list[nn.Module]]:
         """Those of `ways` that the norms take whatever else happens."""
@@ -116,6 +137,20 @@ def _read(
     nodes = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
     for node in nodes:
+        convolution = node.meta.get("module")
+        if type(convolution) not in CONVOLUTIONS or convolution.bias is None:
+            continue
+        steps = _to_norm(node, norms, registered)
+        if steps is None or not kept.isdisjoint((node, *steps[:-1])) or convolution not in registered:
+            found.kept.add(convolution)
+            continue
+        *passed, norm = (step.meta["module"] for step in steps)
+        calls = node.meta["callers"], steps[-1].meta["callers"]
+        found.cancelled.setdefault(convolution, []).append(Cancelled(norm, tuple(passed), calls))
+        found.dropouts.update(module for module in passed if type(module) in DROPOUTS)
+        if any(map(_may_change, nodes[order[node] + 1 : order[steps[-1]]])):
+            found.unproven.add(convolution)
+    for node in nodes:
         norm = node.meta.get("module")
         if norm not in norms:
             continue
@@ -129,6 +164,21 @@ def _read(
             meanwhile = nodes[order[node] + 1 : order[way[-1]]]
             if not kept.isdisjoint((node, *way[:-1])) or any(_may_change(n) for n in meanwhile if n not in way):
                 found.unproven.add(norm)
+
+
+def _to_norm(node: fx.Node, norms: set[nn.Module], registered: set[nn.Module]) -> list[fx.Node] | None:
+    """The calls that the output of node, a convolution, goes through up to a norm; None where it has another use."""
+    steps: list[fx.Node] = []
+    while not steps or steps[-1].meta["module"] not in norms:
+        users = [user for user in (steps or [node])[-1].users if not _only_asks(user)]
+        if len(users) != 1:
+            return None
+        module = users[0].meta.get("module")
+        passes = type(module) in (*DROPOUTS, nn.Identity) and module in registered and not own_forward(module)
+        if module not in norms and not passes:
+            return None
+        steps += users
+    return steps
 
 
 def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:

@@ -1,0 +1,80 @@
+"""The output of a convolution whose bias an InstanceNorm cancels: computed without the bias, which has no effect there.
+
+The norm takes `raw`, what the convolution gave. To everyone else the output is raw + bias, computed at the first look.
+`Unbiased` is a tensor, for eager mode; `PendingBias` stands for it while torch.compile or torch.export traces.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import tree_map_only
+from .deferred import running
+from .pending import Pending
+
+
+class Unbiased(Tensor):
+    """raw + bias. Everything that torch's Python functions do with it is done with the sum."""
+
+    raw: Tensor
+    bias: Tensor
+    grad_mode: bool
+    value: Tensor | None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _QUESTIONS:
+            return func(args[0].raw, *args[1:], **(kwargs or {}))
+        args, kwargs = (tree_map_only(Unbiased, Unbiased.plain, each) for each in (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def unread(self) -> Tensor:
+        """For a norm: raw, unless someone has looked and may have changed what it saw."""
+        return self.raw if vars(self)["value"] is None else self.plain()
+
+    def plain(self) -> Tensor:
+        """The sum, with its history."""
+        own = vars(self)
+        if own["value"] is None:
+            with torch.set_grad_enabled(own["grad_mode"]):
+                own["value"] = biased(own["raw"], own["bias"])
+        return own["value"]
+
+    settle = plain  # at the end of the forward: the bias may change from now on
+
+
+def unbiased(raw: Tensor, bias: Tensor) -> Unbiased:
+    """raw + bias, to be computed."""
+    y = raw.as_subclass(Unbiased)
+    vars(y).update(raw=raw, bias=bias, grad_mode=torch.is_grad_enabled(), value=None)
+    if running.scopes:
+        running.waiting.append(weakref.ref(y))
+    return y
+
+
+def biased(raw: Tensor, bias: Tensor) -> Tensor:
+    """What the convolution gives with its bias; autocast has it in the dtype of raw."""
+    return raw + bias.to(raw.dtype).view(-1, *(1 for _ in raw.shape[2:]))
+
+
+class PendingBias(Pending):
+    """raw + bias under torch.compile and torch.export; x is raw."""
+
+    def unread(self) -> Any:
+        """As of `Unbiased`."""
+        return self.x if self.value is None else self.value
+
+    def _waits(self) -> bool:
+        return False  # for an activation
+
+
+_QUESTIONS = frozenset(
+    (
+        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+        Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride,
+    )
+)  # fmt: skip
