@@ -1,4 +1,4 @@
-"""Tuning: the constants of `kernels/plan.py` swept on this machine. Prints what it would choose; changes nothing."""
+"""Tuning: the constants and branches of `kernels/plan.py` compared on this machine. Prints its choice; changes nothing."""
 
 from __future__ import annotations
 
@@ -20,27 +20,31 @@ from fastenc.kernels.layout import MEMORY_FORMAT
 
 from ..engine.timing import Work, calls_per_sample, sample
 
-PURPOSE = "sweep the constants of the launch plans on this GPU and print the ones it would choose; changes nothing"
+PURPOSE = "compare the branches and constants of the launch plans on this GPU and print its choice; changes nothing"
 SAMPLES = 5
 Shape = tuple[int, int, int]  # N, C, S
 
-# Rows that are split, and short rows held on chip: where each constant decides something.
-LONG: tuple[Shape, ...] = ((8, 64, 31 * 32 * 30), (2, 32, 128**3))
-SHORT: tuple[Shape, ...] = ((8, 128, 512), (8, 256, 64), (8, 512, 8), (32, 256, 512))
+# Rows that are split, slabs, and short rows held on chip: where each constant decides something.
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "split": ((1, 64, 31 * 32 * 30), (8, 64, 31 * 32 * 30), (2, 128, 32**3), (2, 32, 128**3)),
+    "slab": ((1, 64, 16 * 16 * 15), (8, 128, 16 * 16 * 15), (32, 128, 16 * 16 * 15)),
+    "one pass": ((8, 128, 512), (8, 256, 64), (8, 512, 8), (32, 256, 512)),
+}
 # The same for the interpreter, whose times say nothing of a GPU: they show that the sweep runs.
-TINY_LONG: tuple[Shape, ...] = ((1, 2, 40000),)
-TINY_SHORT: tuple[Shape, ...] = ((1, 8, 64),)
+TINY: dict[str, tuple[Shape, ...]] = {
+    "split": ((1, 2, 20000),), "slab": ((1, 8, 5000),), "one pass": ((1, 8, 64),),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant of the plan: its name there, the key where it is a table, and the values to try."""
+    """A constant of the plan: its name there, the key where it is a table, the values to try, and for which branch."""
 
     name: str
     key: Any
     values: tuple[Any, ...]
     backward: bool
-    long_rows: bool
+    branch: str
 
     @property
     def now(self) -> Any:
@@ -53,11 +57,22 @@ class Constant:
 
 
 TILES = ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16))
-CONSTANTS = (
-    Constant("STREAM", False, TILES, backward=False, long_rows=True),
-    Constant("STREAM", True, TILES, backward=True, long_rows=True),
-    Constant("PROGRAMS_PER_SM", None, (4, 8, 16, 32), backward=False, long_rows=True),
-    Constant("ELEMENTS_PER_THREAD", None, (8, 16, 32), backward=False, long_rows=False),
+COMBINED_APART = tuple((volume, chunk_bytes, 0.0) for volume, chunk_bytes, _ in plan.PARTIALS)
+COMBINED_IN_APPLY = ((16_000_000, 1536, 1.0), *plan.PARTIALS[1:])
+# A slab of at most 0 positions is split: the branches compared. With SLAB_BUSY 0 a slab is one launch, else two.
+CONSTANTS = tuple(
+    Constant(name, key, values, backward, branch)
+    for backward in (False, True)
+    for name, key, values, branch in (
+        ("STREAM", (False, backward), TILES, "split"),
+        ("STREAM", (True, backward), TILES, "slab"),
+        ("SLAB_POSITIONS", True, (0, plan.SLAB_POSITIONS[True]), "slab"),
+        ("SLAB_BUSY", None, (0.0, plan.SLAB_BUSY, 1.0, 1e9), "slab"),
+        ("PARTIALS", None, (plan.PARTIALS, COMBINED_APART, COMBINED_IN_APPLY), "split"),
+        ("SLICE_BYTES", None, (32, 64, 128), "split"),
+        ("PROGRAMS_PER_SM", None, (2, 4, 8, 16), "split"),
+        ("ELEMENTS_PER_THREAD", (True, backward), (8, 16, 32), "one pass"),
+    )
 )
 
 
@@ -148,16 +163,16 @@ def run(arguments: argparse.Namespace) -> int:
     begin = time.monotonic()
     with mode:
         for constant in CONSTANTS:
-            long, short = (LONG, SHORT) if on_gpu else (TINY_LONG, TINY_SHORT)
-            times = sweep(constant, long if constant.long_rows else short, partial(seconds, device=device))
-            _print(constant, times)
+            shapes = (SHAPES if on_gpu else TINY)[constant.branch]
+            _print(constant, sweep(constant, shapes, partial(seconds, device=device)))
     print(f"{time.monotonic() - begin:.0f} s; kernels/plan.py is as it was")
     return 0
 
 
 def _print(constant: Constant, times: dict[Any, float]) -> None:
     best = min(times, key=lambda value: times[value])
-    print(f"\n{constant}: now {constant.now}, best {best}", flush=True)
+    direction = "backward" if constant.backward else "forward"
+    print(f"\n{constant}, {direction}, {constant.branch}: now {constant.now}, best {best}", flush=True)
     for value, taken in times.items():
         note = "  <- now" if value == constant.now else ""
         print(f"  {value!s:>12}  {'failed' if math.isinf(taken) else f'{taken * 1e6:.1f} µs'}{note}")
