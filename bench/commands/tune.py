@@ -1,4 +1,4 @@
-"""Tuning: the constants and branches of `kernels/plan.py` compared on this machine. Prints its choice; changes nothing."""
+"""Tuning: the constants and branches of `kernels/plan.py` compared on this machine. Prints a choice; no change."""
 
 from __future__ import annotations
 
