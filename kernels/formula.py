@@ -7,6 +7,10 @@ contiguous, or, channels-last, interleaved with the other channels of its n; onl
 import triton
 import triton.language as tl
 
+from .plan import STAGES
+
+_STAGES = tl.constexpr(STAGES)
+
 
 @triton.jit
 def locate(block, N, C, S, chunks, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
@@ -46,22 +50,14 @@ def locate(block, N, C, S, chunks, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.co
 
 @triton.jit
 def part(row, chunk, N, C, chunks, CHANNELS_LAST: tl.constexpr):
-    """Offset of a chunk's partial result of one kind: neighbours in memory are rows where they are in x, else chunks.
+    """Offset of a chunk's partial result of one kind, and from each kind to the next.
 
-    And how many partial results of a kind there are.
+    Neighbours in memory are rows where they are in x, else chunks.
     """
     rows = tl.cast(N, tl.int64) * C
     if CHANNELS_LAST:
         return chunk * rows + row, rows * chunks
     return row * chunks + chunk, rows * chunks
-
-
-@triton.jit
-def store_parts(Parts, row, chunk, N, C, chunks, exists, mean, second, CHANNELS_LAST: tl.constexpr):
-    """The first two kinds of a chunk's partial results, written."""
-    offset, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
-    tl.store(Parts + offset, mean, mask=exists)
-    tl.store(Parts + all_parts + offset, second, mask=exists)
 
 
 @triton.jit
@@ -191,38 +187,26 @@ def last_tile(at, step, size, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def shares(t, size, BLOCK_S: tl.constexpr):
-    """Share of tile number t in the mean of each of its positions over the tiles so far: 0 past the last position."""
-    return tl.where(tl.arange(0, BLOCK_S) < size - t * BLOCK_S, 1.0 / (t + 1.0), 0.0)[:, None]
-
-
-@triton.jit
-def counts(size, BLOCK_S: tl.constexpr):
-    """How many of `size` positions fall on each position of a tile."""
-    return ((size + (BLOCK_S - 1) - tl.arange(0, BLOCK_S)) // BLOCK_S).to(tl.float32)[:, None]
-
-
-@triton.jit
-def stream_statistics(
-    X, at, start, step, size, exists, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
-):
+def stream_statistics(X, at, start, step, size, exists, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean and M2 of `size` positions of each row, from the offset `at` on.
 
     Every element of the tile has its own, by Welford's formula and relative to the first element of its row here, so
     that neither an offset of all elements nor one outlier costs accuracy. They meet once, after the loop.
     """
+    s = tl.arange(0, BLOCK_S)
     center = tl.load(X + at + start, mask=exists, other=0.0).to(tl.float32)  # [BLOCK_C]
     mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    for t in tl.range(0, tl.cdiv(size, BLOCK_S), num_stages=STAGES):
+    for t in tl.range(0, tl.cdiv(size, BLOCK_S), num_stages=_STAGES):
         offset, valid = tile(at, start, step, size - t * BLOCK_S, exists, BLOCK_S)
         x = tl.load(X + offset, mask=valid, other=0.0).to(tl.float32)
         at += BLOCK_S * step
-        share = shares(t, size, BLOCK_S)
+        share = tl.where(s < size - t * BLOCK_S, 1.0 / (t + 1.0), 0.0)[:, None]  # past the end nothing changes
         d = (x - center[None, :]) - mean
         mean += d * share
         m2 += d * (d * (share * t))
-    mean, m2 = union(mean, m2, counts(size, BLOCK_S), size.to(tl.float32), True)
+    count = ((size + (BLOCK_S - 1) - s) // BLOCK_S).to(tl.float32)[:, None]
+    mean, m2 = union(mean, m2, count, size.to(tl.float32), True)
     return center + mean, m2
 
 

@@ -27,7 +27,6 @@ from .formula import (
     prelu_dslope,
     prelu_dz,
     statistics,
-    store_parts,
     sum_2,
     tile,
 )
@@ -36,6 +35,7 @@ from .layout import like, readable
 from .plan import RELOAD_BLOCK_S, STAGES, SUM_N_C, SUM_N_N, ceil_div
 
 _RELOAD_BLOCK_S = tl.constexpr(RELOAD_BLOCK_S)
+_STAGES = tl.constexpr(STAGES)
 
 
 @triton.jit
@@ -60,22 +60,25 @@ def tile_dx(centered, dz, scale, mean_dz, slant):
 
 @triton.jit
 def halved(terms):
+    """Each term of the upper half of a tile plus one of the lower half: the same thread's, so it costs no exchange."""
     return tl.sum(tl.reshape(terms, [2, terms.shape[0] // 2, terms.shape[1]]), axis=0)
 
 
 @triton.jit
 def stream_sums(
     DY, X, R, DR, at, start, step, size, exists, mean, scale, bias, a,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """The mean of dz, Σdz·(x − mean) and the slope's sum of `size` positions of each row, from `at` on; and dr.
 
-    Every element of the tile has its own. They meet once, after the loop.
+    Every two elements of the tile have a mean of their own, every element or two sums. They meet once, after the loop.
+    Terms past the end are 0. A mean instead of a sum, so that dz that are all alike cost no accuracy.
     """
     mean_dz = tl.zeros([BLOCK_S // 2, BLOCK_C], tl.float32)
     sum_dz_centered = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     sum_dslope = tl.zeros([BLOCK_S // 2, BLOCK_C], tl.float32)
-    for t in tl.range(0, tl.cdiv(size, BLOCK_S), num_stages=STAGES):
+    tiles = tl.cdiv(size, BLOCK_S)
+    for t in tl.range(0, tiles, num_stages=_STAGES):
         offset, valid = tile(at, start, step, size - t * BLOCK_S, exists, BLOCK_S)
         x, dy = load_2(X, DY, offset, valid)
         centered, dz, dslope = tile_terms(x, dy, R, offset, valid, mean, scale, bias, a)
@@ -86,11 +89,8 @@ def stream_sums(
         sum_dz_centered += dz * centered
         if SLOPE_GRAD:
             sum_dslope += halved(dslope)
-    # Of as many values as there are tiles, those past the end being 0.
-    tiles = tl.cdiv(size, BLOCK_S).to(tl.float32)
-    dz = tl.sum(mean_dz, axis=0)
-    dz_centered = tl.sum(sum_dz_centered, axis=0)
-    return dz * (tiles / size.to(tl.float32)), dz_centered, tl.sum(sum_dslope, axis=0)
+    mean_dz = tl.sum(mean_dz, axis=0) * (tiles.to(tl.float32) / size.to(tl.float32))
+    return mean_dz, tl.sum(sum_dz_centered, axis=0), tl.sum(sum_dslope, axis=0)
 
 
 @triton.jit
@@ -157,83 +157,11 @@ def backward_one_pass(
         tl.store(DX + offset, dx.to(DX.dtype.element_ty), mask=valid)
 
 
-@triton.jit
-def store_sum_parts(
-    Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_xhat, sum_dslope,
-    CHANNELS_LAST: tl.constexpr, SLOPE_GRAD: tl.constexpr,
-):  # fmt: skip
-    """A chunk's mean of dz and its other two sums, written."""
-    store_parts(Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_xhat, CHANNELS_LAST)
-    if SLOPE_GRAD:
-        offset, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
-        tl.store(Parts + 2 * all_parts + offset, sum_dslope, mask=exists)
-
-
-@triton.jit
-def combine_sums(
-    Parts, Sums, row, chunk, exists, N, C, S, chunks, chunk_size,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, SLOPE_GRAD: tl.constexpr,
-):  # fmt: skip
-    """The mean of dz and Σdz·x̂ of rows from their chunks; the program of the first chunk writes the three sums."""
-    mean_dz, sum_dz_xhat = combined(
-        Parts, row, exists, N, C, S, chunks, chunk_size, BLOCK_K, BLOCK_C, CHANNELS_LAST, False
-    )
-    if chunk == 0:
-        sum_dslope = tl.zeros([BLOCK_C], tl.float32)
-        if SLOPE_GRAD:
-            for k0 in range(0, chunks, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                offset, all_parts = part(row[None, :], k[:, None], N, C, chunks, CHANNELS_LAST)
-                there = (k < chunks)[:, None] & exists[None, :]
-                sum_dslope += tl.sum(tl.load(Parts + 2 * all_parts + offset, mask=there, other=0.0), axis=0)
-        store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
-    return mean_dz, sum_dz_xhat
-
-
-@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "applies"])
-def backward_slab(
-    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts, N, C, S, chunks, tiles, first, applies,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
-):  # fmt: skip
-    """The same of rows that are read twice, the second time from L1 or L2, in launches as those of `forward_slab`.
-
-    Without a residual.
-    """
-    row, c, exists, at, start, step, chunk, size = locate(
-        tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
-    )
-    mean, rstd = statistics(Statistics, row, N, C, exists)
-    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    scale = rstd * weight
-    mean_dz = tl.zeros([BLOCK_C], tl.float32)
-    sum_dz_xhat = tl.zeros([BLOCK_C], tl.float32)
-    if first:
-        mean_dz, sum_dz_centered, sum_dslope = stream_sums(
-            DY, X, None, None, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S, BLOCK_C, STAGES, SLOPE_GRAD
-        )
-        sum_dz_xhat = sum_dz_centered * rstd
-        if chunks == 1:
-            store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
-        else:
-            store_sum_parts(
-                Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_xhat, sum_dslope, CHANNELS_LAST, SLOPE_GRAD
-            )
-    else:
-        mean_dz, sum_dz_xhat = combine_sums(
-            Parts, Sums, row, chunk, exists, N, C, S, chunks, tiles * BLOCK_S,
-            BLOCK_K, BLOCK_C, CHANNELS_LAST, SLOPE_GRAD,
-        )  # fmt: skip
-    if applies:
-        slant = rstd * sum_dz_xhat / S
-        stream_dx(DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S)
-
-
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles"])
 def backward_sums(
     DY, X, R, DR, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    STAGES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+    SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """The mean of dz and the other two sums of one chunk of BLOCK_C rows; and dr."""
     row, c, exists, at, start, step, chunk, size = locate(
@@ -242,36 +170,49 @@ def backward_sums(
     mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     mean_dz, sum_dz_centered, sum_dslope = stream_sums(
-        DY, X, R, DR, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, BLOCK_C, STAGES, SLOPE_GRAD
+        DY, X, R, DR, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, BLOCK_C, SLOPE_GRAD
     )
-    store_sum_parts(
-        Parts, row, chunk, N, C, chunks, exists, mean_dz, sum_dz_centered * rstd, sum_dslope, CHANNELS_LAST, SLOPE_GRAD
-    )
+    offset, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
+    tl.store(Parts + offset, mean_dz, mask=exists)
+    tl.store(Parts + all_parts + offset, sum_dz_centered * rstd, mask=exists)
+    if SLOPE_GRAD:
+        tl.store(Parts + 2 * all_parts + offset, sum_dslope, mask=exists)
 
 
-@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "parts", "part_tiles"])
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "parts", "part_tiles", "backwards"])
 def backward_combine_apply(
-    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts,
-    N, C, S, chunks, tiles, parts, part_tiles,
+    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts, N, C, S,
+    chunks, tiles, parts, part_tiles, backwards,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_K: tl.constexpr, SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """dx of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2.
+    """dx of one chunk of BLOCK_C rows; backwards, the last chunk comes first: what was read last is still in L2.
 
     The rows' sums are combined from those of `parts` chunks of `part_tiles` tiles and written, the mean of dz after
     them, or, without parts, read. Without tiles, that is all.
     """
+    block = tl.program_id(0)
+    if backwards:
+        block = tl.num_programs(0) - 1 - block
     row, c, exists, at, start, step, chunk, size = locate(
-        tl.num_programs(0) - 1 - tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+        block, N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
     rows = tl.cast(N, tl.int64) * C
     MeanDz = Sums + (3 if SLOPE_GRAD else 2) * rows
     if parts > 0:
-        mean_dz, sum_dz_xhat = combine_sums(
-            Parts, Sums, row, chunk, exists, N, C, S, parts, part_tiles * BLOCK_S,
-            BLOCK_K, BLOCK_C, CHANNELS_LAST, SLOPE_GRAD,
-        )  # fmt: skip
-        tl.store(MeanDz + row, mean_dz, mask=exists & (chunk == 0))
+        mean_dz, sum_dz_xhat = combined(
+            Parts, row, exists, N, C, S, parts, part_tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, False
+        )
+        if chunk == 0:
+            sum_dslope = tl.zeros([BLOCK_C], tl.float32)
+            if SLOPE_GRAD:
+                for k0 in range(0, parts, BLOCK_K):
+                    k = k0 + tl.arange(0, BLOCK_K)
+                    offset, all_parts = part(row[None, :], k[:, None], N, C, parts, CHANNELS_LAST)
+                    there = (k < parts)[:, None] & exists[None, :]
+                    sum_dslope += tl.sum(tl.load(Parts + 2 * all_parts + offset, mask=there, other=0.0), axis=0)
+            store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
+            tl.store(MeanDz + row, mean_dz, mask=exists)
     else:
         mean_dz = tl.load(MeanDz + row, mask=exists, other=0.0)  # [BLOCK_C]
         sum_dz_xhat = tl.load(Sums + rows + row, mask=exists, other=0.0)  # [BLOCK_C]
@@ -279,6 +220,27 @@ def backward_combine_apply(
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     slant = rstd * sum_dz_xhat / S
     stream_dx(DY, X, DX, at, start, step, size, exists, mean, rstd * weight, bias, a, mean_dz, slant, BLOCK_S)
+
+
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "apply_tiles", "first", "last"])
+def backward_slab(
+    DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts, N, C, S,
+    chunks, tiles, apply_tiles, first, last,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_K: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """Both of these, one after the other, as in `forward_slab`; without a residual, and maybe without dx."""
+    if first:
+        backward_sums(
+            DY, X, None, None, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles,
+            BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST, SLOPE_GRAD,
+        )  # fmt: skip
+    if last:
+        tl.debug_barrier()  # all threads see the partial results
+        backward_combine_apply(
+            DY, X, DX, Weight, Bias, Slope, slope, slope_step, Statistics, Sums, Parts, N, C, S,
+            chunks, apply_tiles, chunks, tiles, 0, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST, BLOCK_K, SLOPE_GRAD,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -333,53 +295,50 @@ def instance_norm_prelu_backward(
     # Written over dy, if at all: every program loads all it needs of it ahead of its first store, and no other's part.
     dx = None if not needs[0] else dy if in_place and dy.dtype == x.dtype else torch.empty_like(x)
     dr = None
-    split = plan.branch == "split"
     if residual is not None:
         residual = like(residual, x)
         if needs[4]:
             dr = torch.empty_like(x)
-        elif split:
+        elif not plan.one_pass:
             dr = dx  # dz waits there for the launch that turns it into dx
     if dx is None and dr is None and not need_sums:
         return (None,) * (4 if residual is None else 5)
     kinds = 3 if need_dslope else 2
     sums = None
-    if need_sums or split:
-        sums = torch.empty(kinds + split, N * C, dtype=torch.float32, device=x.device)
+    if need_sums or not plan.one_pass:  # and the mean of dz
+        sums = torch.empty(kinds + (not plan.one_pass), N * C, dtype=torch.float32, device=x.device)
     given = weight, bias, pointer, number, slope_step, statistics
-    if plan.branch == "one pass":
+    if plan.one_pass:
         backward_one_pass[(plan.grid,)](
             dy, x, residual, dx, dr, *given, sums, N, C, S, SLOPE_GRAD=need_dslope, **options
         )
-    elif plan.branch == "slab":
-        parts = statistics
-        if plan.chunks > 1:
-            parts = torch.empty(kinds * N * C * plan.chunks, dtype=torch.float32, device=x.device)
-        applies = int(dx is not None)
-        for first, second in ((1, applies),) if plan.chunks == 1 else ((1, 0), (0, applies)):
-            backward_slab[(plan.grid,)](
-                dy, x, dx if applies else x, *given, sums, parts, N, C, S, plan.chunks, plan.tiles, first, second,
-                BLOCK_K=plan.COMBINE_K, STAGES=STAGES, SLOPE_GRAD=need_dslope, **options,
-            )  # fmt: skip
     else:
         chunks, tiles = plan.chunks, plan.tiles
-        options = {**options, "SLOPE_GRAD": need_dslope}
-        size = N, C, S, chunks, tiles
         parts = torch.empty(kinds * N * C * chunks, dtype=torch.float32, device=x.device)
-        backward_sums[(plan.grid,)](dy, x, residual, dr, *given, parts, *size, STAGES=STAGES, **options)
-        if dr is not None:  # it is dz, which a slope of 1 leaves as it is
-            dy, given = dr, (weight, bias, None, 1.0, 0, statistics)
-        if dx is None or plan.combines_apart:
-            backward_combine_apply[(plan.grid // chunks,)](
-                dy, x, x if dx is None else dx, *given, sums, parts, N, C, S, 1, 0, chunks, tiles,
-                BLOCK_K=plan.COMBINE_K, **options,
-            )  # fmt: skip
-        if dx is not None:
-            combining = 0 if plan.combines_apart else chunks
-            backward_combine_apply[(plan.grid,)](
-                dy, x, dx, *given, sums, parts, *size, combining, tiles,
-                BLOCK_K=plan.COMBINE_K, **options,
-            )  # fmt: skip
+        out = x if dx is None else dx  # not written without tiles
+        if plan.branch == "slab":
+            for first, last in ((1, 1),) if chunks == 1 else ((1, 0), (0, 1)):
+                backward_slab[(plan.grid,)](
+                    dy, x, out, *given, sums, parts, N, C, S, chunks, tiles, 0 if dx is None else tiles, first, last,
+                    BLOCK_K=plan.COMBINE_K, SLOPE_GRAD=need_dslope, **options,
+                )  # fmt: skip
+        else:
+            backward_sums[(plan.grid,)](
+                dy, x, residual, dr, *given, parts, N, C, S, chunks, tiles, SLOPE_GRAD=need_dslope, **options
+            )
+            if dr is not None:  # it is dz, which a slope of 1 leaves as it is
+                dy, given = dr, (weight, bias, None, 1.0, 0, statistics)
+            if dx is None or plan.combines_apart:
+                backward_combine_apply[(plan.grid // chunks,)](
+                    dy, x, out, *given, sums, parts, N, C, S, 1, 0, chunks, tiles, 1,
+                    BLOCK_K=plan.COMBINE_K, SLOPE_GRAD=need_dslope, **options,
+                )  # fmt: skip
+            if dx is not None:
+                combining = 0 if plan.combines_apart else chunks
+                backward_combine_apply[(plan.grid,)](
+                    dy, x, dx, *given, sums, parts, N, C, S, chunks, tiles, combining, tiles, 1,
+                    BLOCK_K=plan.COMBINE_K, SLOPE_GRAD=need_dslope, **options,
+                )  # fmt: skip
     dbias = dweight = dslope = None
     if sums is not None and need_sums:
         dbias, dweight, dslope = _parameter_gradients(sums[:kinds], N, C, wanted)

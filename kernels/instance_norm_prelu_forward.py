@@ -1,7 +1,7 @@
 """y = PReLU((x − mean)·rstd·weight + bias + r), with mean and rstd of each (n, c) over its S positions; r is optional.
 
-One pass where a row fits on chip: x is read once, y written once. Split where it does not: partial statistics of each
-chunk, one tiny launch that combines them, and a second reading of x.
+One pass where a row fits on chip: x is read once, y written once. Where it does not, partial statistics of each chunk
+and a second reading of x: in one launch (slab), two, or, where a third one combines the partial statistics, three.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .formula import (
     locate,
     normalize,
     parameters,
+    part,
     plus,
     prelu,
     reciprocal_deviation,
     statistics,
-    store_parts,
     store_statistics,
     stream_apply,
     stream_statistics,
@@ -29,7 +29,6 @@ from .formula import (
 )
 from .launch import elsewhere, parameters_side_by_side, prepared, side_by_side
 from .layout import like, readable
-from .plan import STAGES
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
@@ -52,60 +51,38 @@ def forward_one_pass(
     store_statistics(Statistics, row, N, C, exists, mean, rstd)
 
 
-@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "applies"])
-def forward_slab(
-    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, first, applies, eps,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The same of rows that are read twice, the second time from L1 or L2.
-
-    In one launch that is the first one and applies; else the first one writes the statistics of each of the chunks,
-    and the second one combines them.
-    """
-    row, c, exists, at, start, step, chunk, size = locate(
-        tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
-    )
-    if first:
-        mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C, STAGES)
-        if chunks > 1:
-            store_parts(Parts, row, chunk, N, C, chunks, exists, mean, m2, CHANNELS_LAST)
-    else:
-        mean, m2 = combined(Parts, row, exists, N, C, S, chunks, tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, True)
-    if applies:
-        rstd = reciprocal_deviation(m2, 1.0 / tl.cast(S, tl.float32), eps)
-        store_statistics(Statistics, row, N, C, exists & (chunk == 0), mean, rstd)
-        weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-        stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S)
-
-
 @triton.jit(do_not_specialize=["N", "C", "S", "chunks", "tiles"])
 def forward_statistics(
     X, Parts, N, C, S, chunks, tiles,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and M2 of one chunk of BLOCK_C rows."""
     row, _, exists, at, start, step, chunk, size = locate(
         tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
-    mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C, STAGES)
-    store_parts(Parts, row, chunk, N, C, chunks, exists, mean, m2, CHANNELS_LAST)
+    mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C)
+    offset, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
+    tl.store(Parts + offset, mean, mask=exists)
+    tl.store(Parts + all_parts + offset, m2, mask=exists)
 
 
-@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "parts", "part_tiles"])
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "parts", "part_tiles", "backwards"])
 def forward_combine_apply(
-    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, parts, part_tiles, eps,
+    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, parts, part_tiles,
+    backwards, eps,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y of one chunk of BLOCK_C rows, last chunk first: what was read last is still in L2.
+    """y of one chunk of BLOCK_C rows; backwards, the last chunk comes first: what was read last is still in L2.
 
     The rows' statistics are combined from those of `parts` chunks of `part_tiles` tiles and written, or, without
     parts, read. Without tiles, that is all.
     """
+    block = tl.program_id(0)
+    if backwards:
+        block = tl.num_programs(0) - 1 - block
     row, c, exists, at, start, step, chunk, size = locate(
-        tl.num_programs(0) - 1 - tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+        block, N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
     if parts > 0:
         mean, m2 = combined(
@@ -117,6 +94,26 @@ def forward_combine_apply(
         mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S)
+
+
+@triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "last"])
+def forward_slab(
+    X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, first, last, eps,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Both of these, one after the other: of whole rows in one launch, which is the first and the last one.
+
+    The second reading comes from L1 or L2.
+    """
+    if first:
+        forward_statistics(X, Parts, N, C, S, chunks, tiles, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST)
+    if last:
+        tl.debug_barrier()  # all threads see the partial results
+        forward_combine_apply(
+            X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, chunks, tiles,
+            0, eps, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST, BLOCK_K,
+        )  # fmt: skip
 
 
 def instance_norm_prelu_forward(
@@ -162,27 +159,23 @@ def instance_norm_prelu_forward(
     given = x, residual, y, weight, bias, pointer, number, slope_step, statistics
     if plan.branch == "one pass":
         forward_one_pass[(plan.grid,)](*given, N, C, S, eps, **options)
+        return y, statistics
+    chunks, tiles = plan.chunks, plan.tiles
+    parts = statistics if known else torch.empty(2 * N * C * chunks, dtype=torch.float32, device=x.device)
+    apply = forward_combine_apply[(plan.grid,)]
+    if known:
+        apply(*given, parts, N, C, S, chunks, tiles, 0, 0, 1, eps, BLOCK_K=plan.COMBINE_K, **options)
     elif plan.branch == "slab":
-        parts = statistics
-        if plan.chunks > 1:
-            parts = torch.empty(2 * N * C * plan.chunks, dtype=torch.float32, device=x.device)
-        for first, applies in ((1, 1),) if plan.chunks == 1 else ((1, 0), (0, 1)):
+        for first, last in ((1, 1),) if chunks == 1 else ((1, 0), (0, 1)):
             forward_slab[(plan.grid,)](
-                *given, parts, N, C, S, plan.chunks, plan.tiles, first, applies, eps,
-                BLOCK_K=plan.COMBINE_K, STAGES=STAGES, **options,
-            )  # fmt: skip
+                *given, parts, N, C, S, chunks, tiles, first, last, eps, BLOCK_K=plan.COMBINE_K, **options
+            )
     else:
-        chunks, tiles = plan.chunks, plan.tiles
-        # Each kind is 16-byte aligned, whatever N, so that one compiled variant serves.
-        parts = statistics if known else torch.empty(2 * N * C * chunks, dtype=torch.float32, device=x.device)
-        if not known:
-            forward_statistics[(plan.grid,)](x, parts, N, C, S, chunks, tiles, STAGES=STAGES, **options)
-            if plan.combines_apart:
-                forward_combine_apply[(plan.grid // chunks,)](
-                    *given, parts, N, C, S, 1, 0, chunks, tiles, eps, BLOCK_K=plan.COMBINE_K, **options
-                )
-        combining = 0 if known or plan.combines_apart else chunks
-        forward_combine_apply[(plan.grid,)](
-            *given, parts, N, C, S, chunks, tiles, combining, tiles, eps, BLOCK_K=plan.COMBINE_K, **options
-        )
+        forward_statistics[(plan.grid,)](x, parts, N, C, S, chunks, tiles, **options)
+        if plan.combines_apart:
+            forward_combine_apply[(plan.grid // chunks,)](
+                *given, parts, N, C, S, 1, 0, chunks, tiles, 1, eps, BLOCK_K=plan.COMBINE_K, **options
+            )
+        combining = 0 if plan.combines_apart else chunks
+        apply(*given, parts, N, C, S, chunks, tiles, combining, tiles, 1, eps, BLOCK_K=plan.COMBINE_K, **options)
     return y, statistics

@@ -69,6 +69,7 @@ def plan(device: torch.device) -> list[Workload]:
         plain,
         monai,
         *ops.workloads([middle, (2, 32, 128, 128, 128), (8, 256, 8, 8, 8), (8, 512, 4, 4, 4)], "bfloat16"),
+        *ops.workloads([(1, 64, 16, 16, 15), (1, 64, 31, 32, 30)], "bfloat16"),
         *ops.workloads([large], "bfloat16", residual=True),
         residual,
         *stems(BF16, 32, 3, EXAMPLE_1, EXAMPLE_1_SIZE),

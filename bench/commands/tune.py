@@ -1,4 +1,4 @@
-"""`tune`: try other values for the constants of `kernels/plan.py` on this machine. Prints times; changes nothing."""
+"""`tune`: compare the constants and branches of `kernels/plan.py` on this machine. Prints times; changes nothing."""
 
 from __future__ import annotations
 
@@ -22,28 +22,32 @@ from ..arguments import device_problem, refuse
 from ..console import Progress, tables
 from ..engine.timing import Work, calls_per_sample, sample
 
-PURPOSE = "time other values for the constants of the launch plans on this GPU and print the best; changes nothing"
+PURPOSE = "compare the branches and constants of the launch plans on this GPU and print the best; changes nothing"
 SAMPLES = 5
 DTYPES = (torch.bfloat16, torch.float32)
 Shape = tuple[int, int, int]  # N, C, S
 
-# Rows that are split, and short rows that are held on chip. Each constant matters for one of the two.
-LONG: tuple[Shape, ...] = ((8, 64, 31 * 32 * 30), (2, 32, 128**3))
-SHORT: tuple[Shape, ...] = ((8, 128, 512), (8, 256, 64), (8, 512, 8), (32, 256, 512))
+# Rows that are split, slabs, and short rows that are held on chip. Each constant matters for one of them.
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "split": ((1, 64, 31 * 32 * 30), (8, 64, 31 * 32 * 30), (2, 128, 32**3), (2, 32, 128**3)),
+    "slab": ((1, 64, 16 * 16 * 15), (8, 128, 16 * 16 * 15), (32, 128, 16 * 16 * 15)),
+    "one pass": ((8, 128, 512), (8, 256, 64), (8, 512, 8), (32, 256, 512)),
+}
 # Tiny shapes for the interpreter, which show that the sweep runs. Its times say nothing about a GPU.
-TINY_LONG: tuple[Shape, ...] = ((1, 2, 40000),)
-TINY_SHORT: tuple[Shape, ...] = ((1, 8, 64),)
+TINY: dict[str, tuple[Shape, ...]] = {
+    "split": ((1, 2, 20000),), "slab": ((1, 8, 5000),), "one pass": ((1, 8, 64),),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant of the plan: its name there, its key if it is a table, and the values to try."""
+    """A constant of the plan: its name there, its key if it is a table, the values to try, and its branch."""
 
     name: str
     key: Any
     values: tuple[Any, ...]
     backward: bool
-    long_rows: bool
+    branch: str
 
     @property
     def now(self) -> Any:
@@ -56,11 +60,22 @@ class Constant:
 
 
 TILES = ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16))
-CONSTANTS = (
-    Constant("STREAM", False, TILES, backward=False, long_rows=True),
-    Constant("STREAM", True, TILES, backward=True, long_rows=True),
-    Constant("PROGRAMS_PER_SM", None, (4, 8, 16, 32), backward=False, long_rows=True),
-    Constant("ELEMENTS_PER_THREAD", None, (8, 16, 32), backward=False, long_rows=False),
+COMBINED_APART = tuple((volume, chunk_bytes, 0.0) for volume, chunk_bytes, _ in plan.PARTIALS)
+COMBINED_IN_APPLY = ((16_000_000, 1536, 1.0), *plan.PARTIALS[1:])
+# A slab of at most 0 positions is split: the branches compared. With SLAB_BUSY 0 a slab is one launch, else two.
+CONSTANTS = tuple(
+    Constant(name, key, values, backward, branch)
+    for backward in (False, True)
+    for name, key, values, branch in (
+        ("STREAM", (False, backward), TILES, "split"),
+        ("STREAM", (True, backward), TILES, "slab"),
+        ("SLAB_POSITIONS", True, (0, plan.SLAB_POSITIONS[True]), "slab"),
+        ("SLAB_BUSY", None, (0.0, plan.SLAB_BUSY, 1.0, 1e9), "slab"),
+        ("PARTIALS", None, (plan.PARTIALS, COMBINED_APART, COMBINED_IN_APPLY), "split"),
+        ("SLICE_BYTES", None, (32, 64, 128), "split"),
+        ("PROGRAMS_PER_SM", None, (2, 4, 8, 16), "split"),
+        ("ELEMENTS_PER_THREAD", (True, backward), (8, 16, 32), "one pass"),
+    )
 )
 
 
@@ -140,10 +155,9 @@ def run(arguments: argparse.Namespace) -> int:
         print("interpreted on a CPU: these times say nothing of a GPU")
         mode = interpreted()
     begin = time.monotonic()
-    long, short = (LONG, SHORT) if on_gpu else (TINY_LONG, TINY_SHORT)
     with mode:
         for constant in CONSTANTS:
-            shapes = long if constant.long_rows else short
+            shapes = (SHAPES if on_gpu else TINY)[constant.branch]
             with Progress(len(constant.values) * len(shapes) * len(DTYPES)) as progress:
                 times = sweep(constant, shapes, partial(_reported, progress, constant, device))
             _print(constant, times)
@@ -163,7 +177,8 @@ def _reported(
 
 def _print(constant: Constant, times: dict[Any, float]) -> None:
     best = min(times, key=lambda value: times[value])
-    print(f"\n{constant}: now {constant.now}, best {best}", flush=True)
+    direction = "backward" if constant.backward else "forward"
+    print(f"\n{constant}, {direction}, {constant.branch}: now {constant.now}, best {best}", flush=True)
     rows = [
         (str(value), "failed" if math.isinf(taken) else f"{taken * 1e6:.1f}", "now" if value == constant.now else "")
         for value, taken in times.items()

@@ -22,10 +22,10 @@ def test_every_value_reaches_the_plans_and_none_stays(constant: tune.Constant) -
         N, C, S = shape
         launch = prepared((N, C, S), (S * C, 1, C), dtype.itemsize, -1, backward)
         assert launch is not None
-        seen.append((constant.now, launch[4]))
+        seen.append((constant.now, launch[3]))
         return 1.0
 
-    shapes = tune.LONG if constant.long_rows else tune.SHORT
+    shapes = tune.SHAPES[constant.branch]
     tune.sweep(constant, shapes, measure)
     assert {value for value, _ in seen} == set(constant.values)
     assert len({str(made) for _, made in seen}) > len(shapes), "the constant decides something for these shapes"
@@ -41,7 +41,7 @@ def test_the_fastest_wins_and_a_failure_is_reported(capsys: pytest.CaptureFixtur
             raise RuntimeError("out of resource")
         return cost[constant.now]
 
-    found = tune.sweep(constant, tune.SHORT, measure)
+    found = tune.sweep(constant, tune.SHAPES[constant.branch], measure)
     assert found[8] == pytest.approx(3.0)
     assert found[16] == pytest.approx(2.0)
     assert math.isinf(found[32])
@@ -49,13 +49,15 @@ def test_the_fastest_wins_and_a_failure_is_reported(capsys: pytest.CaptureFixtur
 
 
 def test_runs_interpreted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "CONSTANTS", tune.CONSTANTS[2:])
+    chosen = [constant for constant in tune.CONSTANTS if constant.name in ("PROGRAMS_PER_SM", "SLAB_POSITIONS")]
+    monkeypatch.setattr(tune, "CONSTANTS", chosen)
     assert main(["tune", "--device", "cpu"]) == 0
     captured = capsys.readouterr()
     printed = captured.out
     assert "PROGRAMS_PER_SM = 4: " in captured.err
     assert "say nothing of a GPU" in printed
-    assert f"PROGRAMS_PER_SM: now {plan.PROGRAMS_PER_SM}, best " in printed
+    assert f"PROGRAMS_PER_SM, forward, split: now {plan.PROGRAMS_PER_SM}, best " in printed
+    assert f"SLAB_POSITIONS[True], backward, slab: now {plan.SLAB_POSITIONS[True]}, best " in printed
     assert "failed" not in printed
 
 

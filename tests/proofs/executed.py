@@ -30,7 +30,7 @@ CANDIDATES = [
     for N, C in ((2, 3), (1, 8), (1, 24))
     for spatial in ((17, 9, 8), (17, 241, 1), (16, 16, 17), (20, 20, 21), (33, 33, 31))
 ]
-CANDIDATES += [(1, 1, (37, 37, 37)), (1, 64, (20, 20, 21)), (1, 2, (64, 65, 16))]
+CANDIDATES += [(1, 1, (37, 37, 37)), (1, 64, (20, 20, 21)), (1, 2, (64, 65, 16)), (1, 3, (20, 31, 29))]
 
 
 def branch(N: int, C: int, S: int, itemsize: int, channels_last: bool, residual: bool) -> tuple[Any, ...]:

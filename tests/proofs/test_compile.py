@@ -61,9 +61,11 @@ def spills(launch: Launch) -> int:
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_variant_compiles(dtype: torch.dtype, channels_last: bool, architecture: int) -> None:
-    shapes = [(3, C, *SPATIAL[S]) for S, C in itertools.product(SPATIAL, (1, 3, 8, 24, 64))] + [(2, 3, 33, 33, 37)]
+    shapes = [(3, C, *SPATIAL[S]) for S, C in itertools.product(SPATIAL, (1, 3, 8, 24, 64))]
+    shapes += [(2, 3, 21, 21, 21), (2, 3, 33, 33, 37)]
     found = {launch.key: launch for shape in shapes for launch in launches(architecture, shape, dtype, channels_last)}
-    assert {launch.name for launch in found.values()} == EVERY_KERNEL
+    # Contiguous rows that are read twice are split, but with a residual.
+    assert {launch.name for launch in found.values()} == EVERY_KERNEL - (set() if channels_last else {"forward_slab"})
     for launch in found.values():
         check(launch)
 
@@ -96,7 +98,7 @@ def test_residual(architecture: int) -> None:
     cases = [((2, C, *spatial), torch.bfloat16, True) for C, spatial in EXAMPLE_1]
     cases += [((2, 3, *spatial), torch.float32, False) for spatial in ((17, 241, 1), (33, 33, 37))]
     found = {launch.key: (launch, case) for case in cases for launch in launches(architecture, *case, residual=True)}
-    assert {launch.name for launch, _ in found.values()} == EVERY_KERNEL
+    assert {launch.name for launch, _ in found.values()} == EVERY_KERNEL - {"backward_slab"}
     for launch, case in found.values():
         check(launch)
         assert spills(launch) == 0, (launch.name, case)

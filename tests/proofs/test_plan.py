@@ -1,10 +1,26 @@
 """Launch plans: every row covered, nothing empty, the shapes that must be one pass, and no size of N in a constexpr."""
 
+from math import prod
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastenc.kernels.plan import ONE_PASS, ONE_PASS_RESIDUAL, STREAM, STREAM_RESIDUAL, Plan, blocks, make_plan
+from fastenc.bench.commands import gpu
+from fastenc.kernels.plan import (
+    ONE_PASS,
+    ONE_PASS_RESIDUAL,
+    PARTIALS,
+    SECTOR_BYTES,
+    SLAB_BUSY,
+    SLAB_POSITIONS,
+    STREAM,
+    VECTOR_BYTES,
+    Plan,
+    blocks,
+    make_plan,
+)
 
 SMS = 132
 shapes = st.tuples(
@@ -26,8 +42,10 @@ def test_covers_everything_once(shape: Shape, backward: bool, residual: bool) ->
         assert most[0] >= plan.BLOCK_S * plan.BLOCK_C
         assert plan.num_warps <= most[1]
     else:
-        stream = STREAM_RESIDUAL[channels_last, backward] if residual else STREAM[backward]
-        assert (max(stream[0], plan.BLOCK_C), stream[1]) == (plan.BLOCK_S * plan.BLOCK_C, plan.num_warps)
+        tile, num_warps = STREAM[plan.branch == "slab", backward]
+        scattered = plan.VEC * itemsize < VECTOR_BYTES
+        assert max(tile, 2 * plan.BLOCK_C) == plan.BLOCK_S * plan.BLOCK_C
+        assert plan.num_warps == num_warps * (2 if scattered else 1)
     assert all(size & (size - 1) == 0 for size in (plan.BLOCK_S, plan.BLOCK_C, plan.VEC, plan.num_warps))
     assert (C if channels_last else S) % plan.VEC == 0
 
@@ -36,8 +54,8 @@ def test_covers_everything_once(shape: Shape, backward: bool, residual: bool) ->
 def test_batch_decides_no_constexpr(shape: Shape, backward: bool, residual: bool) -> None:
     N, C, S, itemsize, channels_last = shape
 
-    def constexprs(plan: Plan) -> tuple[int, ...]:
-        return plan.BLOCK_S, plan.BLOCK_C, plan.VEC, plan.num_warps, plan.COMBINE_K, plan.COMBINE_C
+    def constexprs(plan: Plan) -> tuple[str | int, ...]:
+        return plan.branch, plan.BLOCK_S, plan.BLOCK_C, plan.VEC, plan.num_warps, plan.COMBINE_K
 
     plans = (make_plan(n, C, S, itemsize, channels_last, SMS, backward, residual) for n in (N, 2 * N + 1))
     assert len({constexprs(plan) for plan in plans}) == 1
@@ -54,6 +72,37 @@ def test_batch_decides_no_constexpr(shape: Shape, backward: bool, residual: bool
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_must_be_one_pass(S: int, C: int, channels_last: bool, backward: bool, residual: bool, itemsize: int) -> None:
     assert make_plan(2, C, S, itemsize, channels_last, SMS, backward, residual).one_pass
+
+
+@given(shapes, st.booleans(), st.booleans())
+def test_the_rule(shape: Shape, backward: bool, residual: bool) -> None:
+    """Which branch, and how many launches: as the docstring of plan.py says."""
+    N, C, S, itemsize, channels_last = shape
+    plan = make_plan(N, C, S, itemsize, channels_last, SMS, backward, residual)
+    if plan.branch == "slab":
+        assert SLAB_POSITIONS[channels_last] >= S
+        assert not (backward and residual)
+        assert plan.BLOCK_C * itemsize <= SECTOR_BYTES
+        slices = blocks(N, C, plan.BLOCK_C, channels_last)
+        assert (plan.chunks > 1) <= (slices < SLAB_BUSY * SMS), "busy SMs need no second launch"
+    if plan.combines_apart:
+        assert plan.branch == "split"
+        assert N * C * S * itemsize >= PARTIALS[0][0], "two launches, where each program can combine"
+    elif plan.chunks > 1:
+        share = next(share for volume, _, share in PARTIALS if N * C * S * itemsize >= volume)
+        assert 8 * plan.chunks**2 <= share * S * itemsize, "what apply reads of partial results"
+
+
+def test_a_gpu_is_asked_about_every_branch() -> None:
+    """`bench gpu` times the operation on a shape of each, channels-last in bfloat16, in both directions."""
+    found = set()
+    for each in gpu.plan(torch.device("cuda")):
+        if each.kind == "instance_norm_prelu" and each.layout == "channels_last" and each.precision == "bfloat16":
+            N, C, *spatial = each.shape
+            plan = make_plan(N, C, prod(spatial), 2, True, SMS, each.mode == "backward")
+            found.add((each.mode, plan.branch, 1 + (plan.chunks > 1) + plan.combines_apart))
+    ways = [("one pass", 1), ("slab", 1), ("slab", 2), ("split", 2), ("split", 3)]
+    assert found == {(mode, *way) for mode in ("forward", "backward") for way in ways}
 
 
 @pytest.mark.parametrize("size", ["N", "C", "S"])

@@ -15,6 +15,7 @@ import torch
 from executed import DTYPES, LAYOUTS, branch, executed, laid_out, shapes
 from support.accuracy import ULPS, check, double, formula, gradients, hold, magnitudes, unavoidable
 from support.cases import Tensors, undetermined
+from support.plans import PLANS, planned
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -88,10 +89,20 @@ def test_every_branch_with_a_residual(dtype: torch.dtype, layout: str, shape: Sh
         near(x, *rest, residual=torch.randn_like(x))
 
 
-def test_more_chunks_than_one_program_combines_at_a_time() -> None:
-    """531,441 positions: more chunks than any combining tile is wide."""
-    with executed():
-        near(*arguments((1, 8, (81, 81, 81)), "channels_last", torch.bfloat16))
+@pytest.mark.parametrize("name", PLANS)
+def test_other_plans(name: str) -> None:
+    """Branches that only tensors too large to execute would take: right, and in place bitwise the same."""
+    shape, layout = PLANS[name].shape
+    x, weight, bias, slope, dy = arguments((*shape[:2], shape[2:]), layout)
+    with planned(name) as plan, executed():
+        assert PLANS[name].reached(plan(x, False, False))
+        near(x, weight, bias, slope, dy)
+        y, statistics = instance_norm_prelu_forward(x, weight, bias, slope, 1e-5)
+        again, _ = instance_norm_prelu_forward(x, weight, bias, slope, 1e-5, statistics=statistics)
+        dx = instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics)[0]
+        over_dy = instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics, in_place=True)[0]
+        over_x, _ = instance_norm_prelu_forward(x, weight, bias, slope, 1e-5, in_place=True)
+    assert all(map(torch.equal, (again, over_x, over_dy), (y, y, dx)))
 
 
 def test_every_kernel_is_executed() -> None:
