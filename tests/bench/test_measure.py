@@ -175,7 +175,7 @@ def test_a_compilation_that_never_ends_is_stopped_and_the_others_are_timed(monke
     monkeypatch.setitem(measure.ROUNDS_SECONDS, "cpu", 0.0)
     timed = {"eager": OPS["eager"], "endless": Baseline(endless, compiles=True)}
     measurement = measured(OP, timed)
-    measurement.run(Deadline(60), reserve=59, progress=QUIET)
+    measurement.run(Deadline(60), reserve=55, progress=QUIET)  # about a second is left to compile
     eager, stopped = measurement.workload().results
     assert eager.status == "ok"
     assert (stopped.status, stopped.note) == ("left out", "no time left to compile")
@@ -285,12 +285,12 @@ def test_a_swallowed_signal_is_repeated(swallowed: str, monkeypatch: pytest.Monk
             Slow()
             assert seen == [OutOfTime], "the first signal was lost"
         seen.append("lost")
+        time.sleep(20)
 
     seen: list[Any] = []
     begin = time.monotonic()
     with pytest.raises(OutOfTime), time_limit(0.1):
         lose_one()
-        time.sleep(20)
     assert seen[-1] == "lost"
     assert time.monotonic() - begin < 10
 
@@ -328,7 +328,13 @@ def test_deadline_estimates_by_size() -> None:
     deadline = Deadline(60)
     deadline.note("compile", 30, size=100)
     deadline.note("compile", math.inf, size=1000)
-    assert [deadline.estimate("compile", 45, size) for size in (10, 100, 999, 1000, 5000)] == [30, 30, 30, math.inf, math.inf]
+    assert [deadline.estimate("compile", 45, size) for size in (10, 100, 999, 1000, 5000)] == [
+        30,
+        30,
+        30,
+        math.inf,
+        math.inf,
+    ]
     assert deadline.estimate("another", 45, 1000) == 45
     deadline.note("another", math.inf, size=1000)
     assert deadline.estimate("another", 45, 999) == 45
