@@ -111,6 +111,13 @@ class Progress:
             left = f", about {elapsed / self._done * (self._total - self._done):.0f} s left" if self._done else ""
             print(f"[{elapsed:4.0f} s{left}] {what}{f': {step}' if step else ''}", file=sys.stderr, flush=True)
 
+    def row(self, text: str) -> None:
+        """Print a result as soon as it is known."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(f"[{time.monotonic() - self._begin:4.0f} s] {text}", file=sys.stderr, flush=True)
+
     def share(self) -> str:
         """How much is done, such as "3 of 8"."""
         return f"{self._done:.0f} of {self._total:.0f}"

@@ -8,6 +8,7 @@ import gc
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -24,7 +25,12 @@ from .record import NOT_REACHED, Result, Workload
 from .summary import Ratio, Summary
 from .timing import calls_per_sample, sample, synchronize
 
-COMPILE_GUESS = {"cuda": 45.0, "cpu": 20.0}  # seconds of a compilation, before the first was timed
+# Seconds of a workload without its compilations, before the first was timed.
+FIRST_GUESS = {
+    "network": 12.0, "client": 20.0, "instance_norm_prelu": 4.0, "instance_norm_add_prelu": 4.0, "stem": 3.0,
+}  # fmt: skip
+COMPILE_GUESS = {"cuda": 45.0, "cpu": 20.0}  # seconds of a network's compilation, before the first was timed
+OPERATION_SHARE = 1 / 3  # of these seconds for an operation
 MOST_COMPILING = 0.2  # largest share of the time for one compilation; max-autotune of 3-D convolutions takes minutes
 ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 1.0}
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
@@ -49,7 +55,7 @@ class Measurement:
         """
         if EAGER not in suite.baselines:
             raise ValueError(f"baselines: 'eager' is needed to compare with, got {list(suite.baselines)}")
-        cost = suite.cost(workload)
+        cost = suite.cost(workload) if workload.flops is None else None
         if cost is not None:
             workload = dataclasses.replace(workload, flops=cost.flops, least_bytes=cost.bytes)
         self._workload = workload
@@ -68,7 +74,7 @@ class Measurement:
         self._again: list[float] = []  # second samples of one baseline in every round, which show the noise
         self._eager: dict[str, float] | None = None
         self._pools: dict[str, int] = {}
-        self._compiling = 0.0
+        self._begin = self._compiling = 0.0
 
     @property
     def total(self) -> float:
@@ -82,15 +88,23 @@ class Measurement:
         """
         if not self._baselines:
             return
-        begin = time.monotonic()
+        self._begin = time.monotonic()
         try:
             with time_limit(deadline.left()):
                 self._time(self._compare(deadline, reserve, progress), progress)
         finally:
-            deadline.note(self._workload.kind, time.monotonic() - begin - self._compiling)
+            deadline.note(self._workload.kind, self._spent())
             if self._compiling:
                 torch.compiler.reset()
             gc.collect()
+
+    def seconds(self, deadline: Deadline) -> float:
+        """The estimated seconds of `run` without compilations."""
+        return deadline.estimate(self._workload.kind, FIRST_GUESS[self._workload.kind]) if self._baselines else 0.0
+
+    def _spent(self) -> float:
+        """The seconds of `run` so far, without compilations."""
+        return time.monotonic() - self._begin - self._compiling
 
     def workload(self) -> Workload:
         """The workload with the results so far."""
@@ -123,11 +137,14 @@ class Measurement:
         agreeing: dict[str, Runner] = {}
         guess = COMPILE_GUESS[self._device.type]
         most = max(MOST_COMPILING * deadline.seconds, 2 * guess)
+        guess *= 1.0 if self._workload.kind in ("network", "client") else OPERATION_SHARE
+        size = prod(self._workload.shape)
         for name, baseline in self._baselines.items():
-            limit, kind = deadline.left(), f"compile {self._workload.kind}, {name}"
+            limit, kind = deadline.left(), f"compile {self._workload.kind}, {self._workload.mode}, {name}"
             if baseline.compiles:
-                limit = min(limit - reserve, most)
-                if limit < deadline.estimate(kind, guess):
+                timing = max(self.seconds(deadline) - self._spent(), ROUNDS_SECONDS[self._device.type])
+                limit = min(limit - reserve - timing, most)
+                if limit < deadline.estimate(kind, guess, size):
                     self._results[name] = Result(name, "left out", note="no time left to compile")
                     continue
             progress.say(str(self._workload), f"{name}{', compiling' if baseline.compiles else ''}")
@@ -141,11 +158,11 @@ class Measurement:
                 if not baseline.compiles:
                     raise
                 self._results[name] = Result(name, "left out", note="no time left to compile")
-                deadline.note(kind, math.inf)  # do not try again: another workload's would not be faster
+                deadline.note(kind, math.inf, size)  # a larger one would not be faster
             finally:
                 if baseline.compiles:
                     self._compiling += time.monotonic() - begin
-                    deadline.note(kind, time.monotonic() - begin)
+                    deadline.note(kind, time.monotonic() - begin, size)
             progress.advance(_preparation(baseline))
             if self._eager is None:
                 self._give_up()

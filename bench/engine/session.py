@@ -1,4 +1,4 @@
-"""A run of `gpu`, `compare`, `ops` or `clients`: workloads in order, a record that is always complete, a table."""
+"""A run of `gpu`, `compare`, `ops` or `clients`: workloads in stages, a record that is always complete, a table."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ from typing import Any
 import torch
 
 from ..baselines.registry import suite_of
-from ..baselines.suite import FASTENC
+from ..baselines.suite import FASTENC, Baseline
 from ..console import Progress, wrapped
 from . import floor
 from .deadline import Deadline, OutOfTime, time_limit
 from .machine import commit, condition, copy_bandwidth, describe, matmul_rates, source
 from .measure import DeviceLost, Measurement
 from .record import GpuTests, MatmulRate, Record, Settings, Workload, load, write
-from .table import LEGEND, brief, heading, text
+from .table import LEGEND, brief, heading, milliseconds, text
 
-# Seconds of a workload, before the first was timed.
-FIRST_GUESS = {
-    "network": 12.0, "client": 20.0, "instance_norm_prelu": 4.0, "instance_norm_add_prelu": 4.0, "stem": 3.0,
-}  # fmt: skip
-PROMISED = 11  # compilations leave time for the next 11 workloads; `gpu` begins with the promised figures
 CEILINGS, TESTS = 3.0, 20.0  # lengths on the progress bar
 
 Tests = Callable[[Deadline], GpuTests]
+Stage = Callable[[Workload, str, Baseline], int]
+LAST = 99  # the stage that only a resumed run enters
 
 
 class Session:
@@ -46,13 +43,17 @@ class Session:
         only: Collection[str] | None = None,
         tests: Tests | None = None,
         resume: bool = False,
+        stage: Stage = lambda workload, name, baseline: 0,
     ) -> None:
         """
         Args:
             shared: the settings in force, for the record.
             only: the names of the baselines to run; None for all.
-            tests: tests to run before the workloads.
+            tests: tests to run after stage 0.
             resume: continue an unfinished record in `out` with the same command, machine, settings and source files.
+                Finished results are kept.
+            stage: the stage in which a workload's baseline runs, from 0. Only a resumed run enters stage LAST. Each
+                stage measures eager and fastenc again, because a ratio needs times from the same rounds.
         """
         now = datetime.now(timezone.utc)
         head, dirty = commit()
@@ -71,25 +72,28 @@ class Session:
         )
         slug = re.sub(r"[^a-z0-9]+", "-", self.record.machine.name.lower()).strip("-")
         self.path = out / f"{slug}-{command.split()[4]}-{now:%Y%m%dT%H%M%SZ}.json"
-        self._done: dict[Workload, Workload] = {}
+        fresh = {each: Measurement(each, suite_of(each), device, only).workload() for each in workloads}
         earlier = unfinished(out, self.record) if resume else None
         if earlier is not None:
             self.path, found = earlier
             self.record = dataclasses.replace(found, complete=False, note="")
-            self._done = {bare(each): each for each in found.workloads if not each.unfinished()}
+            known = {bare(each): each for each in found.workloads}
+            fresh = {each: merged(known.get(each, new), new) for each, new in fresh.items()}
+        self._resumes = earlier is not None
         self._spent = self.record.seconds
-        self._measurements = [Measurement(each, suite_of(each), device, only) for each in workloads]
+        self._workloads = fresh
+        self._stage = stage
 
     def run(self) -> int:
-        """Run tests, ceilings and workloads, then print the table, also when stopped. Returns the exit status."""
+        """Run the stages, tests and ceilings, then print the table, also when stopped. Returns the exit status."""
         status, note = 0, ""
-        waiting = [each for each in self._measurements if bare(each.workload()) not in self._done]
-        total = 2 * CEILINGS + sum(each.total for each in waiting) + (TESTS if self._tests is not None else 0)
-        with Progress(total) as progress:
+        stages = self._stages()
+        total = 2 * CEILINGS + sum(each.total for _, stage in stages for each in stage)
+        with Progress(total + (TESTS if self._tests is not None else 0)) as progress:
             try:
-                if self._done:
-                    progress.say(f"resuming {self.path.name}, which already has {len(self._done)} workloads")
-                self._measure(waiting, progress)
+                if self._resumes:
+                    progress.say(self._resumed())
+                self._measure(stages, progress)
             except OutOfTime:
                 note = "stopped at its deadline"
             except DeviceLost as lost:
@@ -98,33 +102,72 @@ class Session:
                 status, note = 130, "stopped by Ctrl-C"
         self._save(complete=not note, note=note, after=condition(self._device))
         print(heading(self.record), text(self.record), wrapped(LEGEND), sep="\n\n")
-        if len(self._measurements) > 1:
+        if len(self._workloads) > 1:
             print(brief(self.record))
         print(f"record: {self.path}", flush=True)
         return status or int(self._faulty())
 
-    def _measure(self, waiting: Sequence[Measurement], progress: Progress) -> None:
-        if self._tests is not None:
-            if self.record.tests.status != "passed":
-                progress.say("tests/gpu")
-                self._save(tests=self._tests(self._deadline))
-            progress.advance(TESTS)
+    def _resumed(self) -> str:
+        """What this run resumes from."""
+        here = [[each for each in one.results if each.status != "not here"] for one in self._workloads.values()]
+        done = [sum(result.status != "left out" for result in results) for results in here]
+        finished = sum(count == len(results) for count, results in zip(done, here, strict=True))
+        return (
+            f"resuming {self.path.name}: {finished} of {len(here)} workloads are finished, and {sum(done)} of "
+            f"{sum(map(len, here))} results; tests/gpu {self.record.tests.status}"
+        )
+
+    def _stages(self) -> list[tuple[int, list[Measurement]]]:
+        """Each stage and its measurements: the results that are left out, with eager and fastenc."""
+        stages: dict[int, list[Measurement]] = {}
+        for asked, workload in self._workloads.items():
+            suite, names = suite_of(asked), dict[int, list[str]]()
+            for result in workload.results:
+                stage = self._stage(asked, result.peer, suite.baselines[result.peer])
+                if result.status == "left out" and (stage != LAST or self._resumes):
+                    names.setdefault(stage, [FASTENC] if workload.timed(FASTENC) else []).append(result.peer)
+            for stage, only in names.items():
+                again = Measurement(dataclasses.replace(workload, results=()), suite, self._device, only)
+                stages.setdefault(stage, []).append(again)
+        return sorted(stages.items())
+
+    def _measure(self, stages: Sequence[tuple[int, Sequence[Measurement]]], progress: Progress) -> None:
         self._measure_ceilings(progress)
         self._save(before=self.record.before or condition(self._device))
-        kinds = [each.workload().kind for each in waiting]
-        # Compilations take time from the last workloads. Another run with the same folder can measure those.
-        for i, measurement in enumerate(waiting):
-            reserve = sum(self._deadline.estimate(kind, FIRST_GUESS[kind]) for kind in kinds[i : i + PROMISED])
-            measurement.run(self._deadline, reserve, progress)
-            self._save()
+        for number, stage in stages:
+            if number > 0:
+                self._run_tests(progress)
+            self._run(stage, progress)
+        self._run_tests(progress)
         if self._deadline.left() > 2 * self._deadline.estimate("ceilings", 0.0):
             self._measure_ceilings(progress)
+
+    def _run_tests(self, progress: Progress) -> None:
+        """Run the tests, unless this run or the resumed one has run them."""
+        tests, self._tests = self._tests, None
+        if tests is not None and self.record.tests.status not in ("passed", "failed"):
+            progress.say("tests/gpu")
+            self._save(tests=tests(self._deadline))
+            progress.advance(TESTS)
+
+    def _run(self, stage: Sequence[Measurement], progress: Progress) -> None:
+        """Measure one stage. Compilations leave time for the stage's other workloads."""
+        for i, measurement in enumerate(stage):
+            reserve = sum(each.seconds(self._deadline) for each in stage[i + 1 :])
+            try:
+                measurement.run(self._deadline, reserve, progress)
+            finally:
+                found = measurement.workload()
+                self._workloads[bare(found)] = merged(self._workloads[bare(found)], found)
+                self._save()
+                if found.reached():
+                    progress.row(row(found))
 
     def _measure_ceilings(self, progress: Progress) -> None:
         """Measure the ceilings. Done before and after the workloads, because the better result counts."""
         progress.say("copy bandwidth and matrix rates")
         begin = self._deadline.elapsed()
-        dtypes = {each.workload().dtype for each in self._measurements if each.workload().flops}
+        dtypes = {each.dtype for each in self._workloads.values() if each.flops}
         with time_limit(self._deadline.left()):
             bandwidth, found = copy_bandwidth(self._device), matmul_rates(dtypes, self._device)
         known = self.record.machine
@@ -136,12 +179,10 @@ class Session:
 
     def _save(self, **changes: Any) -> None:
         record = dataclasses.replace(self.record, seconds=self._spent + self._deadline.elapsed(), **changes)
-        measured = (each.workload() for each in self._measurements)
-        workloads = tuple(
-            dataclasses.replace(each, floor=floor.seconds(each, record.machine))
-            for each in (self._done.get(bare(each), each) for each in measured)
+        with_floor = (
+            dataclasses.replace(each, floor=floor.seconds(each, record.machine)) for each in self._workloads.values()
         )
-        self.record = dataclasses.replace(record, workloads=workloads)
+        self.record = dataclasses.replace(record, workloads=tuple(with_floor))
         write(self.record, self.path)
 
     def _faulty(self) -> bool:
@@ -153,6 +194,25 @@ class Session:
 def bare(workload: Workload) -> Workload:
     """The workload without its measurements, which identifies it."""
     return dataclasses.replace(workload, flops=None, least_bytes=None, floor=None, noise=None, results=())
+
+
+def merged(earlier: Workload, later: Workload) -> Workload:
+    """The workload with all results of both. A finished result of the earlier is kept."""
+    found = {result.peer: result for result in later.results}
+    kept = {result.peer: result for result in earlier.results if result.status not in ("left out", "not here")}
+    names = dict.fromkeys(result.peer for result in (*earlier.results, *later.results))
+    results = tuple({**{one.peer: one for one in earlier.results}, **found, **kept}[name] for name in names)
+    return dataclasses.replace(later, noise=later.noise if earlier.noise is None else earlier.noise, results=results)
+
+
+def row(workload: Workload) -> str:
+    """A measurement as a line: the time of each baseline, or its status."""
+    cells = (
+        f"{each.peer} {each.status if each.time is None else f'{milliseconds(each.time.median)} ms'}"
+        for each in workload.results
+        if each.status != "not here"
+    )
+    return f"{workload}: {', '.join(cells)}"
 
 
 def unfinished(folder: Path, like: Record) -> tuple[Path, Record] | None:

@@ -14,7 +14,8 @@ LEGEND = (
     "× eager: eager's time over the baseline's; above 1 the baseline is faster. time ÷ fastenc's: the baseline's time "
     "over fastenc's, with p20–p80 of the rounds; ≈ 1: within the noise between two runs of the same version, given for "
     "each workload. floor: the physical floor over the time. GB/s: the least bytes that must be read and written, over "
-    "the time. 1st call: includes all compilation. difference: the relative L2 distance from the exact run, of the "
+    "the time. peak MB: on a GPU it includes cuDNN's workspaces, which benchmark mode lets grow to the largest "
+    "free block. 1st call: includes all compilation. difference: the relative L2 distance from the exact run, of the "
     "output or gradient that is nearest to its tolerance."
 )
 

@@ -330,8 +330,9 @@ def test_a_record_of_other_source_files_is_not_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_failed_test_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "plan", lambda device: [OP])
     monkeypatch.setattr(gpu_tests, "run", lambda log, seconds: record.GpuTests("failed", failed=1))
-    assert __main__.main(["gpu", "--device", "cpu", "--minutes", "0.001", "--out", str(tmp_path)]) == 1
+    assert __main__.main(["gpu", "--device", "cpu", "--minutes", "5", "--out", str(tmp_path)]) == 1
 
 
 def test_no_gpu_is_one_line_and_status_2(

@@ -3,11 +3,13 @@
 No duration is asserted, except that time runs out if none was given or a baseline never ends.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from fastenc.bench.baselines.suite import Baseline, Runner
 from fastenc.bench.commands import gpu
 from fastenc.bench.console import Progress
 from fastenc.bench.engine import agreement, floor, measure
+from fastenc.bench.engine import deadline as deadline_module
 from fastenc.bench.engine.deadline import Deadline, OutOfTime, time_limit
 from fastenc.bench.engine.record import Network, Result, Workload
 from fastenc.bench.engine.timing import Work
@@ -172,7 +175,7 @@ def test_a_compilation_that_never_ends_is_stopped_and_the_others_are_timed(monke
     monkeypatch.setitem(measure.ROUNDS_SECONDS, "cpu", 0.0)
     timed = {"eager": OPS["eager"], "endless": Baseline(endless, compiles=True)}
     measurement = measured(OP, timed)
-    measurement.run(Deadline(60), reserve=59, progress=QUIET)
+    measurement.run(Deadline(60), reserve=55, progress=QUIET)  # about a second is left to compile
     eager, stopped = measurement.workload().results
     assert eager.status == "ok"
     assert (stopped.status, stopped.note) == ("left out", "no time left to compile")
@@ -267,6 +270,48 @@ def test_time_limit_leaves_the_enclosing_one_in_force() -> None:
         raise AssertionError("begun without time")
 
 
+@pytest.mark.parametrize("swallowed", ["in a __del__", "by except"])
+def test_a_swallowed_signal_is_repeated(swallowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def __del__(self) -> None:
+            time.sleep(0.4)
+
+    def lose_one() -> None:
+        if swallowed == "by except":
+            with contextlib.suppress(OutOfTime):
+                time.sleep(20)
+        else:
+            monkeypatch.setattr(sys, "unraisablehook", lambda lost: seen.append(lost.exc_type))
+            Slow()
+            assert seen == [OutOfTime], "the first signal was lost"
+        seen.append("lost")
+        time.sleep(20)
+
+    seen: list[Any] = []
+    begin = time.monotonic()
+    with pytest.raises(OutOfTime), time_limit(0.1):
+        lose_one()
+    assert seen[-1] == "lost"
+    assert time.monotonic() - begin < 10
+
+
+def test_a_repeated_signal_does_not_interrupt_what_finally_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline_module, "REPEAT", 0.02)
+    restored = []
+
+    @contextlib.contextmanager
+    def setting() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            time.sleep(0.1)
+            restored.append(True)
+
+    with pytest.raises(OutOfTime), time_limit(0.05), setting():
+        time.sleep(20)
+    assert restored
+
+
 def test_deadline_counts_and_learns() -> None:
     now = [100.0]
     deadline = Deadline(60, clock=lambda: now[0])
@@ -276,6 +321,23 @@ def test_deadline_counts_and_learns() -> None:
     deadline.note("compile", 20)
     deadline.note("compile", 10)
     assert deadline.estimate("compile", 45) == 20
+
+
+def test_deadline_estimates_by_size() -> None:
+    """A step that did not end tells of larger ones alone."""
+    deadline = Deadline(60)
+    deadline.note("compile", 30, size=100)
+    deadline.note("compile", math.inf, size=1000)
+    assert [deadline.estimate("compile", 45, size) for size in (10, 100, 999, 1000, 5000)] == [
+        30,
+        30,
+        30,
+        math.inf,
+        math.inf,
+    ]
+    assert deadline.estimate("another", 45, 1000) == 45
+    deadline.note("another", math.inf, size=1000)
+    assert deadline.estimate("another", 45, 999) == 45
 
 
 # ------------------------------------------------------------------------------------------------ what baselines share
