@@ -166,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"fastenc bench gpu: only the timings run, {gpu_tests.TESTS} does not: {lacking}", file=sys.stderr)
 
     def tests(deadline: Deadline) -> GpuTests:
-        return gpu_tests.run(log, min(deadline.share(TESTS_SHARE), deadline.left() - gpu_tests.WRITING))
+        return gpu_tests.run(log, min(TESTS_SHARE * deadline.seconds, deadline.left() - gpu_tests.WRITING))
 
     workloads = plan(device)
     first = workloads[:PROMISED]

@@ -12,7 +12,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from support.backends import taken
 from support.plain import assert_all_near, assert_near
-from support.small_models import assert_like_untouched, stack, twins, volume
+from support.small_models import assert_like_untouched, small_input, stack, twins
 from test_custom_ops import Compiled, fused_nodes
 from test_surgery import SURGERY
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ def test_any_use_gets_the_right_numbers(use: str, activation: nn.Module) -> None
     """Under torch.compile and torch.export, after a search that saw nothing of it."""
     net, untouched = twins(nn.Sequential(Uses(activation), nn.Identity()))
     net[0].use = untouched[0].use = USES[use][0]
-    x = volume()
+    x = small_input()
     expected = torch.utils._pytree.tree_leaves(untouched(x))
     with taken("fused"):
         compiled = Compiled(net)
@@ -140,7 +140,7 @@ def test_surgery(surgery: Callable[[nn.Sequential], nn.Module]) -> None:
         pytest.skip("a backward hook is torch's own graph break")
     with taken("fused"), torch.no_grad():
         compiled = Compiled(net, fullgraph=False)
-        x = volume()
+        x = small_input()
         found = compiled(x)
         assert type(found) is Tensor
         assert_near(found, untouched(x).double())
@@ -162,7 +162,7 @@ def test_hooks_see_tensors(where: str) -> None:
     paths = {"norm": "inner.1", "act": "tail.1", "between": "tail.0", "inner": "inner", "tail": "tail"}
     net, untouched = twins(Crosses())
     seen: list[type] = []
-    x = volume()
+    x = small_input()
     with taken("fused"), torch.no_grad():
         compiled = Compiled(net)
         assert_near(compiled(x), untouched(x).double())
@@ -193,9 +193,9 @@ def test_a_graph_that_fails_leaves_nothing_behind() -> None:
     net[2].forward = None
     with taken("fused"):
         with pytest.raises(Exception, match="not callable"):
-            torch.export.export(net, (volume(),))
+            torch.export.export(net, (small_input(),))
         compiled = Compiled(net[1])
-        assert type(compiled(volume().repeat(1, 2, 1, 1, 1))) is Tensor
+        assert type(compiled(small_input().repeat(1, 2, 1, 1, 1))) is Tensor
 
 
 # What is not proven.
@@ -239,7 +239,7 @@ class Keeper:
 def test_unfused_where_nothing_is_proven(what: str) -> None:
     net, untouched = twins(nn.Sequential(Unproven(what)))
     assert net.accelerated.count("fused") == 1
-    x = volume()
+    x = small_input()
     with taken("fused"), torch.no_grad():
         compiled = Compiled(net)
         assert_near(compiled(x), untouched(x).double())
@@ -269,7 +269,7 @@ def test_checkpointed() -> None:
     net, untouched = twins(Checkpointed())
     with taken("fused"):
         compiled = Compiled(net)
-        assert_like_untouched(compiled, untouched, volume())  # type: ignore[arg-type]
+        assert_like_untouched(compiled, untouched, small_input())  # type: ignore[arg-type]
     assert compiled.graphs == [1, 2], "the backward runs the forward again"
 
 
@@ -283,7 +283,7 @@ def test_a_graph_break_between_norm_and_activation() -> None:
     net[0].use = untouched[0].use = use
     with taken("fused"):
         compiled = Compiled(net, fullgraph=False)
-        assert_like_untouched(compiled, untouched, volume())  # type: ignore[arg-type]
+        assert_like_untouched(compiled, untouched, small_input())  # type: ignore[arg-type]
         compiled = Compiled(net[0].norm, fullgraph=False)
         assert type(compiled(torch.randn(2, 4, 3, 3, 3))) is Tensor
 
