@@ -25,7 +25,7 @@ PINNED = (
 PYTHON = "3.12"
 INTERPRETED = (
     "tests/op/test_forward_backward.py", "tests/op/test_residual.py", "tests/op/test_custom_ops.py",
-    "tests/encoder/test_encoder.py", "tests/encoder/test_memory_format.py", "tests/encoder/test_convolution.py",
+    "tests/encoder/test_layers.py", "tests/encoder/test_memory_format.py", "tests/encoder/test_convolution.py",
 )  # fmt: skip
 VERSIONS = """
 import platform, torch, triton, fastenc, fastenc.bench.commands.gpu
@@ -37,6 +37,18 @@ import sys, pytest
 from fastenc.bench.commands.gpu_tests import command
 sys.exit(pytest.main([*command()[3:], "--collect-only", "-q"]))
 """
+BENCH = """
+import sys
+from collections import Counter
+from pathlib import Path
+from fastenc.bench.__main__ import main
+from fastenc.bench.engine.record import load
+status = main(sys.argv[1:])
+(path,) = Path(sys.argv[-1]).glob("*.json")
+results = [result.status for workload in load(path).workloads for result in workload.results]
+print(", ".join(f"{count} {name}" for name, count in Counter(results).items()))
+sys.exit(status)
+"""
 
 
 def steps(out: Path, minutes: float) -> dict[str, list[str]]:
@@ -47,11 +59,9 @@ def steps(out: Path, minutes: float) -> dict[str, list[str]]:
         "private names of torch": [*pytest, "tests/encoder/test_torch_private.py"],
         "layouts on fake CUDA tensors": [str(Path(__file__).with_name("layouts.py"))],
         "collection of tests/gpu": ["-c", COLLECT],
-        "bench gpu --device cpu": [
-            "-m", "fastenc.bench", "gpu", "--device", "cpu", "--minutes", str(minutes), "--out", str(out)
-        ],
+        "bench gpu --device cpu": ["-c", BENCH, "gpu", "--device", "cpu", "--minutes", str(minutes), "--out", str(out)],
         "interpreted kernels": [*pytest, *INTERPRETED],
-    }  # fmt: skip
+    }
 
 
 def interpreter() -> str:
@@ -98,9 +108,7 @@ def main() -> int:
                 failed += 1
                 print(done.stdout[-8000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
             said = last_line(done.stdout) or last_line(done.stderr)
-            rows.append(
-                (name, "failed" if done.returncode else "passed", f"{seconds:.0f}", said.replace(folder, "")[:100])
-            )
+            rows.append((name, "failed" if done.returncode else "passed", f"{seconds:.0f}", said.strip("= ")[:100]))
     wide = [max(len(row[i]) for row in rows) for i in range(3)]
     for name, result, seconds_text, said in rows:
         print(f"{name:{wide[0]}}  {result:{wide[1]}}  {seconds_text:>{wide[2]}}  {said}".rstrip())
