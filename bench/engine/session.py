@@ -137,7 +137,11 @@ class Session:
         for number, stage in stages:
             if number > 0:
                 self._run_tests(progress)
-            self._run(stage, progress)
+            try:
+                self._run(stage, progress)
+            except DeviceLost:
+                self._run_tests(progress)  # in other processes, they may say which kernel it was
+                raise
         self._run_tests(progress)
         if self._deadline.left() > 2 * self._deadline.estimate("ceilings", 0.0):
             self._measure_ceilings(progress)
@@ -147,6 +151,7 @@ class Session:
         tests, self._tests = self._tests, None
         if tests is not None and self.record.tests.status not in ("passed", "failed"):
             progress.say("tests/gpu")
+            torch.cuda.empty_cache()
             self._save(tests=tests(self._deadline))
             progress.advance(TESTS)
 

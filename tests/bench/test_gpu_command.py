@@ -332,6 +332,18 @@ def test_a_record_of_other_source_files_is_not_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_lost_gpu_is_followed_by_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: measure.Measurement, *arguments: object) -> None:
+        raise measure.DeviceLost("the GPU no longer responds")
+
+    monkeypatch.setattr(measure.Measurement, "run", lost)
+    assert __main__.main(["gpu", "--device", "cpu", "--minutes", "5", "--out", str(tmp_path)]) == 1
+    written = only_record(tmp_path)
+    assert written.note == "stopped: the GPU no longer responds"
+    assert written.tests == record.GpuTests("passed", passed=1)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_failed_test_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "plan", lambda device: [OP])
     monkeypatch.setattr(gpu_tests, "run", lambda log, seconds: record.GpuTests("failed", failed=1))
