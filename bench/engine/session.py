@@ -127,8 +127,7 @@ class Session:
                 if result.status == "left out" and (stage != LAST or self._resumes):
                     names.setdefault(stage, [FASTENC] if workload.timed(FASTENC) else []).append(result.peer)
             for stage, only in names.items():
-                again = Measurement(dataclasses.replace(workload, results=()), suite, self._device, only)
-                stages.setdefault(stage, []).append(again)
+                stages.setdefault(stage, []).append(Measurement(workload, suite, self._device, only))
         return sorted(stages.items())
 
     def _measure(self, stages: Sequence[tuple[int, Sequence[Measurement]]], progress: Progress) -> None:
@@ -158,14 +157,14 @@ class Session:
     def _run(self, stage: Sequence[Measurement], progress: Progress) -> None:
         """Measure one stage. Compilations leave time for the stage's other workloads."""
         for i, measurement in enumerate(stage):
-            reserve = sum(each.seconds(self._deadline) for each in stage[i + 1 :])
+            reserve = sum(each.reserve(self._deadline) for each in stage[i + 1 :])
             try:
                 measurement.run(self._deadline, reserve, progress)
             finally:
                 found = measurement.workload()
                 self._workloads[bare(found)] = merged(self._workloads[bare(found)], found)
                 self._save()
-                if found.reached():
+                if any(each.status not in ("left out", "not here") for each in found.results):
                     progress.row(row(found))
 
     def _measure_ceilings(self, progress: Progress) -> None:

@@ -227,7 +227,7 @@ def test_a_missing_package_reserves_no_time(replay: Replay, monkeypatch: pytest.
     monkeypatch.setattr(third_party_networks, "missing", lambda model: "not installed")
     client = next(workload for workload in gpu.plan(CUDA) if workload.kind == "client")
     measurement = measure.Measurement(client, suite_of(client), CUDA)
-    assert measurement.seconds(deadline.Deadline(480)) == measurement.total == 0
+    assert measurement.reserve(deadline.Deadline(480)) == measurement.total == 0
 
 
 def test_rows_are_printed_as_they_are_measured(replay: Replay, capsys: pytest.CaptureFixture[str]) -> None:
