@@ -7,8 +7,9 @@
 # make nnunet    fastenc's trainer inside nnU-Net itself, from its planning to its prediction, on a CPU
 # make audit     the kernels' bytes, registers and vector widths, without a GPU
 # make sanitize  on a GPU: compute-sanitizer's memcheck and racecheck over the kernels
+# make rehearsal the first run on a GPU machine, rehearsed without a GPU; takes several GB, in .venv/rehearsal
 # make lock      after a change of .ci/constraints.txt: the hashes of all that it pins
-# Each but lock makes .venv if it is missing: the files whose hashes stand in .ci/requirements.txt, and no others.
+# Each but the last two makes .venv if it is missing: the files whose hashes stand in .ci/requirements.txt, and no others.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,7 +20,7 @@ HASHED := $(INSTALL) --require-hashes --only-binary :all: --no-deps
 OLD_TRITON := .venv/triton-3.6
 NNUNET := .venv/nnunet-2.8.1
 
-.PHONY: demo test bench bench-smoke coverage fuzz mutants nnunet lint audit sanitize lock clean
+.PHONY: demo test bench bench-smoke coverage fuzz mutants nnunet lint audit sanitize rehearsal lock clean
 
 demo: .venv/installed
 	$(BIN)/python -m fastenc demo $(ARGS)
@@ -90,6 +91,9 @@ SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 
 sanitize: .venv/installed
 	$(SANITIZE) --tool memcheck --report-api-errors no $(BIN)/python -m pytest -q tests/gpu/test_gpu_op.py -k '$(SANITIZED)'
 	$(SANITIZE) --tool racecheck $(BIN)/python -m pytest -q tests/gpu/test_gpu_op.py -k '$(SANITIZED)'
+
+rehearsal:
+	$(PYTHON) tests/tools/rehearsal.py $(ARGS)
 
 lock:
 	.ci/lock

@@ -1,4 +1,4 @@
-"""`gpu`: the single command for a GPU machine. It runs the GPU tests and then the timings."""
+"""`gpu`: the single command for a GPU machine. It times the promised workloads, runs the GPU tests, times the rest."""
 
 from __future__ import annotations
 
@@ -148,8 +148,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu runs a tiny version (default: cuda)"
     )
     parser.epilog = (
-        "Run it again with the same DIR to continue an unfinished run. exit status: 0 done; 1 a test failed, or "
-        "fastenc failed or disagreed with eager; 2 no GPU, or DIR cannot be written; 130 stopped by Ctrl-C"
+        "Run it again with the same DIR to continue an unfinished run; max-autotune never runs in the first. exit "
+        "status: 0 done; 1 a test failed, or fastenc failed or disagreed with eager; 2 no GPU, or DIR cannot be "
+        "written; 130 stopped by Ctrl-C"
     )
 
 

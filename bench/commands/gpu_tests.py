@@ -23,7 +23,7 @@ TESTS = "tests/gpu"
 MOST_PROCESSES = 8  # most of the tests' time is spent compiling kernels, on one core per process
 PART = "FASTENC_GPU_TESTS_PART"  # an environment variable, "0/8" to "7/8": the part of the tests that a process runs
 WRITING = 5.0  # seconds for a stopped process to write its output
-FAILURE = "FAILURE "  # tests/gpu/conftest.py writes a line with this prefix for each failure
+FAILURE, NOTE = "FAILURE ", "NOTE "  # tests/gpu/conftest.py writes a line with such a prefix
 CRASHES = ("Fatal Python error", "ImportError while loading conftest")
 SHOWN, WIDTH = 20, 240  # the number of failures listed, and the characters of each
 
@@ -112,9 +112,10 @@ def total(parts: Sequence[GpuTests], seconds: float) -> GpuTests:
 
 
 def failures(log: Path) -> list[str]:
-    """One line for each failure in `log`, up to SHOWN, and the number of the others. Empty without a log."""
+    """One line for each failure and note in `log`, up to SHOWN, and the number of the others. Empty without a log."""
     if not log.is_file():
         return []
     lines = log.read_text(encoding="utf-8").splitlines()
-    found = list(dict.fromkeys(line[:WIDTH] for line in lines if line.startswith((FAILURE, *CRASHES))))
+    found = list(dict.fromkeys(line[:WIDTH] for line in lines if line.startswith((FAILURE, *CRASHES, NOTE))))
+    found.sort(key=lambda line: line.startswith(NOTE))
     return [*found[:SHOWN], *([f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])]

@@ -22,7 +22,7 @@ MOST_ROWS = 8  # networks in a table; a record begins with the most important wo
 BENCH = CHECKOUT / "bench"
 NO_GPU = """\
 No GPU record exists yet: nothing here has been timed on a GPU, and this README claims no speed there. On a GPU machine,
-from a checkout, this measures it (tests first, then timings; one JSON record, one table):
+from a checkout, this measures it (timings and tests; one JSON record, one table):
 
 ```sh
 python3 -m fastenc bench gpu --out bench-out --minutes 8

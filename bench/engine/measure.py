@@ -51,6 +51,8 @@ class Measurement:
     ) -> None:
         """Measure `workload` with the baselines of `suite` named in `only` (None: all), and with eager.
 
+        Baselines that the workload has a time of are measured to compare the others with.
+
         Raises ValueError if the suite has no "eager" to compare with.
         """
         if EAGER not in suite.baselines:
@@ -61,6 +63,7 @@ class Measurement:
         self._workload = workload
         self._suite, self._device = suite, device
         names = [EAGER, *(name for name in suite.baselines if name != EAGER and (only is None or name in only))]
+        known = {result.peer for result in workload.results if result.time is not None}
         self._baselines: dict[str, Baseline] = {}
         self._results: dict[str, Result] = {}
         for name in names:
@@ -70,6 +73,7 @@ class Measurement:
                 self._results[name] = Result(name, "left out", note=NOT_REACHED)
             else:
                 self._results[name] = Result(name, "not here", note=reason)
+        self._new = [name for name in self._baselines if name not in known]
         self._samples: dict[str, list[float]] = {name: [] for name in names}
         self._again: list[float] = []  # second samples of one baseline in every round, which show the noise
         self._eager: dict[str, float] | None = None
@@ -86,9 +90,10 @@ class Measurement:
 
         Raises OutOfTime at the deadline, and DeviceLost. Results from before an exception are kept.
         """
-        if not self._baselines:
-            return
         self._begin = time.monotonic()
+        new = [(name, self._baselines[name].compiles) for name in self._new]
+        if all(compiles and self._compiling_seconds(name, deadline, reserve) is None for name, compiles in new):
+            return
         try:
             with time_limit(deadline.left()):
                 self._time(self._compare(deadline, reserve, progress), progress)
@@ -98,9 +103,14 @@ class Measurement:
                 torch.compiler.reset()
             gc.collect()
 
-    def seconds(self, deadline: Deadline) -> float:
+    def reserve(self, deadline: Deadline) -> float:
+        """The seconds that a compilation of another workload leaves for this one: for all but its own compilations."""
+        waits = any(not self._baselines[name].compiles for name in self._new)
+        return self._seconds(deadline) if waits else 0.0
+
+    def _seconds(self, deadline: Deadline) -> float:
         """The estimated seconds of `run` without compilations."""
-        return deadline.estimate(self._workload.kind, FIRST_GUESS[self._workload.kind]) if self._baselines else 0.0
+        return deadline.estimate(self._workload.kind, FIRST_GUESS[self._workload.kind])
 
     def _spent(self) -> float:
         """The seconds of `run` so far, without compilations."""
@@ -135,18 +145,13 @@ class Measurement:
             self._give_up()
             return {}
         agreeing: dict[str, Runner] = {}
-        guess = COMPILE_GUESS[self._device.type]
-        most = max(MOST_COMPILING * deadline.seconds, 2 * guess)
-        guess *= 1.0 if self._workload.kind in ("network", "client") else OPERATION_SHARE
-        size = prod(self._workload.shape)
         for name, baseline in self._baselines.items():
-            limit, kind = deadline.left(), f"compile {self._workload.kind}, {self._workload.mode}, {name}"
+            limit: float | None = deadline.left()
             if baseline.compiles:
-                timing = max(self.seconds(deadline) - self._spent(), ROUNDS_SECONDS[self._device.type])
-                limit = min(limit - reserve - timing, most)
-                if limit < deadline.estimate(kind, guess, size):
-                    self._results[name] = Result(name, "left out", note="no time left to compile")
-                    continue
+                limit = self._compiling_seconds(name, deadline, reserve)
+            if limit is None:
+                self._results[name] = Result(name, "left out", note="no time left to compile")
+                continue
             progress.say(str(self._workload), f"{name}{', compiling' if baseline.compiles else ''}")
             begin = time.monotonic()
             try:
@@ -158,16 +163,29 @@ class Measurement:
                 if not baseline.compiles:
                     raise
                 self._results[name] = Result(name, "left out", note="no time left to compile")
-                deadline.note(kind, math.inf, size)  # a larger one would not be faster
+                deadline.note(*self._compilation(name, math.inf))  # a larger one would not be faster
             finally:
                 if baseline.compiles:
                     self._compiling += time.monotonic() - begin
-                    deadline.note(kind, time.monotonic() - begin, size)
+                    deadline.note(*self._compilation(name, time.monotonic() - begin))
             progress.advance(_preparation(baseline))
             if self._eager is None:
                 self._give_up()
                 break
         return agreeing
+
+    def _compilation(self, name: str, seconds: float) -> tuple[str, float, int]:
+        """The arguments of `Deadline.note` and `Deadline.estimate` for the compilation of a baseline."""
+        return f"compile {self._workload.kind}, {self._workload.mode}, {name}", seconds, prod(self._workload.shape)
+
+    def _compiling_seconds(self, name: str, deadline: Deadline, reserve: float) -> float | None:
+        """The seconds that the compilation of a baseline may take; None if it would take more."""
+        guess = COMPILE_GUESS[self._device.type]
+        most = max(MOST_COMPILING * deadline.seconds, 2 * guess)
+        guess *= 1.0 if self._workload.kind in ("network", "client") else OPERATION_SHARE
+        timing = max(self._seconds(deadline) - self._spent(), ROUNDS_SECONDS[self._device.type])
+        limit = min(deadline.left() - reserve - timing, most)
+        return limit if limit >= deadline.estimate(*self._compilation(name, guess)) else None
 
     def _give_up(self) -> None:
         """Mark all other baselines as failed: without eager's numbers they cannot be compared."""

@@ -196,7 +196,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class GpuTests:
-    """The outcome of tests/gpu on the same machine, before the timing."""
+    """The outcome of tests/gpu on the same machine."""
 
     status: TestStatus
     passed: int = 0

@@ -127,8 +127,7 @@ class Session:
                 if result.status == "left out" and (stage != LAST or self._resumes):
                     names.setdefault(stage, [FASTENC] if workload.timed(FASTENC) else []).append(result.peer)
             for stage, only in names.items():
-                again = Measurement(dataclasses.replace(workload, results=()), suite, self._device, only)
-                stages.setdefault(stage, []).append(again)
+                stages.setdefault(stage, []).append(Measurement(workload, suite, self._device, only))
         return sorted(stages.items())
 
     def _measure(self, stages: Sequence[tuple[int, Sequence[Measurement]]], progress: Progress) -> None:
@@ -137,7 +136,11 @@ class Session:
         for number, stage in stages:
             if number > 0:
                 self._run_tests(progress)
-            self._run(stage, progress)
+            try:
+                self._run(stage, progress)
+            except DeviceLost:
+                self._run_tests(progress)  # in other processes, they may say which kernel it was
+                raise
         self._run_tests(progress)
         if self._deadline.left() > 2 * self._deadline.estimate("ceilings", 0.0):
             self._measure_ceilings(progress)
@@ -147,20 +150,21 @@ class Session:
         tests, self._tests = self._tests, None
         if tests is not None and self.record.tests.status not in ("passed", "failed"):
             progress.say("tests/gpu")
+            torch.cuda.empty_cache()
             self._save(tests=tests(self._deadline))
             progress.advance(TESTS)
 
     def _run(self, stage: Sequence[Measurement], progress: Progress) -> None:
         """Measure one stage. Compilations leave time for the stage's other workloads."""
         for i, measurement in enumerate(stage):
-            reserve = sum(each.seconds(self._deadline) for each in stage[i + 1 :])
+            reserve = sum(each.reserve(self._deadline) for each in stage[i + 1 :])
             try:
                 measurement.run(self._deadline, reserve, progress)
             finally:
                 found = measurement.workload()
                 self._workloads[bare(found)] = merged(self._workloads[bare(found)], found)
                 self._save()
-                if found.reached():
+                if any(each.status not in ("left out", "not here") for each in found.results):
                     progress.row(row(found))
 
     def _measure_ceilings(self, progress: Progress) -> None:

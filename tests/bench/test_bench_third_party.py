@@ -159,7 +159,7 @@ def test_the_networks_of_the_gpu_run_are_whole() -> None:
     """128³, batch 2, bfloat16, a whole training step. The networks have the channels that the record states."""
     asked = [each for each in gpu.plan(torch.device("cuda")) if each.client is not None]
     assert [each.client.name for each in asked if each.client is not None] == list(third_party_networks.CHANNELS)
-    promised = gpu.plan(torch.device("cuda"))[: session.PROMISED]
+    promised = gpu.plan(torch.device("cuda"))[: gpu.PROMISED]
     assert asked[0] in promised
     assert asked[1] in promised
     for each in asked:

@@ -125,6 +125,7 @@ ALL_KINDS = """\
 import os, pytest
 @pytest.mark.parametrize("i", range(4))
 def test_passes(i): assert "FASTENC_GPU_TESTS_PART" not in os.environ
+def test_notes(record_property): record_property("kernels of cuDNN:", ["nchwToNhwc"])
 def test_fails(): assert 2 == 3, "y is off\\nby far"
 @pytest.fixture
 def broken(): raise ValueError("no such layout")
@@ -148,11 +149,13 @@ def test_every_gpu_test_runs_once_and_failures_are_reported(tmp_path: Path, monk
     stand_in(tmp_path, monkeypatch, ALL_KINDS, f"{conftest}\n\ndef _lacking():\n    return None\n")
     log = tmp_path / "tests.log"
     found = gpu_tests.run(log, 300.0)
-    assert (found.status, found.passed, found.failed, found.errors, found.skipped) == ("failed", 4, 1, 1, 0)
-    assert sorted(gpu_tests.failures(log)) == [
+    assert (found.status, found.passed, found.failed, found.errors, found.skipped) == ("failed", 5, 1, 1, 0)
+    *failed, note = gpu_tests.failures(log)
+    assert sorted(failed) == [
         "FAILURE tests/gpu/test_stand_in.py::test_errs: no such layout",
         "FAILURE tests/gpu/test_stand_in.py::test_fails: y is off",
     ]
+    assert note == "NOTE tests/gpu/test_stand_in.py::test_notes: kernels of cuDNN: ['nchwToNhwc']"
 
 
 def test_gpu_tests_that_are_stopped_have_written_tracebacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +329,18 @@ def test_a_record_of_other_source_files_is_not_resumed(tmp_path: Path) -> None:
     first = only_record(tmp_path)
     assert session.unfinished(tmp_path, first) is not None
     assert session.unfinished(tmp_path, dataclasses.replace(first, source="another")) is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lost_gpu_is_followed_by_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: measure.Measurement, *arguments: object) -> None:
+        raise measure.DeviceLost("the GPU no longer responds")
+
+    monkeypatch.setattr(measure.Measurement, "run", lost)
+    assert __main__.main(["gpu", "--device", "cpu", "--minutes", "5", "--out", str(tmp_path)]) == 1
+    written = only_record(tmp_path)
+    assert written.note == "stopped: the GPU no longer responds"
+    assert written.tests == record.GpuTests("passed", passed=1)
 
 
 @pytest.mark.usefixtures("quick")

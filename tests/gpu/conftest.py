@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import fastenc
-from fastenc.bench.commands.gpu_tests import FAILURE, PART
+from fastenc.bench.commands.gpu_tests import FAILURE, NOTE, PART
+from fastenc.bench.engine.agreement import distance
 from fastenc.bench.engine.machine import settings
 
 FOLDER = Path(__file__).parent
 # Hundreds of kernel variants to compile: where time is short, what surrounds them has been tested by then.
 LAST = ("test_gpu_op.py", "test_gpu_torch_samples.py", "test_gpu_tools.py")
+EXACT, TF32 = 1e-5, 4e-3  # distances: of exact float32, and of a network in TF32
 sys.path.append(str(FOLDER.parent))  # for plain.py and torch_samples.py
 
 
@@ -31,8 +33,21 @@ def _lacking() -> str | None:
     return None
 
 
+class Notes:
+    """Prints what a test records by `record_property`: choices of cuDNN, which are reported and fail no test."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties if report.when == "call" else []:
+            self._config.get_terminal_writer().line(f"\n{NOTE}{report.nodeid}: {name} {value}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.pluginmanager.register(Notes(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,6 +86,19 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def check_near(record_property: Callable[[str, object], None]) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Asserts that two float32 results are as near as TF32; reports them if they are not as near as exact float32."""
+
+    def check(found: torch.Tensor, truth: torch.Tensor) -> None:
+        apart = distance(found, truth)
+        if apart >= EXACT:
+            record_property("distance in float32", f"{apart:.1e}")
+        assert apart < TF32
+
+    return check
 
 
 @pytest.fixture

@@ -94,20 +94,24 @@ def test_float32_gradients_as_one_vector(plain: nn.Module, fused: nn.Module) -> 
     assert distance(vector(results), vector(expected)) < 1e-3
 
 
-def test_forward_alone_is_the_forward_of_training(fused: nn.Module) -> None:
+def test_forward_alone_is_the_forward_of_training(
+    fused: nn.Module, check_near: Callable[[Tensor, Tensor], None]
+) -> None:
     x, dy = batch(2)
     expected, before = numbers(fused, x, dy)[OUTPUT], x.clone()
     with torch.no_grad():
         result = fused(x)
-    assert distance(result, expected) < 1e-5  # cuDNN may choose other algorithms
+    check_near(result, expected)  # cuDNN may choose other algorithms
     assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format], ids=str)
-def test_layout_of_the_input_does_not_matter(layout: torch.memory_format, fused: nn.Module) -> None:
+def test_layout_of_the_input_does_not_matter(
+    layout: torch.memory_format, fused: nn.Module, check_near: Callable[[Tensor, Tensor], None]
+) -> None:
     x, _ = batch(2)
     with torch.no_grad():
-        assert distance(fused(x.contiguous(memory_format=layout)), fused(x)) < 1e-5
+        check_near(fused(x.contiguous(memory_format=layout)), fused(x))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
