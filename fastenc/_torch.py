@@ -27,8 +27,8 @@ is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 # A global module hook sees the call of every submodule, and there is no public question whether one is registered.
 has_global_hook = _module._has_any_global_hook
-# Tensor._make_wrapper_subclass makes a Deferred without memory. This turns off __torch_function__ for it.
-disabled_torch_function = torch._C._disabled_torch_function_impl
+# Tensor._make_wrapper_subclass makes a Deferred without memory. In this block __torch_function__ of subclasses is off.
+disabled_torch_function = torch._C.DisableTorchFunctionSubclass
 # Reading the address of memory that a Deferred does not have must raise.
 forbid_data_ptr = torch._C._set_throw_on_mutable_data_ptr
 

@@ -182,7 +182,10 @@ def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
             outcomes.append(NormOutcome(names[norm], "left", left[norm]))
             continue
         why = "; ".join(dict.fromkeys(found.why.get(norm, ())))
-        partners = " or ".join(f"{names[m]} ({type(m).__name__})" for m in found.partners.get(norm, ()))
+        partners = " or ".join(
+            f"{m} (a function)" if isinstance(m, str) else f"{names[m]} ({type(m).__name__})"
+            for m in found.partners.get(norm, ())
+        )
         if norm in found.boxes:
             why = f"if they meet: the forward of {type(found.boxes[norm]).__name__} cannot be traced"
         without = tuple(biases.get(norm, ()))
@@ -195,7 +198,7 @@ def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
             forwards.append(FusedNorm(norm))
     if forwards:
         activations = dict.fromkeys(partner for partners in found.partners.values() for partner in partners)
-        forwards += [Activation(activation) for activation in activations]
+        forwards += [Activation(activation) for activation in activations if isinstance(activation, nn.Module)]
         forwards += [Dropout(dropout) for dropout in found.dropouts]
         scopes = {**found.scopes, **({} if model in norms else {model: found.scopes.get(model, {})})}
         between = {scope: {module: list(inner) for module, inner in inside.items()} for scope, inside in scopes.items()}

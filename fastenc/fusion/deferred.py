@@ -22,6 +22,7 @@ from fastenc.kernels.layout import layout
 from .. import reference, route
 from .._torch import disabled_torch_function, forbid_data_ptr, tree_map_only
 from ..functional import fits, fused
+from ..pair import FUNCTIONS, slope_of_call
 
 
 class _Running(threading.local):
@@ -52,8 +53,18 @@ class Deferred(Tensor):
     replaced: Tensor | None = None  # what an activation or addition in place has made of z
     passed_by: bool = False
 
-    # Everything goes through the dispatcher, below autograd: what is computed there needs no history of its own.
-    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A functional activation completes z. Anything else goes through the dispatcher, below autograd: what is
+        computed there needs no history of its own.
+        """
+        if func in FUNCTIONS:
+            z = args[0] if args else kwargs["input"]
+            y = z.activated(*slope_of_call(func, args, kwargs or {})) if type(z) is Deferred else None
+            if y is not None:
+                return y
+        with disabled_torch_function():
+            return func(*args, **(kwargs or {}))
 
     @staticmethod
     def __new__(cls, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Deferred:
@@ -212,11 +223,10 @@ class Deferred(Tensor):
 
         Such a history is a leaf's, or that of an autograd Function which returns z, say a reentrant checkpoint's.
         """
-        return (
-            self.value is not None
-            or self.replaced is not None
-            or (self.requires_grad and type(self.grad_fn) not in _HISTORY)
-        )
+        if self.value is not None or self.replaced is not None:
+            return True
+        with disabled_torch_function():  # once, which is quicker than twice
+            return self.requires_grad and type(self.grad_fn) not in _HISTORY
 
     def _keep_gradient(self) -> None:
         """Whoever asks for z's own gradient gets it: z is looked at, so that no kernel passes it by."""

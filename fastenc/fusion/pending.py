@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import route
 from .._torch import TracingContext, constant_in_graphs, tree_map_only
 from ..functional import fits, fused
+from ..pair import FUNCTIONS, slope_of_call
 
 
 class _Traced(threading.local):
@@ -135,12 +136,26 @@ class Pending:
         """Whether nobody has looked at z, and PyTorch is in the mode in which the norm was called."""
         return self.value is None and self.grad_mode == torch.is_grad_enabled() and route.watched(self.x) is None
 
+    def relu(self) -> Any:
+        return self.__torch_function__(Tensor.relu, (), (self,))
+
+    def relu_(self) -> Any:
+        return self.__torch_function__(Tensor.relu_, (), (self,))
+
+    def prelu(self, weight: Tensor) -> Any:
+        return self.__torch_function__(Tensor.prelu, (), (self, weight))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.plain(), name)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """func of the values; an addition may wait."""
+        """func of the values; an addition may wait, and an activation completes z."""
+        if func in FUNCTIONS:
+            z = args[0] if args else kwargs["input"]
+            y = z.activated(*slope_of_call(func, args, kwargs or {})) if type(z) is Pending else None
+            if y is not None:
+                return y
         if len(args) == 2 and not kwargs:
             z, other = args
             if type(z) is Pending and func in _ADDITIONS_IN_PLACE:

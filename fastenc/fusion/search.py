@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from .. import route
 from .._torch import tree_map
-from ..pair import ACTIVATIONS, DROPOUTS, INSTANCE_NORMS
+from ..pair import ACTIVATIONS, DROPOUTS, FUNCTIONS, INSTANCE_NORMS, UNTRACEABLE
 from .convolutions import CONVOLUTIONS
 from .modules import Forward, forward_of
 
@@ -57,7 +57,8 @@ class Cancelled:
 class Found:
     """What a search found.
 
-    partners: the activations that a norm leads to. why: for a norm, what speaks against pairing it at some call. boxes:
+    partners: the activations that a norm leads to, modules or the names of functions.
+    why: for a norm, what speaks against pairing it at some call. boxes:
     the module that calls a norm and could not be traced. dropouts: those in between. scopes: the innermost modules in
     whose forward norm and activation are called. Of each scope, the modules inside it that call either, with the norms.
     ways: of each scope, the modules that the output of a norm goes through, its activation at the end, with the norms.
@@ -65,7 +66,7 @@ class Found:
     that a norm cancels, as pairs of that norm and the calls and modules between the two; kept: those with another use.
     """
 
-    partners: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    partners: dict[nn.Module, list[nn.Module | str]] = field(default_factory=dict)
     why: dict[nn.Module, list[str]] = field(default_factory=dict)
     boxes: dict[nn.Module, nn.Module] = field(default_factory=dict)
     dropouts: set[nn.Module] = field(default_factory=set)
@@ -84,7 +85,7 @@ class Found:
     def pair(
         self,
         norm: nn.Module,
-        activation: nn.Module,
+        activation: nn.Module | str,
         scope: nn.Module,
         between: Iterable[nn.Module],
         callers: Iterable[nn.Module] = (),
@@ -96,7 +97,9 @@ class Found:
         inside = self.scopes.setdefault(scope, {})
         for caller in callers:
             inside.setdefault(caller, []).append(norm)
-        for module in (*between, activation):
+        for module in (norm, *between, activation):
+            if isinstance(module, str):
+                continue
             self.ways.setdefault(scope, {}).setdefault(module, []).append(norm)
         self.dropouts.update(module for module in between if type(module) in DROPOUTS and not own_forward(module))
 
@@ -158,11 +161,13 @@ def _read(
         if isinstance(way, str):
             found.why.setdefault(norm, []).append(way)
         else:
-            *between, activation = (step.meta["module"] for step in way if "module" in step.meta)
+            between = [step.meta["module"] for step in way[:-1] if "module" in step.meta]
+            activation = way[-1].meta.get("module") or _called(way[-1])
             scope, callers = _innermost(node, way[-1])
             found.pair(norm, activation, scope, between, callers)
             meanwhile = nodes[order[node] + 1 : order[way[-1]]]
-            if not kept.isdisjoint((node, *way[:-1])) or any(_may_change(n) for n in meanwhile if n not in way):
+            changes = any(_may_change(between) for between in meanwhile if between not in way)
+            if changes or not kept.isdisjoint((node, *way[:-1])) or way[-1].target in UNTRACEABLE:
                 found.unproven.add(norm)
 
 
@@ -208,7 +213,7 @@ def _way(node: fx.Node, registered: set[nn.Module], end: str) -> list[fx.Node] |
     """As `_follow`, whatever happens to the operands. One addition of a residual may lie on the way."""
     way: list[fx.Node] = []
     here = node
-    while here is node or type(here.meta["module"]) not in ACTIVATIONS:
+    while here is node or not _activates(here):
         users = [user for user in here.users if not _only_asks(user)]
         if not users:
             return "its output is not used"
@@ -222,14 +227,23 @@ def _way(node: fx.Node, registered: set[nn.Module], end: str) -> list[fx.Node] |
             rest = _way(here, registered, end)
             if isinstance(rest, list) and not _has_dropout(rest):
                 return [*way, here, *rest]
+        if _activates(here) and module is None and here.args and here.args[0] is last:
+            return [*way, here]
         if type(module) not in (*ACTIVATIONS, *DROPOUTS, nn.Identity):
-            return f"its output goes to {_called(here)}, not to a PReLU, LeakyReLU or ReLU module"
+            return f"its output goes to {_called(here)}, not to PReLU, LeakyReLU or ReLU"
         if module not in registered:
             return f"its output goes to a {_called(here)} that is not registered in the model"
         if own_forward(module):
             return f"its output goes to a {_called(here)} whose forward was replaced"
         way.append(here)
     return way
+
+
+def _activates(node: fx.Node) -> bool:
+    """Whether node is a PReLU, LeakyReLU or ReLU, module or function."""
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_", "prelu")
+    return node.target in FUNCTIONS if node.op == "call_function" else type(node.meta.get("module")) in ACTIVATIONS
 
 
 def own_forward(module: Any) -> bool:
@@ -339,9 +353,14 @@ class _Tracer(fx.Tracer):
         finally:
             self.callers.pop()
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["callers"] = tuple(self.callers)
+        return node
+
     def _leaf(self, module: nn.Module, args: Any, kwargs: Any) -> fx.Proxy:
         proxy = self.create_proxy("call_module", type(module).__name__, args, kwargs)
-        proxy.node.meta.update(module=module, callers=tuple(self.callers))
+        proxy.node.meta["module"] = module
         return proxy
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

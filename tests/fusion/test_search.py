@@ -133,7 +133,7 @@ def test_reasons_against_pairing() -> None:
     outer.inner = inner
     found = {norm.name: norm.detail for norm in fastenc.accelerate(nn.Sequential(net, outer)).accelerated}
     assert found == {
-        "0.0.0": "its output goes to Box, not to a PReLU, LeakyReLU or ReLU module",
+        "0.0.0": "its output goes to Box, not to PReLU, LeakyReLU or ReLU",
         "0.1.norm": "its output is used 3 times: square, view, ReLU",
         "0.2.norm": "its output is used 2 times: mul_, ReLU",
         "1.norm": "with 1.act (LeakyReLU); if they meet: the forward of Untraceable cannot be traced",
