@@ -32,9 +32,8 @@ from .formula import (
 )
 from .launch import elsewhere, parameters_side_by_side, prepared, side_by_side
 from .layout import like, readable
-from .plan import RELOAD_BLOCK_S, STAGES, SUM_N_C, SUM_N_N, ceil_div
+from .plan import STAGES, SUM_N_C, SUM_N_N, ceil_div
 
-_RELOAD_BLOCK_S = tl.constexpr(RELOAD_BLOCK_S)
 _STAGES = tl.constexpr(STAGES)
 
 
@@ -148,9 +147,6 @@ def backward_one_pass(
     mean_dz = sum_dz * inverse
     e, sum_dz_centered = sum_2(tl.where(valid, dz - mean_dz[None, :], 0.0), dz * centered)
     mean_dz += e * inverse
-    if BLOCK_S >= _RELOAD_BLOCK_S:
-        rstd = tl.load(Statistics + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0)  # [BLOCK_C]
-        weight, _, _ = parameters(Weight, None, None, 0.0, 0, c, exists, BLOCK_C)
     store_sums(Sums, row, N, C, exists, mean_dz * size, sum_dz_centered * rstd, sum_dslope, SLOPE_GRAD)
     if DX is not None:
         dx = tile_dx(centered, dz, rstd * weight, mean_dz, rstd * rstd * sum_dz_centered * inverse)

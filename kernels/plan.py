@@ -28,7 +28,7 @@ SECTOR_BYTES = 32  # the unit in which memory moves
 # (elements of a tile, most warps) of the one-pass kernels by (channels_last, backward): the largest that compile for
 # sm_80, sm_90 and sm_100 without spilling.
 ONE_PASS = {
-    (False, False): (32768, 32), (False, True): (8192, 16), (True, False): (16384, 16), (True, True): (16384, 16),
+    (False, False): (32768, 32), (False, True): (8192, 16), (True, False): (16384, 16), (True, True): (8192, 16),
 }  # fmt: skip
 # With a residual, which is one tensor more on chip.
 ONE_PASS_RESIDUAL = {**ONE_PASS, (False, False): (16384, 16)}
@@ -39,10 +39,6 @@ ELEMENTS_PER_THREAD = {(False, False): 32, (False, True): 16, (True, False): 32,
 
 # Rows of at most this many positions share one tile height: the deep ends of all volumes compile the same variants.
 SHORTEST_ROW = 8
-
-# From this many positions on, the one-pass backward reads rstd and weight again (from L1) after its sums: waiting in
-# registers, they made the widest tiles spill. Below it, eight more bytes a row would show in the traffic.
-RELOAD_BLOCK_S = 512
 
 # Contiguous one-pass tiles are widened to this many elements: with fewer than four short rows to a program, their
 # statistics would move mostly empty sectors. Channels-last tiles stay as narrow as whole sectors, and a 16-byte access

@@ -32,7 +32,7 @@ LOOP_INSTRUCTIONS = {
 LOOP_BARRIERS = 3
 
 # Positions up to which a row must be read once, by (channels_last, backward).
-ONE_PASS_POSITIONS = {(True, False): 1024, (True, True): 1024, (False, False): 32768, (False, True): 4096}
+ONE_PASS_POSITIONS = {(True, False): 1024, (True, True): 512, (False, False): 32768, (False, True): 4096}
 # With a residual no more than this: in float32, 32,768 positions of x and r spill on sm_80 and sm_90.
 ONE_PASS_POSITIONS_RESIDUAL = 16384
 
