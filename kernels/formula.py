@@ -20,8 +20,8 @@ def locate(block, N, C, S, chunks, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.co
     each row's first from there (int32, so that a tile costs few registers), the step from one element of a row to the
     next, the number of the chunk, and its size. Neighbouring programs are neighbours in memory.
 
-    The plan knows the contiguous axis to be a multiple of VEC; written so, the compiler knows it too. Triton
-    specialises integers on divisibility by 16 only; a row of 24 bf16 is 16-byte aligned all the same.
+    The contiguous axis is written as a multiple of VEC, so that the compiler knows what the plan knows: Triton looks at
+    divisibility by 16 only, but rows of 24 bf16 are 16-byte aligned all the same.
     """
     if CHANNELS_LAST:
         C = (C // VEC) * VEC
@@ -50,10 +50,7 @@ def locate(block, N, C, S, chunks, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.co
 
 @triton.jit
 def part(row, chunk, N, C, chunks, CHANNELS_LAST: tl.constexpr):
-    """Offset of a chunk's partial result of one kind, and from each kind to the next.
-
-    Neighbours in memory are rows where they are in x, else chunks.
-    """
+    """Offset of a chunk's partial result of one kind, where neighbours are rows if they are in x, and between kinds."""
     rows = tl.cast(N, tl.int64) * C
     if CHANNELS_LAST:
         return chunk * rows + row, rows * chunks
@@ -84,13 +81,6 @@ def statistics(Statistics, row, N, C, exists):
     mean = tl.load(Statistics + row, mask=exists, other=0.0)  # [BLOCK_C]
     rstd = tl.load(Statistics + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0)  # [BLOCK_C]
     return mean, rstd
-
-
-@triton.jit
-def store_statistics(Statistics, row, N, C, exists, mean, rstd):
-    """The same, written."""
-    tl.store(Statistics + row, mean, mask=exists)
-    tl.store(Statistics + tl.cast(N, tl.int64) * C + row, rstd, mask=exists)
 
 
 @triton.jit
@@ -129,10 +119,7 @@ def tile_statistics(x, valid, inverse):
 
 @triton.jit
 def union(mean, second, count, total, M2: tl.constexpr):
-    """Mean of the union, down each column, of parts with `count` elements each; the mean is corrected once, as above.
-
-    second: with M2, that of each part, combined by Chan's formula for many; else a sum of each part.
-    """
+    """Mean, corrected once as above, and M2 (by Chan's formula for many) or else sum, of parts of `count` elements."""
     inverse = 1.0 / total
     center = tl.sum(mean * count, axis=0) * inverse
     d = tl.where(count > 0.0, mean - center[None, :], 0.0)
@@ -214,8 +201,8 @@ def stream_statistics(X, at, start, step, size, exists, BLOCK_S: tl.constexpr, B
 def stream_apply(X, R, Y, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S: tl.constexpr):
     """y of `size` positions of each row, from the offset `at` on; backwards: what was read last is still in a cache.
 
-    Each tile is loaded while the one before it is worked on, into registers: the way through shared memory that
-    num_stages takes costs the stores their layout.
+    Each tile is loaded into registers while the one before it is worked on: through shared memory, as num_stages does
+    it, stores would need another layout.
     """
     tiles, at, size = last_tile(at, step, size, BLOCK_S)
     offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
@@ -233,10 +220,7 @@ def stream_apply(X, R, Y, at, start, step, size, exists, mean, scale, bias, a, B
 
 @triton.jit
 def reciprocal_deviation(m2, inverse, eps):
-    """rstd = 1/√(M2·inverse + eps): the hardware's estimate and one Newton step, within a unit in the last place.
-
-    0 where the variance is infinite, and where variance and eps are both 0 (or no normal float32), as in torch.
-    """
+    """rstd = 1/√(M2·inverse + eps), an estimate and a Newton step; 0 where that is 0 (or subnormal), as in torch."""
     variance = m2 * inverse + eps
     estimate = tl.rsqrt(variance)
     refined = estimate + (0.5 * estimate) * (1.0 - (variance * estimate) * estimate)
@@ -261,15 +245,3 @@ def plus(z, R, offset, valid):
 def prelu(z, slope):
     """z where z > 0, slope·z elsewhere: at exactly 0, and at NaN, the slope branch, as torch does."""
     return tl.where(z > 0.0, z, slope * z)
-
-
-@triton.jit
-def prelu_dz(dy, z, slope):
-    """∂PReLU/∂z · dy."""
-    return tl.where(z > 0.0, dy, slope * dy)
-
-
-@triton.jit
-def prelu_dslope(dy, z):
-    """∂PReLU/∂slope · dy."""
-    return tl.where(z > 0.0, 0.0, z * dy)

@@ -24,17 +24,14 @@ from .formula import (
     parameters,
     part,
     plus,
-    prelu_dslope,
-    prelu_dz,
     statistics,
     sum_2,
     tile,
 )
 from .launch import elsewhere, parameters_side_by_side, prepared, side_by_side
 from .layout import like, readable
-from .plan import RELOAD_BLOCK_S, STAGES, SUM_N_C, SUM_N_N, ceil_div
+from .plan import STAGES, SUM_N_C, SUM_N_N, ceil_div
 
-_RELOAD_BLOCK_S = tl.constexpr(RELOAD_BLOCK_S)
 _STAGES = tl.constexpr(STAGES)
 
 
@@ -44,7 +41,7 @@ def tile_terms(x, dy, R, offset, valid, mean, scale, bias, a):
     x = x.to(tl.float32)
     dy = dy.to(tl.float32)
     z = plus(normalize(x, mean[None, :], scale[None, :], bias[None, :]), R, offset, valid)
-    return x - mean[None, :], prelu_dz(dy, z, a[None, :]), prelu_dslope(dy, z)
+    return x - mean[None, :], tl.where(z > 0.0, dy, a[None, :] * dy), tl.where(z > 0.0, 0.0, z * dy)
 
 
 @triton.jit
@@ -71,8 +68,8 @@ def stream_sums(
 ):  # fmt: skip
     """The mean of dz, Σdz·(x − mean) and the slope's sum of `size` positions of each row, from `at` on; and dr.
 
-    Every two elements of the tile have a mean of their own, every element or two sums. They meet once, after the loop.
-    Terms past the end are 0. A mean instead of a sum, so that dz that are all alike cost no accuracy.
+    Elements of the tile have their own, which meet once, after the loop; terms past the end are 0. Of dz the mean, so
+    that dz that are all alike cost no accuracy.
     """
     mean_dz = tl.zeros([BLOCK_S // 2, BLOCK_C], tl.float32)
     sum_dz_centered = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
@@ -148,9 +145,6 @@ def backward_one_pass(
     mean_dz = sum_dz * inverse
     e, sum_dz_centered = sum_2(tl.where(valid, dz - mean_dz[None, :], 0.0), dz * centered)
     mean_dz += e * inverse
-    if BLOCK_S >= _RELOAD_BLOCK_S:
-        rstd = tl.load(Statistics + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0)  # [BLOCK_C]
-        weight, _, _ = parameters(Weight, None, None, 0.0, 0, c, exists, BLOCK_C)
     store_sums(Sums, row, N, C, exists, mean_dz * size, sum_dz_centered * rstd, sum_dslope, SLOPE_GRAD)
     if DX is not None:
         dx = tile_dx(centered, dz, rstd * weight, mean_dz, rstd * rstd * sum_dz_centered * inverse)
@@ -186,10 +180,9 @@ def backward_combine_apply(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_K: tl.constexpr, SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """dx of one chunk of BLOCK_C rows; backwards, the last chunk comes first: what was read last is still in L2.
+    """dx of one chunk of BLOCK_C rows from combined sums, in the ways of `forward_combine_apply`.
 
-    The rows' sums are combined from those of `parts` chunks of `part_tiles` tiles and written, the mean of dz after
-    them, or, without parts, read. Without tiles, that is all.
+    The mean of dz, which no rounding of its sum shall spoil, is written after the sums.
     """
     block = tl.program_id(0)
     if backwards:
@@ -284,7 +277,7 @@ def instance_norm_prelu_backward(
     launch = prepared(x.shape, stride, x.itemsize, device, True, residual is not None)
     if launch is None:
         return instance_norm_prelu_backward(dy, readable(x), weight, bias, slope, statistics, needs, in_place, residual)
-    N, C, S, plan, options = launch
+    N, C, S, plan, options, combine_options = launch
     if dy.stride() != stride:
         dy = like(dy, x)
     weight, bias, pointer, number, slope_step = parameters_side_by_side(weight, bias, slope)
@@ -308,37 +301,31 @@ def instance_norm_prelu_backward(
     if need_sums or not plan.one_pass:  # and the mean of dz
         sums = torch.empty(kinds + (not plan.one_pass), N * C, dtype=torch.float32, device=x.device)
     given = weight, bias, pointer, number, slope_step, statistics
+    grads = {"SLOPE_GRAD": need_dslope}
     if plan.one_pass:
-        backward_one_pass[(plan.grid,)](
-            dy, x, residual, dx, dr, *given, sums, N, C, S, SLOPE_GRAD=need_dslope, **options
-        )
+        backward_one_pass[(plan.grid,)](dy, x, residual, dx, dr, *given, sums, N, C, S, **grads, **options)
     else:
         chunks, tiles = plan.chunks, plan.tiles
+        size = N, C, S, chunks, tiles
         parts = torch.empty(kinds * N * C * chunks, dtype=torch.float32, device=x.device)
         out = x if dx is None else dx  # not written without tiles
         if plan.branch == "slab":
-            for first, last in ((1, 1),) if chunks == 1 else ((1, 0), (0, 1)):
+            applied = 0 if dx is None else tiles
+            for first, second in ((1, 1),) if chunks == 1 else ((1, 0), (0, 1)):
                 backward_slab[(plan.grid,)](
-                    dy, x, out, *given, sums, parts, N, C, S, chunks, tiles, 0 if dx is None else tiles, first, last,
-                    BLOCK_K=plan.COMBINE_K, SLOPE_GRAD=need_dslope, **options,
-                )  # fmt: skip
+                    dy, x, out, *given, sums, parts, *size, applied, first, second, **grads, **combine_options
+                )
         else:
-            backward_sums[(plan.grid,)](
-                dy, x, residual, dr, *given, parts, N, C, S, chunks, tiles, SLOPE_GRAD=need_dslope, **options
-            )
+            backward_sums[(plan.grid,)](dy, x, residual, dr, *given, parts, *size, **grads, **options)
             if dr is not None:  # it is dz, which a slope of 1 leaves as it is
                 dy, given = dr, (weight, bias, None, 1.0, 0, statistics)
+            last = dy, x, out, *given, sums, parts
             if dx is None or plan.combines_apart:
-                backward_combine_apply[(plan.grid // chunks,)](
-                    dy, x, out, *given, sums, parts, N, C, S, 1, 0, chunks, tiles, 1,
-                    BLOCK_K=plan.COMBINE_K, SLOPE_GRAD=need_dslope, **options,
-                )  # fmt: skip
+                combine = backward_combine_apply[(plan.grid // chunks,)]
+                combine(*last, N, C, S, 1, 0, chunks, tiles, 1, **grads, **combine_options)
             if dx is not None:
                 combining = 0 if plan.combines_apart else chunks
-                backward_combine_apply[(plan.grid,)](
-                    dy, x, dx, *given, sums, parts, N, C, S, chunks, tiles, combining, tiles, 1,
-                    BLOCK_K=plan.COMBINE_K, SLOPE_GRAD=need_dslope, **options,
-                )  # fmt: skip
+                backward_combine_apply[(plan.grid,)](*last, *size, combining, tiles, 1, **grads, **combine_options)
     dbias = dweight = dslope = None
     if sums is not None and need_sums:
         dbias, dweight, dslope = _parameter_gradients(sums[:kinds], N, C, wanted)

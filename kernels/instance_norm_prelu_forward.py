@@ -21,7 +21,6 @@ from .formula import (
     prelu,
     reciprocal_deviation,
     statistics,
-    store_statistics,
     stream_apply,
     stream_statistics,
     tile,
@@ -48,7 +47,8 @@ def forward_one_pass(
     rstd = reciprocal_deviation(m2, inverse, eps)
     z = plus(normalize(x, mean[None, :], (rstd * weight)[None, :], bias[None, :]), R, offset, valid)
     tl.store(Y + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
-    store_statistics(Statistics, row, N, C, exists, mean, rstd)
+    tl.store(Statistics + row, mean, mask=exists)
+    tl.store(Statistics + tl.cast(N, tl.int64) * C + row, rstd, mask=exists)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "chunks", "tiles"])
@@ -70,8 +70,7 @@ def forward_statistics(
 def forward_combine_apply(
     X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, parts, part_tiles,
     backwards, eps,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """y of one chunk of BLOCK_C rows; backwards, the last chunk comes first: what was read last is still in L2.
 
@@ -89,7 +88,8 @@ def forward_combine_apply(
             Parts, row, exists, N, C, S, parts, part_tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, True
         )
         rstd = reciprocal_deviation(m2, 1.0 / tl.cast(S, tl.float32), eps)
-        store_statistics(Statistics, row, N, C, exists & (chunk == 0), mean, rstd)
+        tl.store(Statistics + row, mean, mask=exists & (chunk == 0))
+        tl.store(Statistics + tl.cast(N, tl.int64) * C + row, rstd, mask=exists & (chunk == 0))
     else:
         mean, rstd = statistics(Statistics, row, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
@@ -99,13 +99,9 @@ def forward_combine_apply(
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "last"])
 def forward_slab(
     X, R, Y, Weight, Bias, Slope, slope, slope_step, Statistics, Parts, N, C, S, chunks, tiles, first, last, eps,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Both of these, one after the other: of whole rows in one launch, which is the first and the last one.
-
-    The second reading comes from L1 or L2.
-    """
+    """Both of these, one after the other: in one launch, the first and last, with the second reading from L1 or L2."""
     if first:
         forward_statistics(X, Parts, N, C, S, chunks, tiles, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST)
     if last:
@@ -142,7 +138,7 @@ def instance_norm_prelu_forward(
     launch = prepared(x.shape, x.stride(), x.itemsize, device, False, residual is not None)
     if launch is None:
         return instance_norm_prelu_forward(readable(x), weight, bias, slope, eps, dtype, in_place, statistics, residual)
-    N, C, S, plan, options = launch
+    N, C, S, plan, options, combine_options = launch
     if in_place and (dtype is None or dtype == x.dtype):
         y = x  # every program loads all it needs of it ahead of its first store, and no other's part
     else:
@@ -162,20 +158,17 @@ def instance_norm_prelu_forward(
         return y, statistics
     chunks, tiles = plan.chunks, plan.tiles
     parts = statistics if known else torch.empty(2 * N * C * chunks, dtype=torch.float32, device=x.device)
+    size = N, C, S, chunks, tiles
     apply = forward_combine_apply[(plan.grid,)]
     if known:
-        apply(*given, parts, N, C, S, chunks, tiles, 0, 0, 1, eps, BLOCK_K=plan.COMBINE_K, **options)
+        apply(*given, parts, *size, 0, 0, 1, eps, **combine_options)
     elif plan.branch == "slab":
         for first, last in ((1, 1),) if chunks == 1 else ((1, 0), (0, 1)):
-            forward_slab[(plan.grid,)](
-                *given, parts, N, C, S, chunks, tiles, first, last, eps, BLOCK_K=plan.COMBINE_K, **options
-            )
+            forward_slab[(plan.grid,)](*given, parts, *size, first, last, eps, **combine_options)
     else:
-        forward_statistics[(plan.grid,)](x, parts, N, C, S, chunks, tiles, **options)
+        forward_statistics[(plan.grid,)](x, parts, *size, **options)
         if plan.combines_apart:
-            forward_combine_apply[(plan.grid // chunks,)](
-                *given, parts, N, C, S, 1, 0, chunks, tiles, 1, eps, BLOCK_K=plan.COMBINE_K, **options
-            )
-        combining = 0 if plan.combines_apart else chunks
-        apply(*given, parts, N, C, S, chunks, tiles, combining, tiles, 1, eps, BLOCK_K=plan.COMBINE_K, **options)
+            combine = forward_combine_apply[(plan.grid // chunks,)]
+            combine(*given, parts, N, C, S, 1, 0, chunks, tiles, 1, eps, **combine_options)
+        apply(*given, parts, *size, 0 if plan.combines_apart else chunks, tiles, 1, eps, **combine_options)
     return y, statistics

@@ -19,8 +19,8 @@ CPU_MULTIPROCESSORS = 132
 @lru_cache(maxsize=4096)
 def prepared(
     shape: Sequence[int], stride: Sequence[int], itemsize: int, device: int, backward: bool, residual: bool = False
-) -> tuple[int, int, int, Plan, dict[str, Any]] | None:
-    """N, C, S, whether x is channels-last, the plan and the launch options made of it; None where x is not readable.
+) -> tuple[int, int, int, Plan, dict[str, Any], dict[str, Any]] | None:
+    """N, C, S, the plan, launch options made of it, the same with BLOCK_K; None where x is not readable.
 
     device is `x.get_device()`: the number of the GPU, negative for a CPU.
     """
@@ -41,7 +41,7 @@ def prepared(
         "CHANNELS_LAST": channels_last,
         "num_warps": plan.num_warps,
     }
-    return N, C, S, plan, options
+    return N, C, S, plan, options, {**options, "BLOCK_K": plan.COMBINE_K}
 
 
 def elsewhere(device: int) -> bool:

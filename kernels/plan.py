@@ -3,17 +3,15 @@
 The rule, for x of N·C rows of S elements:
 1. *one pass*, where the narrowest slice of channels that moves whole sectors (or one contiguous row) is at most a tile
    of ONE_PASS: one launch holds it on chip and reads x once.
-2. *slab*, where such a slice is a sector wide and has at most SLAB_POSITIONS positions: a program streams the slice
-   twice, the second time from L1 or L2. In one launch, where the slices keep SLAB_BUSY of the SMs busy, else in two,
-   with each slice cut into chunks. With a residual the backward has none: dz has to wait in memory.
-3. *split*: slices of SLICE_BYTES, cut into chunks. One launch streams x for partial results, another streams it again.
-   The second one combines the partial results of its rows itself, where that adds at most OWN_COMBINE to x; else a
-   launch between the two combines them.
+2. *slab*, where such a slice is a sector wide and has at most SLAB_POSITIONS positions: a program streams it twice, the
+   second time from L1 or L2. Where the slices keep SLAB_BUSY of the SMs busy, in one launch; else cut into chunks, in
+   two. Not backward with a residual: dz has to wait in memory.
+3. *split*: slices of SLICE_BYTES in chunks. One launch streams x for partial results, another streams it again, which
+   combines the partial results of its rows where PARTIALS allows; else a launch between the two does.
 
-Block sizes and which kernels are compiled depend on C, S, the element size and the layout but never on N, so that
-another batch size compiles nothing. N and the number of SMs decide run-time integers: how many programs, chunks and
-launches. Where a constant's source is a simulation, it is of sm_90 machine code and was never measured; `fastenc bench
-tune` compares the branches on a GPU.
+Block sizes and compiled kernels depend on C, S, the element size and the layout but never on N: another batch size
+compiles nothing. N and the number of SMs decide how many programs, chunks and launches. "Simulated" constants are from
+a simulation of sm_90 machine code and were never measured; `fastenc bench tune` compares them on a GPU.
 """
 
 from __future__ import annotations
@@ -26,32 +24,20 @@ VECTOR_BYTES = 16  # the widest load or store of a thread
 SECTOR_BYTES = 32  # the unit in which memory moves
 
 # (elements of a tile, most warps) of the one-pass kernels by (channels_last, backward): the largest that compile for
-# sm_80, sm_90 and sm_100 without spilling.
+# sm_80, sm_90 and sm_100 without spilling. With a residual there is one tensor more on chip.
 ONE_PASS = {
-    (False, False): (32768, 32), (False, True): (8192, 16), (True, False): (16384, 16), (True, True): (16384, 16),
+    (False, False): (32768, 32), (False, True): (8192, 16), (True, False): (16384, 16), (True, True): (8192, 16),
 }  # fmt: skip
-# With a residual, which is one tensor more on chip.
 ONE_PASS_RESIDUAL = {**ONE_PASS, (False, False): (16384, 16)}
-
-# Elements of a one-pass tile for each thread, by (channels_last, backward): with half as many, threads whose channels
-# are as many reduce and divide twice as often (simulated); contiguous, the backward spills.
+# Elements of a one-pass tile for each thread: half as many reduce twice as often (simulated), but where 32 spill.
 ELEMENTS_PER_THREAD = {(False, False): 32, (False, True): 16, (True, False): 32, (True, True): 32}
-
-# Rows of at most this many positions share one tile height: the deep ends of all volumes compile the same variants.
-SHORTEST_ROW = 8
-
-# From this many positions on, the one-pass backward reads rstd and weight again (from L1) after its sums: waiting in
-# registers, they made the widest tiles spill. Below it, eight more bytes a row would show in the traffic.
-RELOAD_BLOCK_S = 512
-
-# Contiguous one-pass tiles are widened to this many elements: with fewer than four short rows to a program, their
-# statistics would move mostly empty sectors. Channels-last tiles stay as narrow as whole sectors, and a 16-byte access
-# for each lane of a warp, allow: the most programs, two to each of 132 SMs from about 4,000 rows (bfloat16) on.
+SHORTEST_ROW = 8  # rows up to here share one tile height: the deep ends of all volumes compile the same variants
+# Contiguous one-pass tiles are widened to this many elements, or the statistics of a few short rows would move mostly
+# empty sectors. Channels-last tiles are one 16-byte access for each lane of a warp, if no sector breaks.
 SHORT_ROWS_TILE = 2048
 
-# (elements of a tile, warps) of the kernels that stream x, by (slab, backward): the most elements of a thread with
-# which four programs of 4 warps fit the registers of an SM (simulated). Where elements are not 16 bytes side by side,
-# each has an address in registers, and twice the warps share them; they would spill.
+# (elements of a tile, warps) of the kernels that stream x, by (slab, backward): four programs of 4 warps fit on an SM
+# (simulated). Where fewer than 16 bytes lie side by side each element has an address, and twice the warps share them.
 STREAM = {(False, False): (4096, 4), (False, True): (2048, 4), (True, False): (4096, 8), (True, True): (4096, 8)}
 STAGES = 3  # tiles of the first reading that are on their way or worked on at a time (simulated)
 
@@ -63,10 +49,9 @@ SLAB_BUSY = 4 / 9
 SLICE_BYTES = 64
 PROGRAMS_PER_SM = 4
 
-# What partial results may add to the traffic of x, by bytes of x: (from so many bytes of x on, least bytes of a row's
-# chunk, share of x). A chunk's fixed cost is up to 72 bytes a row: partials written and read, parameters loaded. Where
-# apply combines the partials itself, each of a row's programs reads all of them besides, 8 bytes a chunk: at most that
-# share. Together they keep to the ceilings (0.05, 0.3 and 1 over the ideal backward; 0.15 for combining below 16 MB).
+# What partial results may cost: (from so many bytes of x on, least bytes of a row's chunk, share of x). A chunk costs a
+# row up to 72 bytes: partials written and read, parameters loaded. Where apply combines the partials, each program of a
+# row reads all of them besides, 8 bytes a chunk: at most that share. Together they keep to the traffic's ceilings.
 PARTIALS = ((16_000_000, 1536, 0.01), (8_000_000, 1536, 0.15), (1_000_000, 384, 0.2), (0, 128, 0.3))
 # A contiguous row's partials and parameters are single floats, each a sector: about 480 bytes instead of 72.
 CONTIGUOUS_CHUNK_FACTOR = 6
@@ -153,7 +138,7 @@ def make_plan(
     BLOCK_S = max(2, tile // BLOCK_C)
     across = blocks(N, C, BLOCK_C, channels_last)
     volume = N * C * S * itemsize
-    chunk_bytes, share = next(limits for least_volume, *limits in PARTIALS if volume >= least_volume)
+    chunk_bytes, share = next((least, share) for size, least, share in PARTIALS if volume >= size)
     own = isqrt(int(share * S * itemsize / 8))
     if slab:
         chunks = 1 if across >= SLAB_BUSY * sms else min(sms // across, own)

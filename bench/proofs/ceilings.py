@@ -34,7 +34,7 @@ LOOP_INSTRUCTIONS = {
 LOOP_BARRIERS = 3
 
 # The longest rows that must be read only once, in positions, by (channels_last, backward).
-ONE_PASS_POSITIONS = {(True, False): 1024, (True, True): 1024, (False, False): 32768, (False, True): 4096}
+ONE_PASS_POSITIONS = {(True, False): 1024, (True, True): 512, (False, False): 32768, (False, True): 4096}
 # The limit with a residual: in float32, 32,768 positions of x and r spill registers on sm_80 and sm_90.
 ONE_PASS_POSITIONS_RESIDUAL = 16384
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastenc.kernels.plan import RELOAD_BLOCK_S, SECTOR_BYTES, SUM_N_C, SUM_N_N, Plan, blocks, ceil_div
+from fastenc.kernels.plan import SECTOR_BYTES, SUM_N_C, SUM_N_N, Plan, blocks, ceil_div
 
 FLOAT_BYTES = 4  # statistics, sums, partials and usually parameters are float32
 
@@ -166,8 +166,7 @@ def predicted_bytes(
     if residual:
         total += 2 * tile if backward else tile  # r and dr
     if plan.one_pass and backward:
-        reload = row + channel if plan.BLOCK_S >= RELOAD_BLOCK_S else 0
-        return total + 3 * tile + 3 * channel + 5 * row + reload
+        return total + 3 * tile + 3 * channel + 5 * row
     if plan.one_pass:
         return total + 2 * tile + 3 * channel + 2 * row
     combine, kinds, sums = stream.combining(), 2, 2

@@ -169,6 +169,16 @@ def test_tiny_variance_and_constant_channel(S: int, layout: str) -> None:
     check(x, weight, bias, slope, dy)
 
 
+@pytest.mark.parametrize("S", [120, 1000])
+def test_behind_a_channel_without_variance(S: int) -> None:
+    """1/√eps multiplies the rounding of dz's mean: where all dz are alike, that mean is the nearest float32."""
+    x, weight, bias, slope, _ = arguments(2, 24, S, "channels_last")
+    dy = torch.rand(1, 24, 1, 1, 1).expand_as(x)
+    dx = gradients(fastenc.instance_norm_prelu, dy, torch.ones_like(x), weight, bias, slope, 1e-5)["dx"]
+    largest = dy.double() * weight.double().abs().view(1, -1, 1, 1, 1) / 1e-5**0.5
+    assert (dx.double().abs() <= 0.5 * torch.finfo(torch.float32).eps * largest).all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("S", "C"), [(7, 3), (120, 8), (4097, 3)])
 @pytest.mark.parametrize("value", [0.0, 2.0, 0.1, -1000.1, 1e-25, 1e-42, 1e30])

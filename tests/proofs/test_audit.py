@@ -23,6 +23,7 @@ from fastenc.bench.proofs.audit.cases import Case
 from fastenc.bench.proofs.audit.findings import Compiled, Count, Variants
 from fastenc.bench.proofs.audit.rows import Row
 from fastenc.bench.proofs.compile import instructions, recorded
+from fastenc.bench.proofs.hot_loops import HotLoop, loops, programs_per_sm
 
 THIS = sys.modules[__name__]
 
@@ -177,6 +178,44 @@ def test_spills_are_seen() -> None:
     assert findings.read(fed).registers < findings.read(starved).registers == 64
 
 
+@pytest.mark.parametrize(
+    ("N", "C", "S", "backward", "works"),
+    [
+        (8, 64, 512, False, []), (8, 64, 2000, False, ["forward statistics", "forward apply"]),
+        (1, 64, 20_000, True, ["backward sums", "backward apply"]),
+    ],
+)  # fmt: skip
+def test_hot_loops(N: int, C: int, S: int, backward: bool, works: list[str]) -> None:
+    """None of whole rows, two of a slab and of a split row, within their ceilings."""
+    case = Case("", N, C, S, "bfloat16", True, backward)
+    (compiled,) = findings.compile_cases(90, [case])
+    assert [loop.work for loop in compiled.loops] == works
+    assert all(3 < loop.instructions <= ceilings.LOOP_INSTRUCTIONS[loop.work] for loop in compiled.loops)
+    assert [loop.barriers for loop in compiled.loops] == [2, 0][: len(works)]  # the first reading is pipelined
+    assert compiled.programs is not None
+    (other,) = findings.compile_cases(80, [case])
+    assert (other.loops, other.programs) == ((), None)
+
+
+def test_loops_are_found_by_their_branches_back() -> None:
+    code = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;    /* 0x1 */
+        /*0010*/                   LDG.E R0, [R2] ;          /* 0x1 */
+        /*0020*/              @!P0 BRA 0x40 ;                /* 0x1 */
+        /*0030*/               @P1 BRA 0x10 ;                /* 0x1 */
+        /*0040*/                   BRA 0x40 ;                /* 0x1 */
+    """
+    assert loops(code) == [["LDG.E", "BRA", "BRA"]]
+
+
+@pytest.mark.parametrize(
+    ("registers", "num_warps", "shared", "programs"),
+    [(128, 4, 0, 4), (129, 4, 0, 3), (32, 4, 0, 16), (32, 1, 0, 32), (64, 32, 0, 1), (32, 4, 100_000, 2)],
+)
+def test_programs_of_an_sm(registers: int, num_warps: int, shared: int, programs: int) -> None:
+    assert programs_per_sm(registers, num_warps, shared) == programs
+
+
 def test_atomics_are_seen() -> None:
     with recorded(90, THIS) as launches:
         racing[(1,)](torch.empty(1))
@@ -232,6 +271,10 @@ def test_ceilings_are_the_designs(S: int, backward: bool, split: bool, ceiling: 
     assert ceilings.traffic_ceiling(4, 1, S // 4, 1, backward, split) == pytest.approx(ceiling + row, rel=1e-5)
     added = ceilings.traffic_ceiling(4, 1, S // 4, 1, backward, split, residual=True) - ceiling - row
     assert added == pytest.approx(2 if backward else 1, rel=1e-4)  # r read; backward r read, dr written
+    combining = ceilings.traffic_ceiling(4, 1, S // 4, 1, backward, split, in_apply=True) - ceiling - row
+    assert combining == pytest.approx(0.15, rel=1e-4)
+    large = [ceilings.traffic_ceiling(4, 1, 4_000_000, 1, backward, split, in_apply=own) for own in (False, True)]
+    assert large[0] == large[1]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +302,16 @@ def test_ceilings_are_the_designs(S: int, backward: bool, split: bool, ceiling: 
         (a_row(C=20, compiled=replace(GOOD, vector_share=0.0)), []),
         (a_row(C=20, channels_last=False, compiled=replace(GOOD, vector_share=0.0)), ["moves only 0 %"]),
         (a_row(compiled=replace(GOOD, atomics=1)), ["has 1 atomic operations on sm_90"]),
+        (a_row(compiled=replace(GOOD, loops=(HotLoop("forward apply", 10.0, 3),))), []),
+        (
+            a_row(compiled=replace(GOOD, loops=(HotLoop("forward apply", 10.1, 4),))),
+            ["takes 10.1 instructions an element in the loop of forward apply on sm_90", "has 4 barriers a tile"],
+        ),
+        (a_row(C=24, compiled=replace(GOOD, loops=(HotLoop("forward apply", 99.0, 9),))), []),
+        (
+            a_row(residual=True, bytes_over_x=3.0, compiled=replace(GOOD, loops=(HotLoop("forward apply", 99.0, 9),))),
+            [],
+        ),
         (a_row(compiled=Compiled(failure="Error: no")), ["does not compile for sm_90: Error: no"]),
     ],
 )
@@ -303,7 +356,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "250")
     assert main(["audit", "--json", str(tmp_path / "audit.json")]) == 0
     found = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
     assert found["schema"] == audit.SCHEMA
@@ -410,13 +463,16 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("COLUMNS", "80")
     table.print_table(rows)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "250")
     table.print_table(rows)
     plain = [line.split() for line in capsys.readouterr().out.splitlines()]
     for row in rows:
         cells = " ".join(table.cells(row)).split()
         assert cells in plain or [*cells, "!"] in plain
     assert [table.cells(row)[4] for row in rows] == ["once", "twice", "twice*", "once"]
+    slab = replace(rows[1], slab=True, compiled={"sm_90": replace(GOOD, programs=4, loops=(HotLoop("sums", 9.5, 2),))})
+    assert (table.cells(slab)[4], table.cells(slab)[-3:]) == ("twice, L2", ("4", "9.5", "2"))
+    assert any("second read comes from L1 or L2" in line for line in table.summary([slab], [], []))
 
 
 def test_progress_is_printed_without_a_terminal(

@@ -35,7 +35,7 @@ PLANS = {
         132, (LONG, "contiguous"), lambda p: p.combines_apart,
     ),
     "more chunks than are combined at a time": Other(
-        {"COMBINE_TILE": 32}, 132, (LONG, "channels_last"), lambda p: p.chunks > p.COMBINE_K
+        {"COMBINE_TILE": 128}, 132, (LONG, "channels_last"), lambda p: p.chunks > p.COMBINE_K
     ),
 }  # fmt: skip
 
