@@ -1,4 +1,22 @@
-"""`accelerate`: the fused kernels in any network, in place."""
+"""Third-party models: norm–activation pairs fused in place, by `accelerate`. Search → swap → defer → fall back.
+
+Search (`search.py`). torch.fx traces the forward of the model, in training and in evaluation. From the trace it reads
+which norms lead to an activation, through which modules, and which module calls both: their scope. A module that cannot
+be traced is a black box, and its children are searched one by one. The search decides where a norm may wait. It cannot
+make a result wrong.
+
+Swap (`modules.py`, `convolutions.py`). Norms, activations, dropouts, scopes and some convolutions get a `forward`
+attribute on the instance, and nothing else about them changes. `restore` removes it.
+
+Defer (`deferred.py`, `pending.py`, `unbiased.py`). While a scope runs, its norms return a `Deferred`: a tensor without
+memory that knows how to compute z = norm(x). The activation computes PReLU(z), or PReLU(z + residual), in one kernel. Any
+other consumer gets z. While a graph is traced, a `Pending` takes the place of the `Deferred`. A convolution returns an
+`Unbiased` if the norm that reads it cancels its bias.
+
+Fall back. On the eager route, with hooks, replaced forwards, tracers and whatever the kernels do not support, each
+module does what torch.nn does. The decision is made in each call, by `route.reason`, `route.observed` and
+`functional.is_supported`.
+"""
 
 from __future__ import annotations
 
