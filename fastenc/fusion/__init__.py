@@ -9,9 +9,9 @@ Swap (`modules.py`, `convolutions.py`). Norms, activations, dropouts, scopes and
 attribute on the instance, and nothing else about them changes. `restore` removes it.
 
 Defer (`deferred.py`, `pending.py`, `unbiased.py`). While a scope runs, its norms return a `Deferred`: a tensor without
-memory that knows how to compute z = norm(x). The activation computes PReLU(z), or PReLU(z + residual), in one kernel. Any
-other consumer gets z. While a graph is traced, a `Pending` takes the place of the `Deferred`. A convolution returns an
-`Unbiased` if the norm that reads it cancels its bias.
+memory that knows how to compute z = norm(x). The activation computes PReLU(z), or PReLU(z + residual), in one kernel.
+Any other consumer gets z. While a graph is traced, a `Pending` takes the place of the `Deferred`. A convolution returns
+an `Unbiased` if the norm that reads it cancels its bias.
 
 Fall back. On the eager route, with hooks, replaced forwards, tracers and whatever the kernels do not support, each
 module does what torch.nn does. The decision is made in each call, by `route.reason`, `route.observed` and
