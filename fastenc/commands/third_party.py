@@ -1,4 +1,4 @@
-"""Other people's networks, narrow, and `python -m fastenc accelerate`: what becomes of the norms of each."""
+"""Third-party networks, narrow, and `python -m fastenc accelerate`: what becomes of the norms of each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .. import route
 from ..fusion import Summary, accelerate
 from .shell import file_problem, write_whole
 
@@ -30,16 +32,56 @@ DYNUNET: dict[str, Any] = {
 }  # fmt: skip
 SEGRESNET: dict[str, Any] = {"spatial_dims": 3, "init_filters": 8, "in_channels": 1, "out_channels": 2}
 
+# The presets M, L and XL differ in patch and batch size. For cubic patches of 128, 160 and 192 they are one network.
+RESENC: dict[str, Any] = {
+    **STAGES, "n_stages": 6, "features_per_stage": [4, 4, 8, 8, 8, 8], "strides": [1, 2, 2, 2, 2, 2],
+    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6], "n_conv_per_stage_decoder": 1,
+}  # fmt: skip
+SWIN: dict[str, Any] = {"feature_size": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2}
+VISTA3D: dict[str, Any] = {"init_filters": 8, "blocks_down": (1, 2, 2, 4, 4), "norm": "instance", "dsdepth": 1}
+# The edge of the input of each, where it is not 8.
+SIZES: Mapping[str, int] = {
+    "BasicUNet": 32, "SegResNet, INSTANCE": 16, "UNETR": 16, "SwinUNETR": 64, "VNet, instance norm": 32,
+    "SegResNetDS2, VISTA3D": 32, "DiNTS": 16, "ResEnc M, L, XL": 64,
+}  # fmt: skip
+
 Networks = Mapping[str, Callable[..., nn.Module]]
+
+
+class Row(NamedTuple):
+    """What became of a network: of its norms, and how many operators torch.compile found."""
+
+    summary: Summary
+    compiled: int
+
+
+def instance_normalized(make: Callable[..., nn.Module]) -> nn.Module:
+    """A new network, with instance norms in place of its batch norms."""
+    net = make()
+    for parent in list(net.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, nn.BatchNorm3d):
+                setattr(parent, name, nn.InstanceNorm3d(norm.num_features, norm.eps, affine=True))
+    return net
 
 
 def monai() -> Networks:
     """MONAI's; every entry makes a new network."""
+    import numpy
+    from monai.networks.nets.attentionunet import AttentionUnet
     from monai.networks.nets.basic_unet import BasicUNet
+    from monai.networks.nets.dints import DiNTS, TopologyInstance
     from monai.networks.nets.dynunet import DynUNet
     from monai.networks.nets.segresnet import SegResNet
+    from monai.networks.nets.segresnet_ds import SegResNetDS2
+    from monai.networks.nets.swin_unetr import SwinUNETR
     from monai.networks.nets.unet import UNet
     from monai.networks.nets.unetr import UNETR
+    from monai.networks.nets.vnet import VNet
+
+    def dints() -> nn.Module:
+        code = [numpy.ones((2, 4)), numpy.ones((2, 4))]
+        return DiNTS(TopologyInstance(code, 0.25, num_blocks=2, num_depths=2), 1, 2)
 
     return {
         "UNet": partial(UNet, **MONAI_UNET, num_res_units=2),
@@ -51,6 +93,13 @@ def monai() -> Networks:
         "SegResNet, INSTANCE": partial(SegResNet, **SEGRESNET, norm="INSTANCE", act="PRELU"),
         "SegResNet": partial(SegResNet, **SEGRESNET),
         "UNETR": partial(UNETR, 1, 2, 16, feature_size=4, hidden_size=12, mlp_dim=12, num_heads=2),
+        "SwinUNETR": partial(SwinUNETR, 1, 2, **SWIN),
+        "AttentionUnet, instance norm": partial(
+            instance_normalized, partial(AttentionUnet, 3, 1, 2, channels=(4, 8), strides=(2, 2))
+        ),
+        "VNet, instance norm": partial(instance_normalized, partial(VNet, act="prelu", dropout_prob_down=None)),
+        "SegResNetDS2, VISTA3D": partial(SegResNetDS2, in_channels=1, out_channels=2, **VISTA3D),
+        "DiNTS": dints,
     }
 
 
@@ -63,6 +112,7 @@ def nnunet() -> Networks:
         "ResidualEncoderUNet": partial(
             ResidualEncoderUNet, **STAGES, n_blocks_per_stage=[1, 3, 4], n_conv_per_stage_decoder=2
         ),
+        "ResEnc M, L, XL": partial(ResidualEncoderUNet, **RESENC),
     }
 
 
@@ -75,8 +125,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.description = (
         "Accelerate narrow versions of MONAI's and nnU-Net's networks and print, for each, how many instance norms are "
-        "fused with their activation, run alone or are left, and what became of each. Exit status 2 if a package is "
-        "missing or FILE cannot be written."
+        "fused with their activation, run alone or are left, how many convolutions run without a bias, how many pairs "
+        "torch.compile finds, and what became of each norm. Exit status 2 if a package is missing or FILE cannot be "
+        "written."
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table to this file too")
 
@@ -91,14 +142,14 @@ def run(options: argparse.Namespace) -> int:
     for package in missing:
         print(f"{package} is not installed, so its networks are left out: {INSTALL[package]}", file=sys.stderr)
     if present:
-        text = table({package: _summaries(SOURCES[package]()) for package in present})
+        text = table({package: _accelerated(SOURCES[package]()) for package in present})
         if options.out is not None:
             write_whole(options.out, text)
         print(text, end="")
     return 2 if missing else 0
 
 
-def table(found: Mapping[str, Mapping[str, Summary]]) -> str:
+def table(found: Mapping[str, Mapping[str, Row]]) -> str:
     """In Markdown: a row for each network of each package, then every norm of each."""
     packages = " and ".join(f"{package} {version(package)}" for package in found)
     return "\n".join(
@@ -106,28 +157,57 @@ def table(found: Mapping[str, Mapping[str, Summary]]) -> str:
             "# What `fastenc.accelerate` fuses",
             "",
             f"Networks of {packages}, narrow, as in `fastenc/commands/third_party.py`.",
-            "fused: norm and activation are one kernel. alone: the norm is. left: it runs as it did before.",
+            "fused: norm and activation are one kernel. alone: the norm is. left: it runs as it did before. biases: of",
+            "convolutions, left out because a norm cancels them. compiled: pairs that are one operator in the graph of",
+            "torch.compile. ResEnc M, L and XL are one network, with other patches and batches.",
             "Written by `python -m fastenc accelerate --out bench/third_party.md`.",
             "",
-            "| network | norms | fused | alone | left |",
-            "|---|---:|---:|---:|---:|",
-            *(line for summaries in found.values() for line in _rows(summaries)),
-            *(line for summaries in found.values() for line in _details(summaries)),
+            "| network | norms | fused | alone | left | biases | compiled |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+            *(line for rows in found.values() for line in _rows(rows)),
+            *(line for rows in found.values() for line in _details(rows)),
             "",
         ]
     )
 
 
-def _summaries(networks: Networks) -> dict[str, Any]:
-    return {name: accelerate(make()).accelerated for name, make in networks.items()}
+def _accelerated(networks: Networks) -> dict[str, Row]:
+    rows = {}
+    for name, make in networks.items():
+        net = accelerate(make().eval())
+        rows[name] = Row(net.accelerated, _compiled(net, torch.zeros(1, 1, *3 * (SIZES.get(name, 8),))))
+    return rows
 
 
-def _rows(summaries: Mapping[str, Summary]) -> Iterator[str]:
-    for name, summary in summaries.items():
+def _compiled(net: nn.Module, x: Tensor) -> int:
+    """How many of fastenc's operators torch.compile finds in net. Nothing is computed: its graphs return zeros."""
+    found = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        nonlocal found
+        found += sum("fastenc.instance_norm_prelu" in str(node.target) for node in graph.graph.nodes)
+        (outputs,) = graph.graph.output_node().args
+        values: Any = [node.meta["example_value"] for node in outputs]  # type: ignore[union-attr]
+        return lambda *inputs: [torch.zeros(value.shape) if isinstance(value, Tensor) else value for value in values]
+
+    device_reason = route.device_reason
+    torch.compiler.reset()
+    try:
+        route.device_reason = lambda x: None  # as on a GPU
+        with torch.no_grad():
+            torch.compile(net, backend=count, dynamic=False)(x)
+    finally:
+        route.device_reason = device_reason
+        torch.compiler.reset()
+    return found
+
+
+def _rows(rows: Mapping[str, Row]) -> Iterator[str]:
+    for name, (summary, compiled) in rows.items():
         counts = " | ".join(str(summary.count(outcome)) for outcome in ("fused", "alone", "left"))
-        yield f"| {name} | {len(summary)} | {counts} |"
+        yield f"| {name} | {len(summary)} | {counts} | {len(summary.biases)} | {compiled} |"
 
 
-def _details(summaries: Mapping[str, Summary]) -> Iterator[str]:
-    for name, summary in summaries.items():
+def _details(rows: Mapping[str, Row]) -> Iterator[str]:
+    for name, (summary, _) in rows.items():
         yield from ("", f"## {name}", "", "```text", *str(summary).splitlines(), "```")

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import taken
+from support.backends import launches_replaced, taken
 from support.plain import assert_near
 from support.small_models import twins
 from test_custom_ops import Compiled
+from test_third_party import BIASES, BROKEN
 from test_third_party import twins as network_twins
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -132,26 +133,21 @@ def test_no_farther_from_float64(bias: float, dtype: torch.dtype) -> None:
     assert bias != 100.0 or ours < 0.5 * torchs
 
 
-EXPECTED = {
-    "UNet": 9, "UNet, dropout": 4, "UNet, NAD": 6, "BasicUNet": 18, "PlainConvUNet": 10, "ResidualEncoderUNet": 21,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", BIASES)
 def test_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No bias that a norm cancels reaches a convolution, in eager mode and compiled."""
     net, untouched, x = network_twins(name)
-    assert len(net.accelerated.biases) == EXPECTED[name]
+    assert len(net.accelerated.biases) == BIASES[name]
     calls = biased_calls(monkeypatch)
     with torch.no_grad():
         expected = untouched(x)
         counts = [sum(calls)]
-        for model in net, Compiled(net, fullgraph=name != "BasicUNet"):
+        for model in net, Compiled(net, fullgraph=name not in BROKEN):
             calls.clear()
-            with taken("fused"):
+            with launches_replaced():
                 assert_near(model(x), expected.double())
             counts.append(sum(calls))
-    assert counts == [counts[0], *2 * [counts[0] - EXPECTED[name]]]
+    assert counts == [counts[0], *2 * [counts[0] - BIASES[name]]]
 
 
 # Where it stays.
