@@ -470,7 +470,8 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         cells = " ".join(table.cells(row)).split()
         assert cells in plain or [*cells, "!"] in plain
     assert [table.cells(row)[4] for row in rows] == ["once", "twice", "twice*", "once"]
-    slab = replace(rows[1], slab=True, compiled={"sm_90": replace(GOOD, programs=4, loops=(HotLoop("forward apply", 9.5, 2),))})
+    compiled = replace(GOOD, programs=4, loops=(HotLoop("forward apply", 9.5, 2),))
+    slab = replace(rows[1], slab=True, compiled={"sm_90": compiled})
     assert (table.cells(slab)[4], table.cells(slab)[-3:]) == ("twice, L2", ("4", "9.5", "2"))
     assert any("second read comes from L1 or L2" in line for line in table.summary([slab], [], []))
 
