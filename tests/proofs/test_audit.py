@@ -339,6 +339,14 @@ def test_which_variants_break_a_ceiling(variants: Variants, words: list[str]) ->
     assert all(expected in text for text, expected in zip(broken, words, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_example_1_compiles_few_variants(dtype: cases.Precision) -> None:
+    """Forward and backward, with other batches and other volumes."""
+    variants = findings.example_variants(dtype, True)
+    assert variants.example > 8
+    assert rows.variant_violations(variants) == []
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
