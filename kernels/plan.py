@@ -144,7 +144,7 @@ def make_plan(
         chunks = 1 if across >= SLAB_BUSY * sms else min(sms // across, own)
     else:
         chunk_bytes *= 1 if channels_last else CONTIGUOUS_CHUNK_FACTOR
-        chunks = min(PROGRAMS_PER_SM * sms // across, S // max(BLOCK_S, chunk_bytes // itemsize))
+        chunks = min(PROGRAMS_PER_SM * sms // across, ceil_div(S, max(BLOCK_S, chunk_bytes // itemsize)))
         if volume < PARTIALS[0][0]:
             chunks = min(chunks, own)
     tiles = ceil_div(ceil_div(S, max(1, chunks)), BLOCK_S)

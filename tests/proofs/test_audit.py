@@ -339,6 +339,14 @@ def test_which_variants_break_a_ceiling(variants: Variants, words: list[str]) ->
     assert all(expected in text for text, expected in zip(broken, words, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_example_1_compiles_few_variants(dtype: cases.Precision) -> None:
+    """Forward and backward, with other batches and other volumes."""
+    variants = findings.example_variants(dtype, True)
+    assert variants.example > 8
+    assert rows.variant_violations(variants) == []
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -470,7 +478,8 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         cells = " ".join(table.cells(row)).split()
         assert cells in plain or [*cells, "!"] in plain
     assert [table.cells(row)[4] for row in rows] == ["once", "twice", "twice*", "once"]
-    slab = replace(rows[1], slab=True, compiled={"sm_90": replace(GOOD, programs=4, loops=(HotLoop("sums", 9.5, 2),))})
+    compiled = replace(GOOD, programs=4, loops=(HotLoop("forward apply", 9.5, 2),))
+    slab = replace(rows[1], slab=True, compiled={"sm_90": compiled})
     assert (table.cells(slab)[4], table.cells(slab)[-3:]) == ("twice, L2", ("4", "9.5", "2"))
     assert any("second read comes from L1 or L2" in line for line in table.summary([slab], [], []))
 

@@ -86,6 +86,7 @@ def _broken(row: Row) -> Iterator[str]:
     short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
     if not row.one_pass and short and not row.split_excused:
         yield f"reads x twice, where rows of {case.S} positions must be read once"
+    held = ceilings.loops_held(case.dtype, case.channels_last, case.C, case.residual)
     vectors = ceilings.vectors_required(case.C, case.S, case.itemsize, case.channels_last)
     for target, compiled in row.compiled.items():
         if target not in ceilings.SHARED_BYTES:
@@ -100,9 +101,7 @@ def _broken(row: Row) -> Iterator[str]:
             yield f"takes {compiled.shared} bytes of shared memory on {target}, where a block has {most}"
         if vectors and (compiled.vector_share or 0.0) < ceilings.VECTOR_SHARE:
             yield f"moves only {100 * (compiled.vector_share or 0.0):.0f} % of x in 16-byte accesses on {target}"
-        for loop in (
-            compiled.loops if ceilings.loops_held(case.dtype, case.channels_last, case.C, case.residual) else ()
-        ):
+        for loop in compiled.loops if held else ():
             if loop.instructions > ceilings.LOOP_INSTRUCTIONS[loop.work]:
                 yield f"takes {loop.instructions:.1f} instructions an element in the loop of {loop.work} on {target}"
             if loop.barriers > ceilings.LOOP_BARRIERS:
