@@ -94,6 +94,12 @@ def test_the_rule(shape: Shape, backward: bool, residual: bool) -> None:
         assert 8 * plan.chunks**2 <= share * S * itemsize, "what apply reads of partial results"
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_slabs_that_keep_the_gpu_busy_are_one_launch(backward: bool) -> None:
+    assert make_plan(8, 128, 3840, 2, True, SMS, backward).chunks == 1
+    assert make_plan(7, 128, 3840, 2, True, SMS, backward).chunks > 1
+
+
 def test_a_gpu_is_asked_about_every_branch() -> None:
     """`bench gpu` times the operation on a shape of each, channels-last in bfloat16, in both directions."""
     found = set()
