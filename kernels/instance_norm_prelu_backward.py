@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formula import (
+    STAGES,
     combined,
     last_tile,
     locate,
@@ -30,9 +31,7 @@ from .formula import (
 )
 from .launch import elsewhere, parameters_side_by_side, prepared, side_by_side
 from .layout import like, readable
-from .plan import STAGES, SUM_N_C, SUM_N_N, ceil_div
-
-_STAGES = tl.constexpr(STAGES)
+from .plan import SUM_N_C, SUM_N_N, ceil_div
 
 
 @triton.jit
@@ -75,7 +74,7 @@ def stream_sums(
     sum_dz_centered = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     sum_dslope = tl.zeros([BLOCK_S // 2, BLOCK_C], tl.float32)
     tiles = tl.cdiv(size, BLOCK_S)
-    for t in tl.range(0, tiles, num_stages=_STAGES):
+    for t in tl.range(0, tiles, num_stages=STAGES):
         offset, valid = tile(at, start, step, size - t * BLOCK_S, exists, BLOCK_S)
         x, dy = load_2(X, DY, offset, valid)
         centered, dz, dslope = tile_terms(x, dy, R, offset, valid, mean, scale, bias, a)

@@ -37,9 +37,8 @@ SHORTEST_ROW = 8  # rows up to here share one tile height: the deep ends of all 
 SHORT_ROWS_TILE = 2048
 
 # (elements of a tile, warps) of the kernels that stream x, by (slab, backward): four programs of 4 warps fit on an SM
-# (simulated). Where fewer than 16 bytes lie side by side each element has an address, and twice the warps share them.
+# (simulated). Twice the warps where fewer than 16 bytes lie side by side, and for most float32 slabs: they would spill.
 STREAM = {(False, False): (4096, 4), (False, True): (2048, 4), (True, False): (4096, 8), (True, True): (4096, 8)}
-STAGES = 3  # tiles of the first reading that are on their way or worked on at a time (simulated)
 
 # Positions of a slab by channels_last, and the share of the SMs that its slices keep busy in one launch (simulated).
 SLAB_POSITIONS = {True: 8192, False: 32768}
@@ -132,7 +131,7 @@ def make_plan(
         return Plan("one pass", rows, BLOCK_C, VEC, min(most_warps, max(1, warps)), 1, 1, grid, 1)
     slab = SLAB_POSITIONS[channels_last] >= S and least * itemsize <= SECTOR_BYTES and not (backward and residual)
     tile, num_warps = STREAM[slab, backward]
-    if VEC * itemsize < VECTOR_BYTES:
+    if VEC * itemsize < VECTOR_BYTES or (slab and itemsize > 2 and (backward or not channels_last)):
         num_warps *= 2
     BLOCK_C = max(least, min(power_of_2(C), SLICE_BYTES // itemsize)) if channels_last and not slab else least
     BLOCK_S = max(2, tile // BLOCK_C)

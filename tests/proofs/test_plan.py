@@ -43,7 +43,8 @@ def test_covers_everything_once(shape: Shape, backward: bool, residual: bool) ->
         assert plan.num_warps <= most[1]
     else:
         tile, num_warps = STREAM[plan.branch == "slab", backward]
-        scattered = plan.VEC * itemsize < VECTOR_BYTES
+        wide_slab = plan.branch == "slab" and itemsize == 4 and (backward or not channels_last)
+        scattered = plan.VEC * itemsize < VECTOR_BYTES or wide_slab
         assert max(tile, 2 * plan.BLOCK_C) == plan.BLOCK_S * plan.BLOCK_C
         assert plan.num_warps == num_warps * (2 if scattered else 1)
     assert all(size & (size - 1) == 0 for size in (plan.BLOCK_S, plan.BLOCK_C, plan.VEC, plan.num_warps))
@@ -91,6 +92,12 @@ def test_the_rule(shape: Shape, backward: bool, residual: bool) -> None:
     elif plan.chunks > 1:
         share = next(share for volume, _, share in PARTIALS if N * C * S * itemsize >= volume)
         assert 8 * plan.chunks**2 <= share * S * itemsize, "what apply reads of partial results"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_slabs_that_keep_the_gpu_busy_are_one_launch(backward: bool) -> None:
+    assert make_plan(8, 128, 3840, 2, True, SMS, backward).chunks == 1
+    assert make_plan(7, 128, 3840, 2, True, SMS, backward).chunks > 1
 
 
 def test_a_gpu_is_asked_about_every_branch() -> None:
