@@ -151,7 +151,7 @@ class FusedNorm(Forward):
             weight, bias = norm.weight, norm.bias  # once: nn.Module is slow to find them
             if is_supported(norm, weight, bias, 1.0, x):
                 return self._normalized(x, weight, bias, norm.eps)
-        return self.plainly(x)
+        return self.plainly(input.plain() if kind is Unbiased else x)
 
     def _fuses(self) -> bool:
         """A norm alone is left to the compiler."""
