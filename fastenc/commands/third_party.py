@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -81,7 +83,9 @@ def monai() -> Networks:
 
     def dints() -> nn.Module:
         code = [numpy.ones((2, 4)), numpy.ones((2, 4))]
-        return DiNTS(TopologyInstance(code, 0.25, num_blocks=2, num_depths=2), 1, 2)
+        with redirect_stdout(io.StringIO()):  # it prints the time
+            space = TopologyInstance(code, 0.25, num_blocks=2, num_depths=2)
+        return DiNTS(space, 1, 2)
 
     return {
         "UNet": partial(UNet, **MONAI_UNET, num_res_units=2),

@@ -67,8 +67,8 @@ class Convolution(Forward):
         if not drops:
             return y
         if is_compiling():
-            return PendingBias(self.cancelled, partial(biased, bias=bias), y, ())
-        return unbiased(y, bias)
+            return PendingBias(self.cancelled, partial(biased, bias=bias, axes=weight.dim() - 2), y, ())
+        return unbiased(y, bias, weight.dim() - 2)
 
     def _cancels(self) -> bool:
         """Whether the norm reads the output of this call, and no hook on the way."""

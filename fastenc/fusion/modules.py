@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function
 
 from .. import route
-from .._torch import constant_in_graphs, saved_tensors_hooks, tree_leaves, tree_map_only
+from .._torch import constant_in_graphs, disabled_torch_function, saved_tensors_hooks, tree_leaves, tree_map_only
 from ..convolution import channels_last, is_channels_last
 from ..functional import fused, is_supported
 from ..pair import TORCH_FORWARDS, slope_of, why_not_plain
@@ -151,7 +151,7 @@ class FusedNorm(Forward):
             weight, bias = norm.weight, norm.bias  # once: nn.Module is slow to find them
             if is_supported(norm, weight, bias, 1.0, x):
                 return self._normalized(x, weight, bias, norm.eps)
-        return self.plainly(x)
+        return self.plainly(input.plain() if kind is Unbiased else x)
 
     def _fuses(self) -> bool:
         """A norm alone is left to the compiler."""
@@ -392,7 +392,8 @@ def _unfused(forward: Callable[..., Any], x: Deferred | Pending, inplace: bool) 
     """forward of what x stands for; in place, x itself changes."""
     if type(x) is Pending or not inplace:
         return forward(x.plain())
-    y = forward(x)
+    with disabled_torch_function():  # F.relu would complete x
+        y = forward(x)
     return y.plain() if type(y) is Deferred else y
 
 

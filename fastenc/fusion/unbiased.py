@@ -22,6 +22,7 @@ class Unbiased(Tensor):
 
     raw: Tensor
     bias: Tensor
+    axes: int
     grad_mode: bool
     value: Tensor | None
 
@@ -41,24 +42,24 @@ class Unbiased(Tensor):
         own = vars(self)
         if own["value"] is None:
             with torch.set_grad_enabled(own["grad_mode"]):
-                own["value"] = biased(own["raw"], own["bias"])
+                own["value"] = biased(own["raw"], own["bias"], own["axes"])
         return own["value"]
 
     settle = plain  # at the end of the forward: the bias may change from now on
 
 
-def unbiased(raw: Tensor, bias: Tensor) -> Unbiased:
-    """raw + bias, to be computed."""
+def unbiased(raw: Tensor, bias: Tensor, axes: int) -> Unbiased:
+    """raw + bias, to be computed; axes: the spatial ones."""
     y = raw.as_subclass(Unbiased)
-    vars(y).update(raw=raw, bias=bias, grad_mode=torch.is_grad_enabled(), value=None)
+    vars(y).update(raw=raw, bias=bias, axes=axes, grad_mode=torch.is_grad_enabled(), value=None)
     if running.scopes:
         running.waiting.append(weakref.ref(y))
     return y
 
 
-def biased(raw: Tensor, bias: Tensor) -> Tensor:
+def biased(raw: Tensor, bias: Tensor, axes: int) -> Tensor:
     """What the convolution gives with its bias; autocast has it in the dtype of raw."""
-    return raw + bias.to(raw.dtype).view(-1, *(1 for _ in raw.shape[2:]))
+    return raw + bias.to(raw.dtype).view(-1, *(axes * (1,)))
 
 
 class PendingBias(Pending):

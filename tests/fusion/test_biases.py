@@ -255,7 +255,7 @@ def test_kept_where_the_search_sees_another_use(what: str, monkeypatch: pytest.M
 USES: dict[str, Callable[[Any, Tensor], Any]] = {
     "mean": lambda net, h: h.mean(), "a slice": lambda net, h: h[:, :1].exp(), "sum": lambda net, h: 2 * h + h,
     "cat": lambda net, h: torch.cat([h, h], 2).sum(), "in place": lambda net, h: h.mul_(2.0).mean(),
-    "view in place": lambda net, h: h[:, :1].mul_(3.0).mean(), "shape": lambda net, h: float(h.shape[1] * h.dim()),
+    "view in place": lambda net, h: h[:, :, :2].mul_(3.0).mean(), "shape": lambda net, h: float(h.shape[1] * h.dim()),
     "detach": lambda net, h: h.detach().square(), "another convolution": lambda net, h: net.head[0](h[:, :2]).mean(),
     "no_grad": lambda net, h: torch.no_grad()(lambda: h * 1)(), "numpy": lambda net, h: float(h.detach().numpy().sum()),
 }  # fmt: skip

@@ -83,7 +83,7 @@ def test_fused_as_near_as_torch(name: str) -> None:
     torchs = gradients(untouched, x)
     with fused(name), eager_norms() as norms:
         ours = gradients(net, x)
-        assert norms.call_count == 0
+        assert name in LARGE or norms.call_count == 0
     assert_as_near(ours, torchs, gradients(untouched.double(), x.double()))
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -103,3 +104,18 @@ class Changes(nn.Module):
         elif self.then == "overwrite the input":
             x.mul_(3.0)
         return ahead + self.act(z)
+
+
+class Net(nn.Module):
+    """A pair in a forward; `look` is called with the norm's output, before the activation."""
+
+    def __init__(self, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv3d(2, 4, 1, bias=False), nn.InstanceNorm3d(4, affine=True)
+        self.drop, self.act = nn.Dropout(0.0), activation or nn.LeakyReLU(0.1)
+        self.look: Callable[[Tensor], Any] = id
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(self.conv(x))
+        self.look(z)
+        return self.act(z)
