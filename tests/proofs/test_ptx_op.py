@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from executed import DTYPES, LAYOUTS, branch, executed, laid_out, shapes
+from executed import DTYPES, LAYOUTS, SMS, branch, executed, laid_out, shapes
 from support.accuracy import ULPS, check, double, formula, gradients, hold, magnitudes, unavoidable
 from support.cases import Tensors, undetermined
 from support.plans import PLANS, planned
@@ -24,6 +24,7 @@ from fastenc.bench.proofs.interpret import interpreted, kernel_modules
 from fastenc.bench.proofs.ptx import Fault, unwritten
 from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
 from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
+from fastenc.kernels.plan import make_plan
 
 Shape = tuple[int, int, tuple[int, ...]]
 LAUNCHED = ("one_pass", "slab", "statistics", "sums", "combine", "apply", "sum_n")  # in the names of kernels
@@ -103,6 +104,17 @@ def test_other_plans(name: str) -> None:
         over_dy = instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics, in_place=True)[0]
         over_x, _ = instance_norm_prelu_forward(x, weight, bias, slope, 1e-5, in_place=True)
     assert all(map(torch.equal, (again, over_x, over_dy), (y, y, dx)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "C", "K"), [(torch.bfloat16, 300, 2), (torch.bfloat16, 600, 1), (torch.float32, 300, 2)]
+)
+def test_few_chunks_combined_at_a_time(dtype: torch.dtype, C: int, K: int) -> None:
+    """Slices as wide as all channels, whose partial results are combined one or two chunks at a time."""
+    plan = make_plan(1, C, 1200, dtype.itemsize, True, SMS, True)
+    assert (plan.branch, plan.COMBINE_K, plan.chunks > K) == ("split", K, True)
+    with executed():
+        near(*arguments((1, C, (20, 10, 6)), "channels_last", dtype))
 
 
 def test_every_kernel_is_executed() -> None:
