@@ -118,7 +118,7 @@ class Pending:
 
     def _takes(self, other: Any) -> bool:
         """Whether the operator can add other: z waits, without another residual, and other is like x, in any layout."""
-        x, r = self.x, other.x if type(other) is Pending else other
+        x, r = self.x, other.x if isinstance(other, Pending) else other
         return (
             self._waits() and self.residual is None and not self.dropouts
             and isinstance(r, Tensor) and route.watched(r) is None
@@ -171,7 +171,7 @@ _ADDITIONS_IN_PLACE = (operator.iadd, Tensor.add_, Tensor.__iadd__)
 
 
 def _plain(value: Any) -> Any:
-    return value.plain() if type(value) is Pending else value
+    return value.plain() if isinstance(value, Pending) else value
 
 
 def _delegating(name: str, right: bool = False) -> Any:

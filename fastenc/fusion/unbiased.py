@@ -69,6 +69,9 @@ class PendingBias(Pending):
         """As of `Unbiased`."""
         return self.x if self.value is None else self.value
 
+    def __add__(self, other: Any) -> Any:
+        return self.plain() + other  # other may be a norm's output that takes a residual
+
     def _waits(self) -> bool:
         return False  # for an activation
 

@@ -12,7 +12,7 @@ from fastenc import route
 from fastenc.functional import InstanceNormPReLU, launchers
 
 SPATIAL = {"one pass": (4, 5, 6), "split": (33, 33, 33)}
-LAUNCHES = {"one pass": (1, 2), "split": (3, 4)}  # of the forward and of the backward, the sum over n included
+LAUNCHES = {"one pass": (1, 2), "split": (2, 3)}  # of the forward and of the backward, the sum over n included
 
 
 def leaves(spatial: tuple[int, ...]) -> list[Tensor]:

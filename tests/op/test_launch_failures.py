@@ -123,7 +123,7 @@ def test_whichever_launch_fails(case: Callable[[], Callable[[], list[Tensor]]]) 
     run = case()
     with failing(None) as made:
         expected = run()
-    assert any("apply" in name for name in made)  # split: many launches, and the last writes the tensor
+    assert len(made) > 1  # split or a slab: many launches, and the last writes the tensor
     for at in range(len(made)):
         with failing(at):
             for _ in range(2):
