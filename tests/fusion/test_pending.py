@@ -132,12 +132,11 @@ def test_any_use_gets_the_right_numbers(use: str, activation: nn.Module) -> None
 # Hooks and surgery.
 
 
-@pytest.mark.parametrize("surgery", SURGERY)
+# Dynamo calls backward hooks of a graph's outputs only.
+@pytest.mark.parametrize("surgery", [each for each in SURGERY if "backward" not in each.__name__])
 def test_surgery(surgery: Callable[[nn.Sequential], nn.Module]) -> None:
     net, untouched = twins(stack(nn.LeakyReLU(0.1), nn.Identity()))
     net, untouched = surgery(net), surgery(untouched)
-    if "backward" in surgery.__name__:  # Dynamo calls those for outputs only
-        pytest.skip("a backward hook is torch's own graph break")
     with taken("fused"), torch.no_grad():
         compiled = Compiled(net, fullgraph=False)
         x = small_input()
