@@ -1,17 +1,11 @@
 """Gradients of convolution weights in an accelerated model have the strides that they have in the untouched one."""
 
-import warnings
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 from support.backends import taken
 from support.plain import assert_all_near
 from support.small_models import assert_like_untouched, twins
 from torch import Tensor, nn
-
-import fastenc
 
 NETS = {
     "one input channel": lambda: (nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4), nn.Conv3d(4, 2, 1)),
@@ -44,19 +38,6 @@ def test_strides_of_gradients(name: str) -> None:
         assert found.grad is not None
         assert expected.grad is not None
         assert found.grad.stride() == expected.grad.stride()
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_ddp_does_not_warn(name: str, tmp_path: Path) -> None:
-    net, x = net_and_x(name)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    try:
-        with warnings.catch_warnings(), taken("fused"):
-            warnings.simplefilter("error")  # a gradient whose strides differ from those of its bucket is a warning
-            parallel = nn.parallel.DistributedDataParallel(fastenc.accelerate(net))
-            parallel(x).square().sum().backward()
-    finally:
-        dist.destroy_process_group()
 
 
 def test_double_backward() -> None:
