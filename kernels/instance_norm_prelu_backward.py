@@ -123,7 +123,7 @@ def backward_one_pass(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """dx, dr and the three sums of BLOCK_C whole rows; DX, DR or Sums is None where nobody asks for it."""
+    """dx, dr and the three sums of BLOCK_C whole rows; DX, DR or Sums is None if it is not needed."""
     row, c, exists, at, start, step, _, size = locate(
         tl.program_id(0), N, C, S, 1, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )

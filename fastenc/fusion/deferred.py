@@ -129,7 +129,7 @@ class Deferred(Tensor):
         super().retain_grad()
 
     def activated(self, slope: Tensor | float, inplace: bool) -> Tensor | None:
-        """PReLU(z) in one kernel; None where z was looked at already, or where slope does not fit it."""
+        """PReLU(z) in one kernel. None if z was read already, or if the slope does not fit it."""
         if self._looked_at() or self.grad_mode != torch.is_grad_enabled():
             return None
         if isinstance(slope, Tensor) and not (fits(slope, self.x, 1) or fits(slope, self.x, self.x.size(1))):
@@ -170,7 +170,7 @@ class Deferred(Tensor):
                 with torch.enable_grad():
                     _Replace.apply(self, y)
             self.value, self.replaced = y.detach(), None
-        elif self.value is None and self._unchanged():  # else whoever reads it is told
+        elif self.value is None and self._unchanged():  # if it has changed, reading z raises
             _value(self)
         if self.value is not None:
             self.x = self.value  # x is not needed any more
@@ -229,7 +229,7 @@ class Deferred(Tensor):
             return self.requires_grad and type(self.grad_fn) not in _HISTORY
 
     def _keep_gradient(self) -> None:
-        """Whoever asks for z's own gradient gets it: z is looked at, so that no kernel passes it by."""
+        """Compute z, so that no kernel fuses it away and its own gradient exists."""
         if self.passed_by and self.requires_grad:
             raise RuntimeError(
                 "a hook or retain_grad() came after the output of an accelerated norm had been fused with what follows "
@@ -238,7 +238,7 @@ class Deferred(Tensor):
         _value(self)
 
     def _settled(self) -> bool:
-        """Whether nothing more can be deferred: z was looked at, is no norm's output any more, or PyTorch looks on."""
+        """Whether nothing more can be deferred: z was read, something was added or dropped, or a tracer is active."""
         return (
             self._looked_at() or self.dropout is not None or self.residual is not None
             or self.grad_mode != torch.is_grad_enabled() or route.watched(self.x) is not None
@@ -317,7 +317,7 @@ def _added(z: Deferred, residual: Tensor) -> Deferred:
 
 
 class _Defer(torch.autograd.Function):
-    """Gives a Deferred its place in the graph. The gradient is for whoever looked at z; the activation needs none."""
+    """The node of a Deferred in the autograd graph. It is used if z itself was read, and not after a fused kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Deferred:
@@ -339,7 +339,7 @@ class _Defer(torch.autograd.Function):
 
 
 class _Drop(torch.autograd.Function):
-    """Gives a Deferred with dropout its place in the graph."""
+    """The node of a Deferred with dropout in the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, z: Deferred, dropout: Callable[[Tensor], Tensor]) -> Deferred:
@@ -354,7 +354,7 @@ class _Drop(torch.autograd.Function):
 
 
 class _Add(torch.autograd.Function):
-    """Gives a Deferred with a residual its place in the graph."""
+    """The node of a Deferred with a residual in the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, z: Deferred, residual: Tensor) -> Deferred:

@@ -84,7 +84,7 @@ class Pending:
         return self.value
 
     def activated(self, slope: Tensor | float, inplace: bool) -> Tensor | None:
-        """PReLU(z) as one operator; None where z was looked at already, or where slope does not fit it."""
+        """PReLU(z) as one operator. None if z was read already, or if the slope does not fit it."""
         x = self.x
         if not self._waits() or (isinstance(slope, Tensor) and not (fits(slope, x, 1) or fits(slope, x, x.shape[1]))):
             return None
@@ -97,7 +97,7 @@ class Pending:
         return y
 
     def dropped(self, dropout: Callable[[Tensor], Tensor], inplace: bool) -> Pending | None:
-        """dropout(z), to be computed; None where z was looked at or had a residual added."""
+        """dropout(z), to be computed. None if z was read or a residual was added."""
         if not self._waits() or self.residual is not None:
             return None
         z = self if inplace else self._copy()
@@ -133,7 +133,7 @@ class Pending:
         return Pending(self.name, self.plainly, self.x, self.terms)
 
     def _waits(self) -> bool:
-        """Whether nobody has looked at z, and PyTorch is in the mode in which the norm was called."""
+        """Whether z was not read yet, and the grad mode is the one in which the norm was called."""
         return self.value is None and self.grad_mode == torch.is_grad_enabled() and route.watched(self.x) is None
 
     def relu(self) -> Any:

@@ -1,7 +1,7 @@
 """Which norms of a network lead to an activation: read off a trace of its forward, never off names.
 
 What is found decides where a norm waits for its activation, and what the summary says. It cannot make a result wrong: a
-norm that waits in vain gives its own output all the same (`deferred.py`). Under torch.compile and torch.export nothing
+norm whose activation does not come gives its own output (`deferred.py`). Under torch.compile and torch.export nothing
 counts changes in place, so there a norm waits only if every call of it was seen to lead to an activation, nothing is
 changed in place in between, and nothing keeps its output (`pending.py`).
 """
@@ -403,7 +403,7 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def _same_random_numbers_after() -> Iterator[None]:
-    """A forward that draws random numbers takes none from whoever draws next."""
+    """Restore the random generators after the block, so that tracing a forward changes no later numbers."""
     state = random.getstate()
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
         yield

@@ -1,6 +1,6 @@
 """The output of a convolution whose bias an InstanceNorm cancels: computed without the bias, which has no effect there.
 
-The norm takes `raw`, what the convolution gave. To everyone else the output is raw + bias, computed at the first look.
+The norm reads `raw`, the convolution's own output. Any other reader gets raw + bias, computed at the first read.
 `Unbiased` is a tensor, for eager mode; `PendingBias` stands for it while torch.compile or torch.export traces.
 """
 
@@ -34,7 +34,7 @@ class Unbiased(Tensor):
         return func(*args, **kwargs)
 
     def unread(self) -> Tensor:
-        """For a norm: raw, unless someone has looked and may have changed what it saw."""
+        """For a norm: raw. The sum if it was read already, because the reader may have changed it."""
         return self.raw if vars(self)["value"] is None else self.plain()
 
     def plain(self) -> Tensor:

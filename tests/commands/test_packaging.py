@@ -78,5 +78,5 @@ def test_a_checkout_without_links_imports_and_builds_a_whole_archive_and_wheel(t
 
 
 def test_kernels_stay_a_namespace() -> None:
-    """An __init__.py would shadow other people's package of that name for whoever runs Python in the checkout."""
+    """An __init__.py would shadow another package of that name when Python runs in the checkout."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

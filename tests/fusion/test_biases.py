@@ -1,4 +1,4 @@
-"""Biases of convolutions that an InstanceNorm cancels: left out, with gradients of zeros, wherever nobody can notice.
+"""Biases of convolutions that an InstanceNorm cancels: left out, with gradients of zeros, if nothing reads them.
 
 "fused" is "auto" as it is on a GPU, the kernels interpreted.
 """

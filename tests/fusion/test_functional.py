@@ -92,7 +92,7 @@ def test_another_call_than_the_search_saw(name: str, compiled: bool) -> None:
                 model(x)
 
 
-def test_hooks_and_a_deferred_output_that_is_looked_at() -> None:
+def test_unfused_when_hooked_or_read_before() -> None:
     net, untouched = twins(Calls("F.relu"))
     x = small_input()
     with taken("fused"):

@@ -141,7 +141,7 @@ def test_a_residual_that_is_transformed(transform: str) -> None:
 
 
 def test_the_norms_output_after_an_addition_in_place() -> None:
-    """It is the sum; with a history, whoever asks is told."""
+    """It is the sum. With a history, reading it raises."""
     net, untouched = twins("z += r")
     net.look = untouched.look = LOOKS["z"]
     x, r = torch.randn(SHAPE), torch.randn(SHAPE)

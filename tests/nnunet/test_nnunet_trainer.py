@@ -269,7 +269,7 @@ def predictor_of(home: Path, name: str, trainer_name: str | None = None) -> nnUN
 
 
 def test_prediction_by_the_other_trainer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint's trainer_name is the trainer that predicts. Elsewhere than here nobody knows fastenc's."""
+    """A checkpoint's trainer_name is the trainer that predicts. Without fastenc's folder it is not found."""
     x = torch.randn(1, SIDE, SIDE, SIDE)
     predictors = [predictor_of(home, name) for name in NAMES] + [predictor_of(home, PLAIN, OURS)]
     monkeypatch.delenv(VARIABLE)

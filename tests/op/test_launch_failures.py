@@ -70,7 +70,7 @@ def with_a_residual() -> Callable[[], list[Tensor]]:
 
 
 def recomputed() -> Callable[[], list[Tensor]]:
-    """dx is written over the gradient that the formula would need, had it not been launched in vain."""
+    """dx is written over the gradient that the formula would need, if the launch failed."""
     layer, x = fastenc.ConvModern3d(3, 2), small_input()
     layer.recompute = True
     return lambda: gradients(layer, x)
