@@ -26,10 +26,10 @@ from ..console import Progress
 from ..engine.machine import commit
 from ..proofs.audit.cases import ITEMSIZE, Case, cases, residual_shapes, shapes
 from ..proofs.audit.rows import Row, variant_violations, violations
-from ..proofs.audit.table import print_table, summary
+from ..proofs.audit.table import print_requests, print_table, summary
 
 if TYPE_CHECKING:
-    from ..proofs.audit.findings import Compiled, Count, Variants
+    from ..proofs.audit.findings import Compiled, Count, Requests, Variants
 
 PURPOSE = "check the kernels' bytes, registers, vector widths and variants against their ceilings, without a GPU"
 SCHEMA = "fastenc-audit-1"
@@ -65,18 +65,22 @@ def run(arguments: argparse.Namespace) -> int:
     if fault := interpret.fault():
         print(f"bytes are predicted, not counted: {fault}", file=sys.stderr)
     audited = [*cases(shapes()), *cases(residual_shapes(), residual=True)]
-    rows, variants = audit(audited, min(MOST_PROCESSES, os.cpu_count() or 1))
+    rows, variants, requests = audit(audited, min(MOST_PROCESSES, os.cpu_count() or 1))
     broken = [text for row in rows for text in violations(row)]
     broken += [text for each in variants for text in variant_violations(each)]
     if arguments.json is not None:
-        write_whole(arguments.json, as_json(rows, variants, broken))
+        write_whole(arguments.json, as_json(rows, variants, requests, broken))
     print_table(rows)
+    print_requests(requests)
     print("\n".join(summary(rows, variants, broken)))
     return 1 if broken else 0
 
 
-def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Variants]]:
-    """The rows of these cases and the variants of EXAMPLES. With one process, everything runs in this one."""
+def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Variants], list[Requests]]:
+    """The rows of these cases, the variants of EXAMPLES, and the requests of one case of each branch.
+
+    With one process, everything runs in this one.
+    """
     from ..proofs import interpret
     from ..proofs.audit import findings as find
 
@@ -90,6 +94,7 @@ def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Vari
                 *(partial(find.compile_cases, TARGETS[target], group) for target, group in compiling),
                 *(partial(find.count_cases, group) for group in counting),
                 *(partial(find.example_variants, dtype, channels_last) for dtype, channels_last in EXAMPLES),
+                *(partial(find.count_requests, case) for case in find.representatives(audited)),
             ],
             processes,
         )
@@ -99,7 +104,9 @@ def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Vari
         for case, one in zip(group, next(results), strict=True):
             compiled[case][target] = one
     counts = {case: count for group in counting for case, count in zip(group, next(results), strict=True)}
-    return [_row(find, case, counts.get(case), compiled[case]) for case in audited], list(results)
+    rows = [_row(find, case, counts.get(case), compiled[case]) for case in audited]
+    variants = [next(results) for _ in EXAMPLES]
+    return rows, variants, [one for of_case in results for one in of_case]
 
 
 def _row(find: Any, case: Case, count: Count | None, compiled: dict[str, Compiled]) -> Row:
@@ -146,7 +153,9 @@ def _results(tasks: Sequence[Callable[[], Any]], processes: int) -> list[Any]:
             return [future.result() for future in futures]
 
 
-def as_json(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[str]) -> str:
+def as_json(
+    rows: Sequence[Row], variants: Sequence[Variants], requests: Sequence[Requests], broken: Sequence[str]
+) -> str:
     """The whole audit as JSON."""
     import triton
 
@@ -160,6 +169,7 @@ def as_json(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[
         "triton": triton.__version__,
         "rows": [dataclasses.asdict(row) for row in rows],
         "variants": [dataclasses.asdict(each) for each in variants],
+        "requests": [dataclasses.asdict(each) for each in requests],
         "violations": list(broken),
     }
     return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -425,12 +425,12 @@ def test_bytes_are_predicted_where_kernels_cannot_be_interpreted(monkeypatch: py
     monkeypatch.setattr(audit, "TARGETS", {})
     monkeypatch.setattr(audit, "EXAMPLES", [])
     case = Case("", 2, 24, 104, "float32", True, False)
-    ((counted,), _) = audit.audit([case], 1)
+    ((counted,), *_) = audit.audit([case], 1)
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(interpret.np, "__version__", "2.4.0")
     assert interpret.fault() == "the interpreter of triton 3.6.0 needs numpy < 2.4, here is 2.4.0"
     monkeypatch.setattr(findings, "count_cases", None)
-    ((predicted,), _) = audit.audit([case], 1)
+    ((predicted,), *_) = audit.audit([case], 1)
     assert predicted == replace(counted, moved=counted.predicted, interpreted=0, programs=0)
     monkeypatch.setattr(interpret.np, "__version__", "2.3.5")
     assert interpret.fault() is None
@@ -484,6 +484,32 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert any("second read comes from L1 or L2" in line for line in table.summary([slab], [], []))
 
 
+def test_requests_of_warps() -> None:
+    """16 bytes a lane are 16 sectors, 4 bytes 4. Pipelined loops load x by copies. Odd C break vectors, not sectors."""
+    wide = {each.launch: each for each in findings.count_requests(Case("", 2, 128, 20_000, "bfloat16", True, False))}
+    assert wide["1 forward_statistics"].copy == 16
+    (apply,) = (each for name, each in wide.items() if name.endswith("_apply") and each.store == 16)
+    assert apply.copy is None
+    (one_pass,) = findings.count_requests(Case("", 1, 4, 4096, "float32", False, False))
+    assert one_pass.store is not None
+    assert one_pass.store > 15  # of y; the statistics are scalars
+    odd = findings.count_requests(Case("", 2, 3, 20_000, "float32", True, False))
+    assert all(each.copy is None or each.copy <= 4 + 1 for each in odd)
+
+
+def test_representatives_are_the_smallest_of_each_branch() -> None:
+    several = [Case("", N, C, S, "bfloat16", True, False) for N, C, S in ((8, 64, 8), (1, 64, 8), (2, 128, 32_768))]
+    assert findings.representatives(several) == several[1:]
+
+
+def test_table_of_requests(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("", 2, 24, 104, "float32", True, False, residual=True)
+    monkeypatch.setenv("COLUMNS", "120")
+    table.print_requests([findings.Requests(case, "1 forward_one_pass", 15.96, None, 16.0)])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "one_pass" in line)
+    assert " ".join(line.split()) == "2×24×104 residual channels-last float32 1 forward_one_pass 16.0 – 16.0"
+
+
 def test_progress_is_printed_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,4 +518,4 @@ def test_progress_is_printed_without_a_terminal(
     audit.audit([Case("", 2, 24, 104, "float32", True, False)], 1)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "audit: 0 of 1" in captured.err
+    assert "audit: 0 of 2" in captured.err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ..access_width import share
 from ..compile import Launch, recorded, resources
 from ..hot_loops import HotLoop, hot_loops, programs_per_sm
 from ..interpret import Traffic, interpreted, sampled_programs
+from ..ptx import executing
 from ..traffic import FLOAT_BYTES, Programs, predicted_bytes
 from .cases import EXAMPLE_1, Case, Precision, norm_inputs
 
@@ -68,6 +70,22 @@ class Variants:
     example: int
     other_batch: int
     other_volume: int
+
+
+@dataclass(frozen=True)
+class Requests:
+    """How well the warps of one program of a launch coalesce: 32-byte sectors per request, None without requests.
+
+    A request is one instruction of one warp. The fewest sectors are 16 where each lane moves 16 bytes, and 4 where it
+    moves 4. launch: the launch's number and the kernel. copy: asynchronous copies to shared memory, which load x in
+    pipelined loops.
+    """
+
+    case: Case
+    launch: str
+    load: float | None
+    copy: float | None
+    store: float | None
 
 
 def plan_of(case: Case) -> Plan:
@@ -186,6 +204,28 @@ def predict(case: Case) -> int:
     """Bytes that the launches of a case move, by arithmetic on its plan."""
     shape = case.N, case.C, case.S
     return predicted_bytes(plan_of(case), *shape, case.itemsize, case.channels_last, case.backward, case.residual)
+
+
+def representatives(cases: Iterable[Case]) -> list[Case]:
+    """The smallest case of each branch, layout, dtype, direction and kind of residual."""
+    smallest: dict[tuple[object, ...], Case] = {}
+    for case in sorted(cases, key=lambda case: case.x_bytes):
+        plan = plan_of(case)
+        kind = plan.branch, plan.combines_apart, case.channels_last, case.dtype, case.backward, case.residual
+        smallest.setdefault(kind, case)
+    return list(smallest.values())
+
+
+def count_requests(case: Case) -> list[Requests]:
+    """Execute the sm_90 code of the middle program of each launch, and count what its warps request."""
+    with executing(90) as machine:
+        machine.choose = lambda kernel, grid: [prod(grid) // 2]
+        launch(case)
+    kinds = "load", "copy", "store"
+    return [
+        Requests(case, f"{number} {made.name}", *(made.counts.sectors_per_request(kind) or None for kind in kinds))
+        for number, made in enumerate(machine.launches, 1)
+    ]
 
 
 def example_variants(dtype: Precision, channels_last: bool) -> Variants:

@@ -13,7 +13,7 @@ from .cases import direction, layout
 from .rows import Row, violations
 
 if TYPE_CHECKING:
-    from .findings import Variants
+    from .findings import Requests, Variants
 
 HEADINGS = (
     "N×C×S", "layout", "dtype", "direction", "x read", "launches", "bytes/x", "ceiling", "counted on",
@@ -54,6 +54,23 @@ def print_table(rows: Sequence[Row]) -> None:
     marked = [[(*cells(row), "!" if violations(row) else "") for row in group] for group in groups.values()]
     for origin, table in zip(groups, console.tables((*HEADINGS, ""), marked, KEYS), strict=True):
         print(f"{origin}:", table, "", sep="\n")
+
+
+def print_requests(requests: Sequence[Requests]) -> None:
+    """Print a table of the sectors that a warp's request touches."""
+    headings = ("N×C×S", "layout", "dtype", "launch", "load", "copy", "store")
+    lines = [
+        (
+            f"{each.case.N}×{each.case.C}×{each.case.S}{' residual' if each.case.residual else ''}",
+            layout(each.case.channels_last),
+            each.case.dtype,
+            each.launch,
+            *("–" if sectors is None else f"{sectors:.1f}" for sectors in (each.load, each.copy, each.store)),
+        )
+        for each in requests
+    ]
+    (printed,) = console.tables(headings, [lines], KEYS)
+    print(f"sectors for each request of a warp, sm_90 code executed, one program of each launch:\n{printed}\n")
 
 
 def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[str]) -> list[str]:
