@@ -8,6 +8,7 @@ changed in place in between, and nothing keeps its output (`pending.py`).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import random
@@ -391,7 +392,20 @@ class _Tracer(fx.Tracer):
             name: None if child is None else self._twin(child, training, twins)
             for name, child in module._modules.items()
         }
+        if "forward" not in own:
+            vars(twin)["forward"] = self._counted(twin, type(module).forward.__get__(twin))
         return twin
+
+    def _counted(self, twin: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """forward, and a call of it by name, `module.forward(x)`, is a call of the module."""
+
+        @functools.wraps(forward)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if self.callers[-1].module is self.originals[twin]:
+                return forward(*args, **kwargs)
+            return self.call_module(twin, forward, args, kwargs)
+
+        return called
 
 
 def _copied(value: Any) -> Any:
