@@ -107,22 +107,43 @@ def _device(x: Tensor) -> str:
     return x.device.type
 
 
-def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:
+def convolve(layer: Any, x: Tensor, fused: bool, cancelled: bool = False) -> Tensor:
     """layer(x), for a caller that has checked for hooks.
 
     A layer that is not exactly an nn.Conv1d, 2d or 3d is called. On the fused route x and the result are channels-last
-    in 2-D and 3-D.
+    in 2-D and 3-D. cancelled: an InstanceNorm is next, which subtracts any bias, so the layer may run without its own.
     """
     prepared = plan_for(layer, x, fused)
     if prepared is None:
         return layer(x)
     weight, bias, plan = prepared
+    if cancelled and bias is not None:
+        weight, bias = WeightAlone.apply(weight, bias, False), None
     dtype = compute_dtype(x)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return Convolution.apply(x, weight, bias, plan, dtype)
     return forward(x, weight, bias, plan, dtype, layer.__dict__.get("cuts"))
+
+
+class WeightAlone(torch.autograd.Function):
+    """weight itself. Its gradient has the strides of a contiguous tensor if `mends`; that of bias is zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, mends: bool) -> Tensor:
+        ctx.bias = None if bias is None or not bias.requires_grad else (bias.shape, bias.dtype)
+        ctx.mends = mends
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (dweight,) = gradients
+        dbias = None
+        if ctx.bias is not None:
+            shape, dtype = ctx.bias
+            dbias = dweight.new_zeros(shape, dtype=dtype)
+        return (dweight.flatten().view(dweight.shape) if ctx.mends else dweight), dbias, None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:

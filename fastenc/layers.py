@@ -145,7 +145,7 @@ class _ConvModernNd(nn.Module):
         at: int = self._norm_at  # type: ignore[assignment]
         layers: tuple[Any, ...] = tuple(self.mconv._modules.values())
         for layer in layers[:at]:
-            x = convolve(layer, x, True)
+            x = convolve(layer, x, True, layer is layers[at - 1])
         norm, activation = layers[at : at + 2]
         slope = activation.weight if type(activation) is nn.PReLU else 0.0
         weight, bias = norm.weight, norm.bias

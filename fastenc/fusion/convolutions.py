@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 
 from .. import route
 from .._torch import saved_tensors_hooks
+from ..convolution import WeightAlone
 from .deferred import running
 from .modules import Forward
 from .pending import may_wait
@@ -61,7 +62,7 @@ class Convolution(Forward):
         if not (mends or drops):
             return self.plainly(input)
         if differentiates:
-            weight = _Weight.apply(weight, bias if drops else None, mends)
+            weight = WeightAlone.apply(weight, bias if drops else None, mends)
         function, options = _FUNCTIONS[type(module)]
         y = function(input, weight, None if drops else bias, *(getattr(module, name) for name in options))
         if not drops:
@@ -89,22 +90,3 @@ def has_free_strides(module: Any) -> bool:
         return False
     shape = module.weight.shape
     return bool(shape[1] == 1 or shape[2:].numel() == 1)
-
-
-class _Weight(torch.autograd.Function):
-    """weight itself. Its gradient has the strides of a contiguous tensor if `mends`; that of bias is zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, mends: bool) -> Tensor:
-        ctx.bias = None if bias is None or not bias.requires_grad else (bias.shape, bias.dtype)
-        ctx.mends = mends
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (dweight,) = gradients
-        dbias = None
-        if ctx.bias is not None:
-            shape, dtype = ctx.bias
-            dbias = dweight.new_zeros(shape, dtype=dtype)
-        return (dweight.flatten().view(dweight.shape) if ctx.mends else dweight), dbias, None

@@ -1,5 +1,6 @@
 """ConvModern1d, 2d and 3d, every option, against a torch.nn.Sequential written out here."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -217,3 +218,20 @@ def test_unknown_scaler_with_a_stride(stride: Any, scaler: Any) -> None:
     assert "stride" in str(error.value)
     assert repr(stride) in str(error.value)
     assert repr(scaler) in str(error.value)
+
+
+@pytest.mark.parametrize("order", LAYERS)
+def test_a_bias_that_the_norm_cancels(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's convolution with a bias, in the "old" order: the kernels' route leaves the bias out."""
+    unit = LAYERS[order](2, 4, layer_order="old")
+    unit.mconv[0] = getattr(nn, f"Conv{order}d")(2, 4, 3, padding=1)
+    x = torch.randn(2, 2, *SIZES[order])
+    expected = gradients(copy.deepcopy(unit).double(), x.double())
+    biases = []
+    convolution = torch.convolution
+    monkeypatch.setattr(torch, "convolution", lambda *args: biases.append(args[2]) or convolution(*args))
+    with taken("fused"):
+        y, dx, dweight, dbias, *rest = gradients(unit, x)
+    assert biases == [None]
+    assert dbias.tolist() == [0.0] * 4
+    assert_all_near([y, dx, dweight, *rest], [*expected[:3], *expected[4:]])

@@ -150,6 +150,31 @@ def test_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == [counts[0], *2 * [counts[0] - BIASES[name]]]
 
 
+def passes_for_biases(y: Tensor) -> tuple[int, int]:
+    """Passes over tensors that biases of convolutions cost on cuDNN, forward and backward, by y's autograd graph.
+
+    Forward the output is read and written once more, to add the bias. Backward its gradient is read once more.
+    """
+    biased, pending, seen = 0, [y.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending.extend(parent for parent, _ in node.next_functions)
+        biased += node.name() == "ConvolutionBackward0" and node._saved_bias_sym_sizes_opt != (0,)
+    return 2 * biased, biased
+
+
+@pytest.mark.parametrize("name", ["PlainConvUNet", "UNet"])
+def test_passes(name: str) -> None:
+    """Two fewer forward and one fewer backward for each unit. Three biases have no norm behind them."""
+    net, untouched, x = network_twins(name)
+    with launches_replaced():
+        assert passes_for_biases(untouched(x)) == (2 * (3 + BIASES[name]), 3 + BIASES[name])
+        assert passes_for_biases(net(x)) == (6, 3)
+
+
 # Where it stays.
 
 
