@@ -86,18 +86,19 @@ class _EncoderNetNd(nn.Module):
         why = route.reason(x)
         fused = why is None and x.dim() == self._order + 2
         contiguous = fused and not is_channels_last(x)
-        called = is_compiling() or (why is not None and route.watched(x) is not None)  # every submodule, one by one
+        # Whether to call every submodule, one by one.
+        called = is_compiling() or (why is not None and route.tracing_reason(x) is not None)
         layers = list(self.netbody)
         pool = layers.pop() if self.is_out_vector else None
         if fused:
             x = channels_last(x)
         fresh = False
         for layer in layers:
-            whole = called or type(layer) is not _BlockConvStkNd or route.observed(layer) is not None
+            whole = called or type(layer) is not _BlockConvStkNd or route.hook_reason(layer) is not None
             step: Any
             for step in (layer,) if whole else (*layer.conv_list, layer.conv_scale):  # type: ignore[misc]
                 unit = type(step).forward is _ConvModernNd.forward
-                if called or route.observed(step) or (unit and (not fused or step.why_not_fused())):
+                if called or route.hook_reason(step) or (unit and (not fused or step.why_not_fused())):
                     x, fresh = step(x), False
                 elif unit:
                     x, fresh = step.run_fused(x, fresh)
@@ -107,7 +108,7 @@ class _EncoderNetNd(nn.Module):
                     fused = route.reason(x) is None and x.dim() == self._order + 2
         if pool is None:
             return x.contiguous() if contiguous else x
-        if fused and x.is_cuda and type(pool) is POOLS[self._order] and route.observed(pool) is None:
+        if fused and x.is_cuda and type(pool) is POOLS[self._order] and route.hook_reason(pool) is None:
             # The CUDA backward of adaptive pooling adds atomically and refuses deterministic mode.
             return self.fc(x.flatten(2).mean(2))
         return self.fc(pool(x).flatten(1))

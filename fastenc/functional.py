@@ -58,7 +58,7 @@ def instance_norm_prelu(
     if residual is not None:
         _check_residual(residual, x)
         why = why or route.reason(residual)
-    if positions < 2 or (why is not None and route.eager(why)):
+    if positions < 2 or (why is not None and route.use_eager(why)):
         return reference.forward(x, weight, bias, slope, eps, residual)
     return fused(x, weight, bias, slope, eps, residual=residual)
 

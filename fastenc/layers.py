@@ -118,7 +118,7 @@ class _ConvModernNd(nn.Module):
             return f"its normalisation is {norm}, not a plain {self._norm_type.__name__}"
         if type(activation) is not nn.PReLU and type(activation) is not nn.ReLU:
             return f"its activation is {activation}, not a plain PReLU or ReLU"
-        return route.observed(self.mconv, *layers)
+        return route.hook_reason(self.mconv, *layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the submodules in order, fusing norm and activation if no hook, tracer or override can observe it.
@@ -127,7 +127,8 @@ class _ConvModernNd(nn.Module):
         """
         if type(x) is Tensor and x.dim() == self._order + 1:
             self._refuse_unbatched(x)
-        if self._norm_at is None or route.eager(self.why_eager(x)):  # a unit without a norm is eager under "triton" too
+        # A unit without a norm is eager under "triton" too.
+        if self._norm_at is None or route.use_eager(self.why_eager(x)):
             return self._run_eager(x)
         y, _ = self.run_fused(x, False)
         return y.contiguous() if isinstance(y, Tensor) and not is_channels_last(x) else y
@@ -163,8 +164,8 @@ class _ConvModernNd(nn.Module):
     def _run_eager(self, x: Tensor) -> Tensor:
         """Run the submodules in order. The convolution skips padding-only taps if nothing can observe it."""
         layers = tuple(self.mconv._modules.values())
-        plain = not is_compiling() and type(self.mconv) is nn.Sequential and route.observed(self.mconv, *layers) is None
-        if not plain or route.watched(x) is not None:
+        plain = not is_compiling() and type(self.mconv) is nn.Sequential
+        if not plain or route.hook_reason(self.mconv, *layers) or route.tracing_reason(x):
             return self.mconv(x)
         for layer in layers:
             x = convolve(layer, x, False)

@@ -45,7 +45,7 @@ class _InstanceNormActNd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """activation(norm(x))."""
         norm, activation = self.norm, self.activation  # looked up once, because attribute access of nn.Module is slow
-        if not route.eager(_why_eager(x, norm, activation)):
+        if not route.use_eager(_why_eager(x, norm, activation)):
             weight, bias, slope = norm.weight, norm.bias, slope_of(activation)
             if is_supported(norm, weight, bias, slope, x):
                 return fused(x, weight, bias, slope, norm.eps)
@@ -53,7 +53,7 @@ class _InstanceNormActNd(nn.Module):
 
 
 def _why_eager(x: object, norm: nn.Module, activation: nn.Module) -> str | None:
-    return route.reason(x) or route.observed(norm, activation) or _why_not_plain(norm, activation)
+    return route.reason(x) or route.hook_reason(norm, activation) or _why_not_plain(norm, activation)
 
 
 def _why_not_plain(norm: nn.Module, activation: nn.Module) -> str | None:

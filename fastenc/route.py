@@ -180,7 +180,7 @@ def _inherited() -> Backend | None:
     return None
 
 
-def eager(reason: str | None) -> bool:
+def use_eager(reason: str | None) -> bool:
     """Whether to take the eager route: True if there is a reason.
 
     Raises:
@@ -195,7 +195,7 @@ def eager(reason: str | None) -> bool:
     return True
 
 
-def watched(x: object) -> str | None:
+def tracing_reason(x: object) -> str | None:
     """Why a tracer, transform or dispatch mode must see plain PyTorch operations at this moment, or None."""
     if is_compiling():
         why = _traced_reason()
@@ -224,7 +224,7 @@ def reason(x: Any) -> str | None:
     """
     if chosen() == "eager":
         return 'backend "eager" was asked for'
-    found = watched(x)
+    found = tracing_reason(x)
     if found is not None:
         return found
     if x.dtype not in DTYPES:
@@ -262,7 +262,7 @@ class Accelerated:
     """The base class of the forwards that `accelerate` sets on modules. They compute what the modules' own compute."""
 
 
-def observed(*modules: Module) -> str | None:
+def hook_reason(*modules: Module) -> str | None:
     """Why `modules` must be called one by one: a hook, a replaced forward or Module.compile(). None if nothing is."""
     if has_global_hook():
         return "a global module hook is registered"

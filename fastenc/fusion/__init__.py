@@ -14,7 +14,7 @@ Any other consumer gets z. While a graph is traced, a `Pending` takes the place 
 an `Unbiased` if the norm that reads it cancels its bias.
 
 Fall back. On the eager route, with hooks, replaced forwards, tracers and whatever the kernels do not support, each
-module does what torch.nn does. The decision is made in each call, by `route.reason`, `route.observed` and
+module does what torch.nn does. The decision is made in each call, by `route.reason`, `route.hook_reason` and
 `functional.is_supported`.
 """
 

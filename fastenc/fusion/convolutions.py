@@ -80,7 +80,7 @@ class Convolution(Forward):
         return bool(
             (running.scopes or saved_tensors_hooks(True))
             and self.cancelled not in running.observed
-            and route.observed(self.module) is None
+            and route.hook_reason(self.module) is None
         )
 
 

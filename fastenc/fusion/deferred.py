@@ -241,7 +241,7 @@ class Deferred(Tensor):
         """Whether nothing more can be deferred: z was read, something was added or dropped, or a tracer is active."""
         return (
             self._looked_at() or self.dropout is not None or self.residual is not None
-            or self.grad_mode != torch.is_grad_enabled() or route.watched(self.x) is not None
+            or self.grad_mode != torch.is_grad_enabled() or route.tracing_reason(self.x) is not None
         )  # fmt: skip
 
     def _unchanged(self) -> bool:

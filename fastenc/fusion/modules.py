@@ -138,7 +138,7 @@ class FusedNorm(Forward):
 
     def why_eager(self, x: object) -> str | None:
         """Why the norm runs as torch's own on x; None if the kernel runs."""
-        return route.reason(x) or route.observed(self.module) or why_not_plain(self.module)
+        return route.reason(x) or route.hook_reason(self.module) or why_not_plain(self.module)
 
     def __call__(self, input: Any) -> Any:  # named as torch.nn names it
         kind = type(input)
@@ -146,7 +146,7 @@ class FusedNorm(Forward):
             x = input.unread()
         else:
             x = input.plain() if kind in _WAITING else input
-        if self._fuses() and not route.eager(self.why_eager(x)):
+        if self._fuses() and not route.use_eager(self.why_eager(x)):
             norm = self.module
             weight, bias = norm.weight, norm.bias  # once: nn.Module is slow to find them
             if is_supported(norm, weight, bias, 1.0, x):
@@ -256,7 +256,7 @@ class FusionScope(Forward):
             return self.plainly(*args, **kwargs)
         seen: list[str] = []
         for module, names in (*self.between, *self.proven):
-            if route.observed(module):
+            if route.hook_reason(module):
                 seen.extend(names)
         self._enter(seen)
         try:
@@ -274,7 +274,7 @@ class FusionScope(Forward):
         made: list[Callable[[], Deferred | Unbiased | None]] = []
         around, outside, running.waiting = running.waiting, running.observed, made
         for module, names in self.between:
-            if route.observed(module):
+            if route.hook_reason(module):
                 running.observed = running.observed.union(names)
         running.scopes += 1
         try:
@@ -284,7 +284,7 @@ class FusionScope(Forward):
             running.observed, running.waiting = outside, around
         leaving: list[Any] = []
         if type(y) is not Tensor:
-            if running.scopes and not route.observed(self.module):
+            if running.scopes and not route.hook_reason(self.module):
                 leaving = [leaf for leaf in tree_leaves(y) if isinstance(leaf, (Deferred, Unbiased))]
                 around += map(weakref.ref, leaving)
             else:
@@ -385,7 +385,7 @@ def _plain_class(value: Tensor) -> Tensor:
 
 def observed(module: nn.Module) -> bool:
     """Whether module is not the plain torch.nn module that it was."""
-    return route.observed(module) is not None or type(module).forward not in TORCH_FORWARDS
+    return route.hook_reason(module) is not None or type(module).forward not in TORCH_FORWARDS
 
 
 def _unfused(forward: Callable[..., Any], x: Deferred | Pending, inplace: bool) -> Tensor:

@@ -121,7 +121,7 @@ class Pending:
         x, r = self.x, other.x if isinstance(other, Pending) else other
         return (
             self._waits() and self.residual is None and not self.dropouts
-            and isinstance(r, Tensor) and route.watched(r) is None
+            and isinstance(r, Tensor) and route.tracing_reason(r) is None
             and r.shape == x.shape and r.dtype == x.dtype and r.device == x.device
         )  # fmt: skip
 
@@ -134,7 +134,7 @@ class Pending:
 
     def _waits(self) -> bool:
         """Whether z was not read yet, and the grad mode is the one in which the norm was called."""
-        return self.value is None and self.grad_mode == torch.is_grad_enabled() and route.watched(self.x) is None
+        return self.value is None and self.grad_mode == torch.is_grad_enabled() and route.tracing_reason(self.x) is None
 
     def relu(self) -> Any:
         return self.__torch_function__(Tensor.relu, (), (self,))

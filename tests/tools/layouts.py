@@ -63,7 +63,7 @@ def on_a_gpu() -> Iterator[None]:
     """Fake tensors take the Triton route, without launches."""
     with ExitStack() as stack:
         for target, name, value in (
-            (route, "watched", lambda x: None),
+            (route, "tracing_reason", lambda x: None),
             (route, "device_reason", lambda x: None),
             (fastenc.functional, "launchers", lambda: (_forward, None)),
             (fastenc.recompute, "launchers", lambda: (_forward, None)),
