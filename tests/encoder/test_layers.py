@@ -140,13 +140,13 @@ def test_triton_route(name: str, normalizer: str) -> None:
 @pytest.mark.parametrize("activator", ["prelu", "relu"])
 @pytest.mark.parametrize("layer_order", ["new", "old"])
 def test_recompute(layer_order: str, activator: str) -> None:
-    """Only a layer that ends in its convolution can. PReLU's slopes are negative, so that applying it twice differs."""
+    """Only a layer that ends in its convolution can. A slope of 0.7, applied twice, is 0.49."""
     with taken("fused"):
         layer = ConvModern3d(2, 3, layer_order=layer_order, activator=activator)
         layer.recompute = True
         if activator == "prelu":
             with torch.no_grad():
-                next(m for m in layer.mconv if isinstance(m, nn.PReLU)).weight.fill_(-0.7)
+                next(m for m in layer.mconv if isinstance(m, nn.PReLU)).weight.fill_(0.7)
         x = torch.randn(2, 2, *SIZES[3])
         assert_all_near(gradients(layer, x), gradients(nn.Sequential(*layer.mconv), x))
 

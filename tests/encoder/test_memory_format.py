@@ -250,3 +250,14 @@ def test_the_eager_route_makes_nothing_channels_last(
     seen = [tensor for call in (*convolutions.forward, *convolutions.backward) for tensor in call.values()]
     for tensor in [y, *norms, *(tensor for tensor in seen if tensor is not None)]:
         assert last or not convolution.is_channels_last(tensor)
+
+
+def test_a_single_sample_is_convolved_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    plain = torch.convolution
+    monkeypatch.setattr(torch, "convolution", lambda *args: seen.append(args[:2]) or plain(*args))
+    with taken("fused"), torch.no_grad():
+        fastenc.ConvModern3d(4, 6)(torch.randn(1, 4, 5, 6, 7))
+    ((x, weight),) = seen
+    assert convolution.is_channels_last(x)
+    assert convolution.is_channels_last(weight)

@@ -41,7 +41,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def arguments(N: int, C: int, S: int, layout: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    shape = (N, C, *SPATIAL[S])
+    shape = (N, C, *SPATIAL.get(S, (S, 1, 1)))
     x, dy = (laid_out(torch.randn(shape).to(dtype), layout) for _ in range(2))
     return x, torch.randn(C), torch.randn(C), torch.rand(C), dy
 
@@ -202,6 +202,16 @@ def test_no_variance_and_no_eps(dtype: torch.dtype, value: float, S: int, C: int
         for mine in (ours[name], by_formula.get(name, theirs)):
             limit = 4 * torch.finfo(dtype).eps * (S**0.25 * theirs.norm() + terms[name])
             assert (mine - theirs).norm() <= limit, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("S", [41, 3333])
+def test_no_variance_where_a_rows_length_has_no_exact_reciprocal(S: int, layout: str) -> None:
+    """41 · fl(1/41) is not 1: the mean of a constant row is rounded, and that rounding must not become a variance."""
+    x, weight, bias, slope, dy = arguments(1, 32, S, layout)
+    x[:] = (torch.logspace(-3, 4, 32) * torch.rand(32)).view(1, 32, 1, 1, 1)
+    dx = gradients(fastenc.instance_norm_prelu, dy, x, weight, bias, slope, 0.0)["dx"]
+    assert not dx.any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

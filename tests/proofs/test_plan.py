@@ -94,6 +94,12 @@ def test_the_rule(shape: Shape, backward: bool, residual: bool) -> None:
         assert 8 * plan.chunks**2 <= share * S * itemsize, "what apply reads of partial results"
 
 
+def test_a_residual_needs_a_split_backward() -> None:
+    """dz then waits in memory, where each of a slab's two reads would need it."""
+    branches = [make_plan(2, 64, 1024, 2, True, SMS, True, residual).branch for residual in (False, True)]
+    assert branches == ["slab", "split"]
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_slabs_that_keep_the_gpu_busy_are_one_launch(backward: bool) -> None:
     assert make_plan(8, 128, 3840, 2, True, SMS, backward).chunks == 1
