@@ -257,7 +257,6 @@ def test_a_single_sample_is_convolved_channels_last(monkeypatch: pytest.MonkeyPa
     plain = torch.convolution
     monkeypatch.setattr(torch, "convolution", lambda *args: seen.append(args[:2]) or plain(*args))
     with taken("fused"), torch.no_grad():
-        fastenc.ConvModern3d(4, 6)(torch.randn(1, 4, 5, 6, 7))
+        y = fastenc.ConvModern3d(4, 6)(torch.randn(1, 4, 5, 6, 7).contiguous(memory_format=LAST))
     ((x, weight),) = seen
-    assert convolution.is_channels_last(x)
-    assert convolution.is_channels_last(weight)
+    assert all(map(convolution.is_channels_last, (x, weight, y)))
