@@ -387,7 +387,10 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert 10 < variants["example"] <= ceilings.VARIANTS
 
     out = capsys.readouterr().out
-    assert sum("2×24×104" in line for line in out.splitlines()) == 16
+    requests = found["requests"]
+    assert len(requests) == sum(len(row["compiled"]["sm_90"]["launches"]) for row in found["rows"])
+    assert all(4 <= each["store"] <= 16 for each in requests if "sum_n" not in each["launch"])
+    assert sum("2×24×104" in line for line in out.splitlines()) == 16 + len(requests)
     assert any(line == "with r:" for line in out.splitlines())
     assert f"{found['rows'][0]['moved']:.4f}" in out
     assert "gfx942: 16 of 16 rows compile" in out
