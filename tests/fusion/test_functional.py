@@ -70,7 +70,7 @@ def test_fuses(name: str) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", [*UNFUSED, "F.relu"])
+@pytest.mark.parametrize("name", [*sorted(UNFUSED), "F.relu"])
 def test_another_call_than_the_search_saw(name: str, compiled: bool) -> None:
     """In place the norm's output is what the activation made of it; a slope of another length is torch's own error."""
     net, untouched = twins(Calls("F.relu"))
