@@ -22,6 +22,10 @@ OUTCOME = re.compile(r"^\S+::\S.* (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE
 TESTS = "tests/gpu"
 MOST_PROCESSES = 8  # most of the tests' time is spent compiling kernels, on one core per process
 PART = "FASTENC_GPU_TESTS_PART"  # an environment variable, "0/8" to "7/8": the part of the tests that a process runs
+# pytest, which SIGINT stops even where the shell made background jobs ignore it.
+PYTEST = (
+    "import signal, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); raise SystemExit(pytest.main())"
+)
 WRITING = 15.0  # the most seconds for a stopped process to write its output
 FAILURE, NOTE = "FAILURE ", "NOTE "  # tests/gpu/conftest.py writes a line with such a prefix
 CRASHES = ("Fatal Python error", "ImportError while loading conftest")
@@ -31,7 +35,7 @@ SHOWN, WIDTH = 20, 240  # the number of failures listed, and the characters of e
 def command() -> list[str]:
     """The pytest command, without the checkout's settings and plugins, so that it needs only pytest."""
     isolated = ["-c", os.devnull, "--rootdir", ".", "--confcutdir", TESTS, "-p", "no:cacheprovider"]
-    return [sys.executable, "-m", "pytest", "-v", "--color=no", *isolated, TESTS]
+    return [sys.executable, "-c", PYTEST, "-v", "--color=no", *isolated, TESTS]
 
 
 def lacking() -> str | None:
