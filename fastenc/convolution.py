@@ -118,7 +118,9 @@ def convolve(layer: Any, x: Tensor, fused: bool, cancelled: bool = False) -> Ten
         return layer(x)
     weight, bias, plan = prepared
     if cancelled and bias is not None:
-        weight, bias = WeightAlone.apply(weight, bias, False), None
+        if torch.is_grad_enabled():
+            weight = WeightAlone.apply(weight, bias, False)
+        bias = None
     dtype = compute_dtype(x)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -128,7 +130,10 @@ def convolve(layer: Any, x: Tensor, fused: bool, cancelled: bool = False) -> Ten
 
 
 class WeightAlone(torch.autograd.Function):
-    """weight itself. Its gradient has the strides of a contiguous tensor if `mends`; that of bias is zeros."""
+    """weight, for a convolution that runs without its bias. The bias's gradient is zeros.
+
+    mends: weight's gradient gets the strides of a contiguous tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, mends: bool) -> Tensor:

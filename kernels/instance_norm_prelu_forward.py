@@ -127,8 +127,8 @@ def instance_norm_prelu_forward(
 
     x (N, C, *spatial) of float32, bfloat16 or float16, S ≥ 2 positions, N, C ≥ 1; weight, bias (C,) or None; slope
     (C,), (1,) or a number; dtype of y, x's where None. in_place: y may be written over x, where their dtypes are one.
-    statistics: what an earlier launch on the same x returned; y is then the same to the bit, and a row that is split is
-    read once. residual: of x's shape, any strides. Returns y, in x's layout where that is readable, and the statistics
+    statistics: those that an earlier launch on the same x returned. y is then bitwise the same, and a split row is read
+    once. residual: of x's shape, any strides. Returns y, in x's layout where that is readable, and the statistics
     (2, N·C) in float32: mean and rstd of each (n, c). Parameters and statistics may have any strides.
     """
     device = x.get_device()

@@ -393,11 +393,11 @@ class _Tracer(fx.Tracer):
             for name, child in module._modules.items()
         }
         if "forward" not in own:
-            vars(twin)["forward"] = self._counted(twin, type(module).forward.__get__(twin))
+            vars(twin)["forward"] = self._counted(twin, twin.forward)
         return twin
 
     def _counted(self, twin: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """forward, and a call of it by name, `module.forward(x)`, is a call of the module."""
+        """twin's forward. `module.forward(x)`, which skips `__call__`, is traced as a call of the module too."""
 
         @functools.wraps(forward)
         def called(*args: Any, **kwargs: Any) -> Any:

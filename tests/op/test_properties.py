@@ -102,7 +102,7 @@ def bare(x: Tensor) -> dict[str, Any]:
     st.sampled_from(("auto", "eager")),
 )
 def test_eager_route_is_torchs_operations(case: Case, misfit: str | None, backend: str) -> None:
-    """To the bit, in strides, in the gradients, and in what is raised."""
+    """The results and gradients are bitwise equal. Strides and errors are the same."""
     call, raised = tensors(case), None
     if misfit is not None:
         change, raised = MISFITS[misfit]
