@@ -1,7 +1,11 @@
 """Gradients of convolution weights in an accelerated model have the strides that they have in the untouched one."""
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from support.backends import taken
 from support.plain import assert_all_near
 from support.small_models import assert_like_untouched, twins
@@ -38,6 +42,31 @@ def test_strides_of_gradients(name: str) -> None:
         assert found.grad is not None
         assert expected.grad is not None
         assert found.grad.stride() == expected.grad.stride()
+
+
+def one_of_the_processes(rank: int, world: int, folder: str) -> None:
+    """Its share of the batch through DDP, which warns if a gradient's strides differ from those of its bucket."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    for name in NETS:
+        net, x = net_and_x(name)
+        fast, untouched = twins(net)
+        with warnings.catch_warnings(), taken("fused"):
+            warnings.simplefilter("error")
+            parallel = nn.parallel.DistributedDataParallel(fast)
+            parallel(x.chunk(world)[rank]).square().sum().backward()
+        untouched(x).square().sum().div(world).backward()  # the loss sums, DDP averages
+        found, expected = ([m.weight.grad for m in model if m.weight is not None] for model in (fast, untouched))
+        assert_all_near(found, expected)
+    dist.destroy_process_group()
+    Path(folder, f"done {rank}").touch()
+
+
+def test_ddp_does_not_warn(tmp_path: Path) -> None:
+    """In processes of their own: a process group's destructor may wait for the interpreter's lock."""
+    torch.multiprocessing.spawn(one_of_the_processes, args=(2, str(tmp_path)), nprocs=2)
+    assert {path.name for path in tmp_path.glob("done *")} == {"done 0", "done 1"}
 
 
 def test_double_backward() -> None:
