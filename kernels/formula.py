@@ -1,7 +1,7 @@
 """The formula, once: small pure `@triton.jit` functions that the kernels of both layouts and both directions share.
 
 A tile is [BLOCK_S, BLOCK_C]: spatial positions by rows, where a row is one (n, c) of x. In memory a row is either
-contiguous, or, channels-last, interleaved with the other channels of its n; only `locate` and `part` know which.
+contiguous, or, channels-last, interleaved with the other channels of its n; only `spread` and `locate` know which.
 """
 
 import triton
@@ -11,12 +11,23 @@ STAGES = tl.constexpr(3)  # tiles of the first reading that are on their way or 
 
 
 @triton.jit
-def locate(block, N, C, S, chunks, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Where program number `block` works, in a tensor of N·C rows of S elements cut into chunks of `chunk_size`.
+def spread(first, lane, C, length, CHANNELS_LAST: tl.constexpr):
+    """Offsets of row `first`, and of rows first + lane from there, and a row's step, at `length` elements a row.
 
-    Returns row = n·C + c, c, whether the row exists, the offset of the program's first element (a scalar, int64) and of
-    each row's first from there (int32, so that a tile costs few registers), the step from one element of a row to the
-    next, the number of the chunk, and its size. Neighbouring programs are neighbours in memory.
+    x is such a tensor, with S elements a row; the partial results of one kind are another, with an element a chunk.
+    """
+    if CHANNELS_LAST:
+        return first * length, lane, C
+    return first * length, lane * length, 1
+
+
+@triton.jit
+def locate(block, chunk, N, C, S, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where a program works, in a tensor of N·C rows of S elements cut into chunks of `chunk_size`.
+
+    Its rows are first + lane, and an offset is a scalar of 64 bits plus a tensor of 32, which costs few registers.
+    Returns first (scalar), lane [BLOCK_C], c, whether the row exists, the offset of the program's first element
+    (scalar) and of each row's first from there, the step from one element of a row to the next, and the chunk's size.
 
     The contiguous axis is written as a multiple of VEC, so that the compiler knows what the plan knows: Triton looks at
     divisibility by 16 only, but rows of 24 bf16 are 16-byte aligned all the same.
@@ -24,35 +35,27 @@ def locate(block, N, C, S, chunks, chunk_size, BLOCK_C: tl.constexpr, VEC: tl.co
     if CHANNELS_LAST:
         C = (C // VEC) * VEC
         blocks = tl.cdiv(C, BLOCK_C)
-        chunk = (block // blocks) % chunks
-        n = (block // (blocks * chunks)).to(tl.int64)
-        c = (block % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+        first = (block // blocks).to(tl.int64) * C
+        lane = (block % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = lane
         exists = c < C
-        row = n * C + c
-        base = n * C * S
-        start = c
-        step = C
     else:
         S = (S // VEC) * VEC
-        chunk = block % chunks
-        first = (block // chunks).to(tl.int64) * BLOCK_C
-        row = first + tl.arange(0, BLOCK_C)
-        exists = row < N * tl.cast(C, tl.int64)
-        c = ((first % C).to(tl.int32) + tl.arange(0, BLOCK_C)) % C
-        base = first * S
-        start = tl.arange(0, BLOCK_C) * S
-        step = 1
+        first = block.to(tl.int64) * BLOCK_C
+        lane = tl.arange(0, BLOCK_C)
+        c = ((first % C).to(tl.int32) + lane) % C
+        exists = first + lane < N * tl.cast(C, tl.int64)
+    at, start, step = spread(first, lane, C, S, CHANNELS_LAST)
     before = tl.cast(chunk, tl.int64) * chunk_size
-    return row, c, exists, base + before * step, start, step, chunk, tl.minimum(chunk_size, S - before).to(tl.int32)
+    return first, lane, c, exists, at + before * step, start, step, tl.minimum(chunk_size, S - before).to(tl.int32)
 
 
 @triton.jit
-def part(row, chunk, N, C, chunks, CHANNELS_LAST: tl.constexpr):
-    """Offset of a chunk's partial result of one kind, where neighbours are rows if they are in x, and between kinds."""
-    rows = tl.cast(N, tl.int64) * C
-    if CHANNELS_LAST:
-        return chunk * rows + row, rows * chunks
-    return row * chunks + chunk, rows * chunks
+def parts_tile(first, lane, exists, k0, N, C, chunks, BLOCK_K: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Offsets of partial results [BLOCK_K, BLOCK_C] of one kind from chunk k0 on, which exist, and how many are all."""
+    at, start, step = spread(first, lane, C, chunks, CHANNELS_LAST)
+    offset, there = tile(at + tl.cast(k0, tl.int64) * step, start, step, chunks - k0, exists, BLOCK_K)
+    return offset, there, N * tl.cast(C, tl.int64) * chunks
 
 
 @triton.jit
@@ -74,10 +77,10 @@ def parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C: tl.co
 
 
 @triton.jit
-def statistics(Statistics, row, N, C, exists):
+def statistics(Statistics, first, lane, N, C, exists):
     """mean and rstd of rows: of all rows the means come first, then the rstd, one tensor for both."""
-    mean = tl.load(Statistics + row, mask=exists, other=0.0)  # [BLOCK_C]
-    rstd = tl.load(Statistics + tl.cast(N, tl.int64) * C + row, mask=exists, other=0.0)  # [BLOCK_C]
+    mean = tl.load(Statistics + first + lane, mask=exists, other=0.0)  # [BLOCK_C]
+    rstd = tl.load(Statistics + tl.cast(N, tl.int64) * C + first + lane, mask=exists, other=0.0)  # [BLOCK_C]
     return mean, rstd
 
 
@@ -124,28 +127,27 @@ def union(mean, second, count, total, M2: tl.constexpr):
     if M2:
         second += d * d * count
     e, second = sum_2(d * count, second)
-    if M2:
-        second = corrected(second, e * (e * inverse))
-    return center + e * inverse, second
+    return center + e * inverse, corrected(second, e * (e * inverse)) if M2 else second
 
 
 @triton.jit
 def combined(
-    Parts, row, exists, N, C, S, chunks, chunk_size,
+    Parts, first, lane, exists, N, C, S, chunks, chunk_size,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, M2: tl.constexpr,
 ):  # fmt: skip
     """`union` of all chunks of the rows, in a fixed order, from their partial results: of all the means come first."""
     mean = tl.zeros([BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_C], tl.float32)
     count = 0.0
+    last_size = S - (chunks - 1) * tl.cast(chunk_size, tl.int64)
     for k0 in range(0, chunks, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        there = (k < chunks)[:, None] & exists[None, :]
-        offset, all_parts = part(row[None, :], k[:, None], N, C, chunks, CHANNELS_LAST)
+        offset, there, all_parts = parts_tile(first, lane, exists, k0, N, C, chunks, BLOCK_K, CHANNELS_LAST)
         means = tl.load(Parts + offset, mask=there, other=0.0)  # [BLOCK_K, BLOCK_C]
         seconds = tl.load(Parts + all_parts + offset, mask=there, other=0.0)  # [BLOCK_K, BLOCK_C]
-        size = tl.maximum(tl.minimum(S - k.to(tl.int64) * chunk_size, chunk_size), 0).to(tl.float32)  # [BLOCK_K]
-        more = tl.sum(size, axis=0)
+        k = k0 + tl.arange(0, BLOCK_K)
+        size = tl.where(k < chunks - 1, chunk_size, tl.where(k < chunks, last_size, 0)).to(tl.float32)  # [BLOCK_K]
+        before = tl.cast(k0, tl.int64) * chunk_size
+        more = tl.minimum(S - before, tl.cast(chunk_size, tl.int64) * BLOCK_K).to(tl.float32)
         mean_k, second_k = union(means, seconds, size[:, None], more, M2)
         count += more
         share = more / count
@@ -165,10 +167,13 @@ def tile(at, start, step, size, exists, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def last_tile(at, step, size, BLOCK_S: tl.constexpr):
-    """How many tiles `size` positions from `at` on make, where the last one begins, and its positions."""
+def last_tile(at, start, step, size, exists, BLOCK_S: tl.constexpr):
+    """Of `size` positions from `at` on: the tiles, where the last one begins, its positions, and its `tile`."""
     tiles = tl.cdiv(size, BLOCK_S)
-    return tiles, at + (tiles - 1).to(tl.int64) * BLOCK_S * step, size - (tiles - 1) * BLOCK_S
+    at += (tiles - 1).to(tl.int64) * BLOCK_S * step
+    size -= (tiles - 1) * BLOCK_S
+    offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
+    return tiles, at, size, offset, valid
 
 
 @triton.jit
@@ -196,15 +201,12 @@ def stream_statistics(X, at, start, step, size, exists, BLOCK_S: tl.constexpr, B
 
 
 @triton.jit
-def stream_apply(X, R, Y, at, start, step, size, exists, mean, scale, bias, a, BLOCK_S: tl.constexpr):
-    """y of `size` positions of each row, from the offset `at` on; backwards: what was read last is still in a cache.
+def stream_apply(X, R, Y, ahead, at, tiles, start, step, size, exists, mean, scale, bias, a, BLOCK_S: tl.constexpr):
+    """y of `tiles` tiles of each row, the last one first: what was read last is still in a cache.
 
-    Each tile is loaded into registers while the one before it is worked on: through shared memory, as num_stages does
-    it, stores would need another layout.
+    ahead: the tile at `at`, of `size` positions. The next is loaded into registers meanwhile: through shared memory,
+    as num_stages does it, stores would need another layout.
     """
-    tiles, at, size = last_tile(at, step, size, BLOCK_S)
-    offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
-    ahead = tl.load(X + offset, mask=valid, other=0.0)
     for t in range(tiles):
         x = ahead.to(tl.float32)
         offset, valid = tile(at, start, step, size, exists, BLOCK_S)

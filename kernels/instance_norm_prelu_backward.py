@@ -23,7 +23,7 @@ from .formula import (
     locate,
     normalize,
     parameters,
-    part,
+    parts_tile,
     plus,
     statistics,
     sum_2,
@@ -90,13 +90,11 @@ def stream_sums(
 
 
 @triton.jit
-def stream_dx(DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S: tl.constexpr):
-    """dx of `size` positions of each row, from the offset `at` on, in the order and the way of `stream_apply`."""
-    tiles, at, size = last_tile(at, step, size, BLOCK_S)
-    offset, valid = tile(at, start, step, size, exists & (tiles > 0), BLOCK_S)
-    next_x, next_dy = load_2(X, DY, offset, valid)
+def stream_dx(
+    DY, X, DX, x, dy, at, tiles, start, step, size, exists, mean, scale, bias, a, mean_dz, slant, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """dx of `tiles` tiles of each row, in the order and the way of `stream_apply`; x and dy: the tile at `at`."""
     for t in range(tiles):
-        x, dy = next_x, next_dy
         offset, valid = tile(at, start, step, size, exists, BLOCK_S)
         at -= BLOCK_S * step
         size += BLOCK_S
@@ -104,17 +102,18 @@ def stream_dx(DY, X, DX, at, start, step, size, exists, mean, scale, bias, a, me
         next_x, next_dy = load_2(X, DY, next_offset, next_valid)
         centered, dz, _ = tile_terms(x, dy, None, offset, valid, mean, scale, bias, a)
         tl.store(DX + offset, tile_dx(centered, dz, scale, mean_dz, slant).to(DX.dtype.element_ty), mask=valid)
+        x, dy = next_x, next_dy
 
 
 @triton.jit
-def store_sums(Sums, row, N, C, exists, sum_dz, sum_dz_xhat, sum_dslope, SLOPE_GRAD: tl.constexpr):
+def store_sums(Sums, first, lane, N, C, exists, sum_dz, sum_dz_xhat, sum_dslope, SLOPE_GRAD: tl.constexpr):
     """The three sums of rows, one after the other."""
     if Sums is not None:
         rows = tl.cast(N, tl.int64) * C
-        tl.store(Sums + row, sum_dz, mask=exists)
-        tl.store(Sums + rows + row, sum_dz_xhat, mask=exists)
+        tl.store(Sums + first + lane, sum_dz, mask=exists)
+        tl.store(Sums + rows + first + lane, sum_dz_xhat, mask=exists)
         if SLOPE_GRAD:
-            tl.store(Sums + 2 * rows + row, sum_dslope, mask=exists)
+            tl.store(Sums + 2 * rows + first + lane, sum_dslope, mask=exists)
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S"])
@@ -124,10 +123,10 @@ def backward_one_pass(
     SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """dx, dr and the three sums of BLOCK_C whole rows; DX, DR or Sums is None if it is not needed."""
-    row, c, exists, at, start, step, _, size = locate(
-        tl.program_id(0), N, C, S, 1, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    first, lane, c, exists, at, start, step, size = locate(
+        tl.program_id(0), 0, N, C, S, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
-    mean, rstd = statistics(Statistics, row, N, C, exists)
+    mean, rstd = statistics(Statistics, first, lane, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     offset, valid = tile(at, start, step, size, exists, BLOCK_S)
     x, dy = load_2(X, DY, offset, valid)
@@ -144,7 +143,7 @@ def backward_one_pass(
     mean_dz = sum_dz * inverse
     e, sum_dz_centered = sum_2(tl.where(valid, dz - mean_dz[None, :], 0.0), dz * centered)
     mean_dz += e * inverse
-    store_sums(Sums, row, N, C, exists, mean_dz * size, sum_dz_centered * rstd, sum_dslope, SLOPE_GRAD)
+    store_sums(Sums, first, lane, N, C, exists, mean_dz * size, sum_dz_centered * rstd, sum_dslope, SLOPE_GRAD)
     if DX is not None:
         dx = tile_dx(centered, dz, rstd * weight, mean_dz, rstd * rstd * sum_dz_centered * inverse)
         tl.store(DX + offset, dx.to(DX.dtype.element_ty), mask=valid)
@@ -157,19 +156,20 @@ def backward_sums(
     SLOPE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """The mean of dz and the other two sums of one chunk of BLOCK_C rows; and dr."""
-    row, c, exists, at, start, step, chunk, size = locate(
-        tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    chunk = tl.program_id(1)
+    first, lane, c, exists, at, start, step, size = locate(
+        tl.program_id(0), chunk, N, C, S, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
-    mean, rstd = statistics(Statistics, row, N, C, exists)
+    mean, rstd = statistics(Statistics, first, lane, N, C, exists)
     weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     mean_dz, sum_dz_centered, sum_dslope = stream_sums(
         DY, X, R, DR, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S, BLOCK_C, SLOPE_GRAD
     )
-    offset, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
-    tl.store(Parts + offset, mean_dz, mask=exists)
-    tl.store(Parts + all_parts + offset, sum_dz_centered * rstd, mask=exists)
+    offset, there, all_parts = parts_tile(first, lane, exists, chunk, N, C, chunks, 1, CHANNELS_LAST)
+    tl.store(Parts + offset, mean_dz[None, :], mask=there)
+    tl.store(Parts + all_parts + offset, (sum_dz_centered * rstd)[None, :], mask=there)
     if SLOPE_GRAD:
-        tl.store(Parts + 2 * all_parts + offset, sum_dslope, mask=exists)
+        tl.store(Parts + 2 * all_parts + offset, sum_dslope[None, :], mask=there)
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "parts", "part_tiles", "backwards"])
@@ -183,35 +183,37 @@ def backward_combine_apply(
 
     The mean of dz, which no rounding of its sum shall spoil, is written after the sums.
     """
-    block = tl.program_id(0)
+    block, chunk = tl.program_id(0), tl.program_id(1)
     if backwards:
-        block = tl.num_programs(0) - 1 - block
-    row, c, exists, at, start, step, chunk, size = locate(
-        block, N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+        block, chunk = tl.num_programs(0) - 1 - block, tl.num_programs(1) - 1 - chunk
+    first, lane, c, exists, at, start, step, size = locate(
+        block, chunk, N, C, S, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
+    tiles, at, size, first_offset, valid = last_tile(at, start, step, size, exists, BLOCK_S)
+    x, dy = load_2(X, DY, first_offset, valid)  # on their way while the partial sums are combined
+    mean, rstd = statistics(Statistics, first, lane, N, C, exists)
+    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     rows = tl.cast(N, tl.int64) * C
     MeanDz = Sums + (3 if SLOPE_GRAD else 2) * rows
     if parts > 0:
         mean_dz, sum_dz_xhat = combined(
-            Parts, row, exists, N, C, S, parts, part_tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, False
+            Parts, first, lane, exists, N, C, S, parts, part_tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, False
         )
         if chunk == 0:
             sum_dslope = tl.zeros([BLOCK_C], tl.float32)
             if SLOPE_GRAD:
                 for k0 in range(0, parts, BLOCK_K):
-                    k = k0 + tl.arange(0, BLOCK_K)
-                    offset, all_parts = part(row[None, :], k[:, None], N, C, parts, CHANNELS_LAST)
-                    there = (k < parts)[:, None] & exists[None, :]
+                    offset, there, all_parts = parts_tile(first, lane, exists, k0, N, C, parts, BLOCK_K, CHANNELS_LAST)
                     sum_dslope += tl.sum(tl.load(Parts + 2 * all_parts + offset, mask=there, other=0.0), axis=0)
-            store_sums(Sums, row, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
-            tl.store(MeanDz + row, mean_dz, mask=exists)
+            store_sums(Sums, first, lane, N, C, exists, mean_dz * S, sum_dz_xhat, sum_dslope, SLOPE_GRAD)
+            tl.store(MeanDz + first + lane, mean_dz, mask=exists)
     else:
-        mean_dz = tl.load(MeanDz + row, mask=exists, other=0.0)  # [BLOCK_C]
-        sum_dz_xhat = tl.load(Sums + rows + row, mask=exists, other=0.0)  # [BLOCK_C]
-    mean, rstd = statistics(Statistics, row, N, C, exists)
-    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
+        mean_dz = tl.load(MeanDz + first + lane, mask=exists, other=0.0)  # [BLOCK_C]
+        sum_dz_xhat = tl.load(Sums + rows + first + lane, mask=exists, other=0.0)  # [BLOCK_C]
     slant = rstd * sum_dz_xhat / S
-    stream_dx(DY, X, DX, at, start, step, size, exists, mean, rstd * weight, bias, a, mean_dz, slant, BLOCK_S)
+    stream_dx(
+        DY, X, DX, x, dy, at, tiles, start, step, size, exists, mean, rstd * weight, bias, a, mean_dz, slant, BLOCK_S
+    )
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "apply_tiles", "first", "last"])
@@ -277,6 +279,7 @@ def instance_norm_prelu_backward(
     if launch is None:
         return instance_norm_prelu_backward(dy, readable(x), weight, bias, slope, statistics, needs, in_place, residual)
     N, C, S, plan, options, combine_options = launch
+    one_pass = plan.branch == "one pass"
     if dy.stride() != stride:
         dy = like(dy, x)
     weight, bias, pointer, number, slope_step = parameters_side_by_side(weight, bias, slope)
@@ -291,18 +294,18 @@ def instance_norm_prelu_backward(
         residual = like(residual, x)
         if needs[4]:
             dr = torch.empty_like(x)
-        elif not plan.one_pass:
+        elif not one_pass:
             dr = dx  # dz waits there for the launch that turns it into dx
     if dx is None and dr is None and not need_sums:
         return (None,) * (4 if residual is None else 5)
     kinds = 3 if need_dslope else 2
     sums = None
-    if need_sums or not plan.one_pass:  # and the mean of dz
-        sums = torch.empty(kinds + (not plan.one_pass), N * C, dtype=torch.float32, device=x.device)
+    if need_sums or not one_pass:  # and the mean of dz
+        sums = torch.empty(kinds + (not one_pass), N * C, dtype=torch.float32, device=x.device)
     given = weight, bias, pointer, number, slope_step, statistics
     grads = {"SLOPE_GRAD": need_dslope}
-    if plan.one_pass:
-        backward_one_pass[(plan.grid,)](dy, x, residual, dx, dr, *given, sums, N, C, S, **grads, **options)
+    if one_pass:
+        backward_one_pass[plan.grid](dy, x, residual, dx, dr, *given, sums, N, C, S, **grads, **options)
     else:
         chunks, tiles = plan.chunks, plan.tiles
         size = N, C, S, chunks, tiles
@@ -311,20 +314,20 @@ def instance_norm_prelu_backward(
         if plan.branch == "slab":
             applied = 0 if dx is None else tiles
             for first, second in ((1, 1),) if chunks == 1 else ((1, 0), (0, 1)):
-                backward_slab[(plan.grid,)](
+                backward_slab[plan.grid](
                     dy, x, out, *given, sums, parts, *size, applied, first, second, **grads, **combine_options
                 )
         else:
-            backward_sums[(plan.grid,)](dy, x, residual, dr, *given, parts, *size, **grads, **options)
+            backward_sums[plan.grid](dy, x, residual, dr, *given, parts, *size, **grads, **options)
             if dr is not None:  # it is dz, which a slope of 1 leaves as it is
                 dy, given = dr, (weight, bias, None, 1.0, 0, statistics)
             last = dy, x, out, *given, sums, parts
             if dx is None or plan.combines_apart:
-                combine = backward_combine_apply[(plan.grid // chunks,)]
+                combine = backward_combine_apply[plan.grid[:1]]
                 combine(*last, N, C, S, 1, 0, chunks, tiles, 1, **grads, **combine_options)
             if dx is not None:
                 combining = 0 if plan.combines_apart else chunks
-                backward_combine_apply[(plan.grid,)](*last, *size, combining, tiles, 1, **grads, **combine_options)
+                backward_combine_apply[plan.grid](*last, *size, combining, tiles, 1, **grads, **combine_options)
     dbias = dweight = dslope = None
     if sums is not None and need_sums:
         dbias, dweight, dslope = _parameter_gradients(sums[:kinds], N, C, wanted)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .formula import (
     combined,
+    last_tile,
     locate,
     normalize,
     parameters,
-    part,
+    parts_tile,
     plus,
     prelu,
     reciprocal_deviation,
@@ -36,8 +37,8 @@ def forward_one_pass(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Statistics, normalisation and activation of BLOCK_C whole rows, held on chip."""
-    row, c, exists, at, start, step, _, size = locate(
-        tl.program_id(0), N, C, S, 1, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    first, lane, c, exists, at, start, step, size = locate(
+        tl.program_id(0), 0, N, C, S, BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
     offset, valid = tile(at, start, step, size, exists, BLOCK_S)
     x = tl.load(X + offset, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_C]
@@ -47,8 +48,8 @@ def forward_one_pass(
     rstd = reciprocal_deviation(m2, inverse, eps)
     z = plus(normalize(x, mean[None, :], (rstd * weight)[None, :], bias[None, :]), R, offset, valid)
     tl.store(Y + offset, prelu(z, a[None, :]).to(Y.dtype.element_ty), mask=valid)
-    tl.store(Statistics + row, mean, mask=exists)
-    tl.store(Statistics + tl.cast(N, tl.int64) * C + row, rstd, mask=exists)
+    tl.store(Statistics + first + lane, mean, mask=exists)
+    tl.store(Statistics + tl.cast(N, tl.int64) * C + first + lane, rstd, mask=exists)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "chunks", "tiles"])
@@ -57,13 +58,14 @@ def forward_statistics(
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Mean and M2 of one chunk of BLOCK_C rows."""
-    row, _, exists, at, start, step, chunk, size = locate(
-        tl.program_id(0), N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+    chunk = tl.program_id(1)
+    first, lane, _, exists, at, start, step, size = locate(
+        tl.program_id(0), chunk, N, C, S, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
     mean, m2 = stream_statistics(X, at, start, step, size, exists, BLOCK_S, BLOCK_C)
-    offset, all_parts = part(row, chunk, N, C, chunks, CHANNELS_LAST)
-    tl.store(Parts + offset, mean, mask=exists)
-    tl.store(Parts + all_parts + offset, m2, mask=exists)
+    offset, there, all_parts = parts_tile(first, lane, exists, chunk, N, C, chunks, 1, CHANNELS_LAST)
+    tl.store(Parts + offset, mean[None, :], mask=there)
+    tl.store(Parts + all_parts + offset, m2[None, :], mask=there)
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "parts", "part_tiles", "backwards"])
@@ -77,23 +79,25 @@ def forward_combine_apply(
     The rows' statistics are combined from those of `parts` chunks of `part_tiles` tiles and written, or, without
     parts, read. Without tiles, that is all.
     """
-    block = tl.program_id(0)
+    block, chunk = tl.program_id(0), tl.program_id(1)
     if backwards:
-        block = tl.num_programs(0) - 1 - block
-    row, c, exists, at, start, step, chunk, size = locate(
-        block, N, C, S, chunks, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
+        block, chunk = tl.num_programs(0) - 1 - block, tl.num_programs(1) - 1 - chunk
+    first, lane, c, exists, at, start, step, size = locate(
+        block, chunk, N, C, S, tiles * BLOCK_S, BLOCK_C, VEC, CHANNELS_LAST
     )
+    tiles, at, size, offset, valid = last_tile(at, start, step, size, exists, BLOCK_S)
+    ahead = tl.load(X + offset, mask=valid, other=0.0)  # [BLOCK_S, BLOCK_C], on its way while partials are combined
+    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
     if parts > 0:
         mean, m2 = combined(
-            Parts, row, exists, N, C, S, parts, part_tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, True
+            Parts, first, lane, exists, N, C, S, parts, part_tiles * BLOCK_S, BLOCK_K, BLOCK_C, CHANNELS_LAST, True
         )
         rstd = reciprocal_deviation(m2, 1.0 / tl.cast(S, tl.float32), eps)
-        tl.store(Statistics + row, mean, mask=exists & (chunk == 0))
-        tl.store(Statistics + tl.cast(N, tl.int64) * C + row, rstd, mask=exists & (chunk == 0))
+        tl.store(Statistics + first + lane, mean, mask=exists & (chunk == 0))
+        tl.store(Statistics + tl.cast(N, tl.int64) * C + first + lane, rstd, mask=exists & (chunk == 0))
     else:
-        mean, rstd = statistics(Statistics, row, N, C, exists)
-    weight, bias, a = parameters(Weight, Bias, Slope, slope, slope_step, c, exists, BLOCK_C)
-    stream_apply(X, R, Y, at, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S)
+        mean, rstd = statistics(Statistics, first, lane, N, C, exists)
+    stream_apply(X, R, Y, ahead, at, tiles, start, step, size, exists, mean, rstd * weight, bias, a, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=["slope_step", "N", "C", "S", "chunks", "tiles", "first", "last"])
@@ -154,21 +158,21 @@ def instance_norm_prelu_forward(
     weight, bias, pointer, number, slope_step = parameters_side_by_side(weight, bias, slope)
     given = x, residual, y, weight, bias, pointer, number, slope_step, statistics
     if plan.branch == "one pass":
-        forward_one_pass[(plan.grid,)](*given, N, C, S, eps, **options)
+        forward_one_pass[plan.grid](*given, N, C, S, eps, **options)
         return y, statistics
     chunks, tiles = plan.chunks, plan.tiles
     parts = statistics if known else torch.empty(2 * N * C * chunks, dtype=torch.float32, device=x.device)
     size = N, C, S, chunks, tiles
-    apply = forward_combine_apply[(plan.grid,)]
+    apply = forward_combine_apply[plan.grid]
     if known:
         apply(*given, parts, *size, 0, 0, 1, eps, **combine_options)
     elif plan.branch == "slab":
         for first, last in ((1, 1),) if chunks == 1 else ((1, 0), (0, 1)):
-            forward_slab[(plan.grid,)](*given, parts, *size, first, last, eps, **combine_options)
+            forward_slab[plan.grid](*given, parts, *size, first, last, eps, **combine_options)
     else:
-        forward_statistics[(plan.grid,)](x, parts, *size, **options)
+        forward_statistics[plan.grid](x, parts, *size, **options)
         if plan.combines_apart:
-            combine = forward_combine_apply[(plan.grid // chunks,)]
+            combine = forward_combine_apply[plan.grid[:1]]
             combine(*given, parts, N, C, S, 1, 0, chunks, tiles, 1, eps, **combine_options)
         apply(*given, parts, *size, 0 if plan.combines_apart else chunks, tiles, 1, eps, **combine_options)
     return y, statistics

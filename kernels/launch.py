@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -22,25 +23,17 @@ def prepared(
 ) -> tuple[int, int, int, Plan, dict[str, Any], dict[str, Any]] | None:
     """N, C, S, the plan, launch options made of it, the same with BLOCK_K; None where x is not readable.
 
-    device is `x.get_device()`: the number of the GPU, negative for a CPU.
+    device: `x.get_device()`, the number of the GPU, negative for a CPU.
     """
     found = layout(shape, stride)
     if found is None:
         return None
-    N, C = shape[:2]
-    S = 1
-    for size in shape[2:]:
-        S *= size
+    N, C, S = shape[0], shape[1], prod(shape[2:])
     channels_last = found == "channels_last"
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else CPU_MULTIPROCESSORS
     plan = make_plan(N, C, S, itemsize, channels_last, sms, backward, residual)
-    options = {
-        "BLOCK_S": plan.BLOCK_S,
-        "BLOCK_C": plan.BLOCK_C,
-        "VEC": plan.VEC,
-        "CHANNELS_LAST": channels_last,
-        "num_warps": plan.num_warps,
-    }
+    options = {name: getattr(plan, name) for name in ("BLOCK_S", "BLOCK_C", "VEC", "num_warps")}
+    options["CHANNELS_LAST"] = channels_last
     return N, C, S, plan, options, {**options, "BLOCK_K": plan.COMBINE_K}
 
 

@@ -4,8 +4,8 @@ The rule, for x of N·C rows of S elements:
 1. *one pass*, where the narrowest slice of channels that moves whole sectors (or one contiguous row) is at most a tile
    of ONE_PASS: one launch holds it on chip and reads x once.
 2. *slab*, where such a slice is a sector wide and has at most SLAB_POSITIONS positions: a program streams it twice, the
-   second time from L1 or L2. Where the slices keep SLAB_BUSY of the SMs busy, in one launch; else cut into chunks, in
-   two. Not backward with a residual: dz has to wait in memory.
+   second time from L1 or L2. Fewer slices than that keeps a GPU busy are cut into chunks, in two launches. Not backward
+   with a residual: dz has to wait in memory.
 3. *split*: slices of SLICE_BYTES in chunks. One launch streams x for partial results, another streams it again, which
    combines the partial results of its rows where PARTIALS allows; else a launch between the two does.
 
@@ -36,16 +36,20 @@ SHORTEST_ROW = 8  # rows up to here share one tile height: the deep ends of all 
 # empty sectors. Channels-last tiles are one 16-byte access for each lane of a warp, if no sector breaks.
 SHORT_ROWS_TILE = 2048
 
-# (elements of a tile, warps) of the kernels that stream x, by (slab, backward): four programs of 4 warps fit on an SM
-# (simulated). Twice the warps where fewer than 16 bytes lie side by side, and for most float32 slabs: they would spill.
-STREAM = {(False, False): (4096, 4), (False, True): (2048, 4), (True, False): (4096, 8), (True, True): (4096, 8)}
+# Channels side by side of a thread, forward, in one pass and slabs: with 8 it reduces twice as often (simulated).
+REDUCED_VECTOR = 4
 
-# Positions of a slab by channels_last, and the share of the SMs that its slices keep busy in one launch (simulated).
+# (elements of a tile, warps) of the kernels that stream x, by backward: four programs of 4 warps fit on an SM
+# (simulated). Twice the warps where fewer than 16 bytes lie side by side, and for float32 slabs: they would spill.
+STREAM = {False: (4096, 4), True: (2048, 4)}
+
+# Positions of a slab by channels_last; its programs per SM in two launches; the fewest chunks worth two (simulated).
 SLAB_POSITIONS = {True: 8192, False: 32768}
-SLAB_BUSY = 4 / 9
+SLAB_PROGRAMS_PER_SM, SLAB_CHUNKS = 2, 3
 
-# Width of a split slice, and programs per SM of a split launch: those that fit at a time.
-SLICE_BYTES = 64
+# Width of a split slice: twice the width needs twice the chunks (simulated). Programs per SM of a split launch: those
+# that fit at a time.
+SLICE_BYTES = 32
 PROGRAMS_PER_SM = 4
 
 # What partial results may cost: (from so many bytes of x on, least bytes of a row's chunk, share of x). A chunk costs a
@@ -55,8 +59,9 @@ PARTIALS = ((16_000_000, 1536, 0.01), (8_000_000, 1536, 0.15), (1_000_000, 384, 
 # A contiguous row's partials and parameters are single floats, each a sector: about 480 bytes instead of 72.
 CONTIGUOUS_CHUNK_FACTOR = 6
 
-# Partials of a kind that a program combines at a time.
-COMBINE_TILE = 1024
+# Partials of a kind that a program combines at a time: more take registers from the tile that is on its way meanwhile
+# (simulated). With fewer, a row's partials would lie in one warp, whose lanes may then round its sum differently.
+COMBINE_TILE = 512
 # The tile of the launch that sums over n.
 SUM_N_N, SUM_N_C = 16, 64
 
@@ -66,8 +71,9 @@ class Plan:
     """How one direction of the op is launched on x of N·C rows of S elements.
 
     BLOCK_S, BLOCK_C, num_warps: the tile [positions, rows] of a program, and its warps. VEC: elements by which the
-    contiguous axis is known divisible. chunks: pieces a row is cut into. tiles: tiles of a piece. grid: programs of
-    each launch that streams x. COMBINE_K: chunks combined at a time. combines_apart: a launch of its own does that.
+    contiguous axis is known divisible. chunks: pieces a row is cut into. tiles: tiles of a piece. grid: of each launch
+    that streams x, programs across the rows and chunks. COMBINE_K: chunks combined at a time. combines_apart: a launch
+    of its own does that.
     """
 
     branch: Literal["one pass", "slab", "split"]
@@ -77,14 +83,9 @@ class Plan:
     num_warps: int
     chunks: int
     tiles: int
-    grid: int
+    grid: tuple[int, int]
     COMBINE_K: int
     combines_apart: bool = False
-
-    @property
-    def one_pass(self) -> bool:
-        """Whether x is read once."""
-        return self.branch == "one pass"
 
 
 def power_of_2(n: int) -> int:
@@ -120,6 +121,7 @@ def make_plan(
     if min(N, C, S, itemsize, sms) < 1:
         raise ValueError(f"a plan needs positive sizes, got {N=}, {C=}, {S=}, {itemsize=}, {sms=}")
     VEC = gcd(C if channels_last else S, VECTOR_BYTES // itemsize)
+    reduced = min(VEC, REDUCED_VECTOR) if channels_last and not backward else VEC
     least = least_width(C, itemsize, channels_last)
     rows = max(SHORTEST_ROW, power_of_2(S))
     most, most_warps = (ONE_PASS_RESIDUAL if residual else ONE_PASS)[channels_last, backward]
@@ -128,19 +130,21 @@ def make_plan(
         BLOCK_C = max(least, min(power_of_2(C) if channels_last else widest, widest // rows))
         warps = rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD[channels_last, backward])
         grid = blocks(N, C, BLOCK_C, channels_last)
-        return Plan("one pass", rows, BLOCK_C, VEC, min(most_warps, max(1, warps)), 1, 1, grid, 1)
+        return Plan("one pass", rows, BLOCK_C, reduced, min(most_warps, max(1, warps)), 1, 1, (grid, 1), 1)
     slab = SLAB_POSITIONS[channels_last] >= S and least * itemsize <= SECTOR_BYTES and not (backward and residual)
-    tile, num_warps = STREAM[slab, backward]
-    if VEC * itemsize < VECTOR_BYTES or (slab and itemsize > 2 and (backward or not channels_last)):
+    tile, num_warps = STREAM[backward]
+    if VEC * itemsize < VECTOR_BYTES or (slab and itemsize > 2):
         num_warps *= 2
     BLOCK_C = max(least, min(power_of_2(C), SLICE_BYTES // itemsize)) if channels_last and not slab else least
     BLOCK_S = max(2, tile // BLOCK_C)
     across = blocks(N, C, BLOCK_C, channels_last)
     volume = N * C * S * itemsize
     chunk_bytes, share = next((least, share) for size, least, share in PARTIALS if volume >= size)
-    own = isqrt(int(share * S * itemsize / 8))
+    own = max(1, isqrt(int(share * S * itemsize / 8)))
     if slab:
-        chunks = 1 if across >= SLAB_BUSY * sms else min(sms // across, own)
+        chunks = min(SLAB_PROGRAMS_PER_SM * sms // across, own)
+        if chunks < SLAB_CHUNKS:
+            chunks = 1
     else:
         chunk_bytes *= 1 if channels_last else CONTIGUOUS_CHUNK_FACTOR
         chunks = min(PROGRAMS_PER_SM * sms // across, ceil_div(S, max(BLOCK_S, chunk_bytes // itemsize)))
@@ -148,7 +152,5 @@ def make_plan(
             chunks = min(chunks, own)
     tiles = ceil_div(ceil_div(S, max(1, chunks)), BLOCK_S)
     chunks = ceil_div(S, tiles * BLOCK_S)
-    K = max(1, COMBINE_TILE // BLOCK_C)
-    return Plan(
-        "slab" if slab else "split", BLOCK_S, BLOCK_C, VEC, num_warps, chunks, tiles, across * chunks, K, chunks > own
-    )
+    shape = BLOCK_S, BLOCK_C, reduced if slab else VEC, num_warps, chunks, tiles, (across, chunks)
+    return Plan("slab" if slab else "split", *shape, max(1, COMBINE_TILE // BLOCK_C), chunks > own)

@@ -112,7 +112,7 @@ def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Vari
 def _row(find: Any, case: Case, count: Count | None, compiled: dict[str, Compiled]) -> Row:
     plan = find.plan_of(case)
     in_apply = plan.chunks > 1 and not plan.combines_apart
-    return Row.of(case, plan.one_pass, find.predict(case), count, compiled, plan.branch == "slab", in_apply)
+    return Row.of(case, plan.branch == "one pass", find.predict(case), count, compiled, plan.branch == "slab", in_apply)
 
 
 def _grouped(audited: Sequence[Case], key: Callable[[Case], Any]) -> list[list[Case]]:

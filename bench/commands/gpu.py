@@ -67,7 +67,7 @@ def plan(device: torch.device) -> list[Workload]:
         ]
     shape = (2, 1, *LARGE_SIZE)
     plain, monai, residual = (third_party.workload(name, "train", "bf16", shape) for name in third_party.NAMES)
-    large, middle = (8, 64, 31, 32, 30), (8, 128, 16, 16, 15)
+    large, middle = (8, 64, 31, 32, 30), (32, 128, 16, 16, 15)
     return [
         network("forward", BF16, 32),
         network(TRAIN, BF16, 32),

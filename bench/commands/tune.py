@@ -62,18 +62,22 @@ class Constant:
 TILES = ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16))
 COMBINED_APART = tuple((volume, chunk_bytes, 0.0) for volume, chunk_bytes, _ in plan.PARTIALS)
 COMBINED_IN_APPLY = ((16_000_000, 1536, 1.0), *plan.PARTIALS[1:])
-# A slab of at most 0 positions is split: the branches compared. With SLAB_BUSY 0 a slab is one launch, else two.
+# A slab of at most 0 positions is split: the branches compared. With SLAB_CHUNKS 1 every slab is two launches.
 CONSTANTS = tuple(
     Constant(name, key, values, backward, branch)
     for backward in (False, True)
     for name, key, values, branch in (
-        ("STREAM", (False, backward), TILES, "split"),
-        ("STREAM", (True, backward), TILES, "slab"),
+        ("STREAM", backward, TILES, "split"),
+        ("STREAM", backward, TILES, "slab"),
         ("SLAB_POSITIONS", True, (0, plan.SLAB_POSITIONS[True]), "slab"),
-        ("SLAB_BUSY", None, (0.0, plan.SLAB_BUSY, 1.0, 1e9), "slab"),
+        ("SLAB_CHUNKS", None, (1, 2, 3, 5, 1000), "slab"),
+        ("SLAB_PROGRAMS_PER_SM", None, (1, 2, 4), "slab"),
+        ("REDUCED_VECTOR", None, (2, 4, 8), "slab"),
+        ("REDUCED_VECTOR", None, (2, 4, 8), "one pass"),
         ("PARTIALS", None, (plan.PARTIALS, COMBINED_APART, COMBINED_IN_APPLY), "split"),
         ("SLICE_BYTES", None, (32, 64, 128), "split"),
         ("PROGRAMS_PER_SM", None, (2, 4, 8, 16), "split"),
+        ("COMBINE_TILE", None, (512, 1024, 2048), "split"),
         ("ELEMENTS_PER_THREAD", (True, backward), (8, 16, 32), "one pass"),
     )
 )

@@ -63,14 +63,15 @@ class Programs:
 
     @classmethod
     def of(cls, N: int, C: int, S: int, BLOCK_C: int, chunks: int, chunk_size: int, channels_last: bool) -> Programs:
-        """The programs in order, each for BLOCK_C rows and a chunk of `chunk_size` positions."""
-        p = np.arange(blocks(N, C, BLOCK_C, channels_last) * chunks)
+        """The programs, chunk by chunk, each for BLOCK_C rows and `chunk_size` positions."""
+        across = blocks(N, C, BLOCK_C, channels_last)
+        chunk, p = np.divmod(np.arange(across * chunks), across)
         if channels_last:
-            across = ceil_div(C, BLOCK_C)
-            c, chunk = p % across * BLOCK_C, p // across % chunks
-            row, rows = p // (across * chunks) * C + c, np.minimum(BLOCK_C, C - c)
+            slices = ceil_div(C, BLOCK_C)
+            c = p % slices * BLOCK_C
+            row, rows = p // slices * C + c, np.minimum(BLOCK_C, C - c)
         else:
-            row, chunk = p // chunks * BLOCK_C, p % chunks
+            row = p * BLOCK_C
             c, rows = row % C, np.minimum(BLOCK_C, N * C - row)
         s = chunk * chunk_size
         return cls(N, C, S, chunks, channels_last, row, c, rows, chunk, s, np.minimum(chunk_size, S - s))
@@ -96,7 +97,9 @@ class Programs:
 
     def part(self, chunk: Any) -> Any:
         """Offset of a partial result of the first row's."""
-        return chunk * self.N * self.C + self.row if self.channels_last else self.row * self.chunks + chunk
+        if self.channels_last:
+            return (self.row // self.C * self.chunks + chunk) * self.C + self.c
+        return self.row * self.chunks + chunk
 
     def part_bytes(self) -> int:
         """Bytes of one access to the program's own partial result of every row, all of one kind."""
@@ -109,7 +112,7 @@ class Programs:
         for k in range(0, self.chunks, COMBINE_K):
             count, start = min(COMBINE_K, self.chunks - k), self.part(k) * FLOAT_BYTES
             if self.channels_last:
-                touched += sectors(start, self.rows * FLOAT_BYTES, self.N * self.C * FLOAT_BYTES, count).sum()
+                touched += sectors(start, self.rows * FLOAT_BYTES, self.C * FLOAT_BYTES, count).sum()
             else:
                 touched += sectors(start, count * FLOAT_BYTES, self.chunks * FLOAT_BYTES, self.rows).sum()
         return int(touched) * SECTOR_BYTES
@@ -165,9 +168,9 @@ def predicted_bytes(
     total = 3 * (sum_n.tile_bytes(FLOAT_BYTES, SUM_N_N) + sum_n.row_bytes()) if backward and N > 1 else 0
     if residual:
         total += 2 * tile if backward else tile  # r and dr
-    if plan.one_pass and backward:
+    if plan.branch == "one pass" and backward:
         return total + 3 * tile + 3 * channel + 5 * row
-    if plan.one_pass:
+    if plan.branch == "one pass":
         return total + 2 * tile + 3 * channel + 2 * row
     combine, kinds, sums = stream.combining(), 2, 2
     total += (5 if backward else 3) * tile + 3 * channel

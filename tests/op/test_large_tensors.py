@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from fastenc import reference
 from fastenc.bench.proofs.interpret import interpreted, sampled_programs
@@ -113,6 +114,7 @@ def _offsets_in_int32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module: ModuleType = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, path.stem, module)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "spread", InterpretedFunction(module.spread.fn))  # which `locate` calls
     for room in (forward_room, backward_room):
         monkeypatch.setattr(room, "locate", module.locate)
 

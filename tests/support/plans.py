@@ -27,7 +27,7 @@ class Other:
 
 APART = {"PARTIALS": ((0, 128, 0.0),)}
 PLANS = {
-    "slab in one launch": Other({}, 2, (SLAB, "channels_last"), lambda p: (p.branch, p.chunks) == ("slab", 1)),
+    "slab in one launch": Other({}, 1, (SLAB, "channels_last"), lambda p: (p.branch, p.chunks) == ("slab", 1)),
     "slab in two launches": Other({}, 132, (SLAB, "channels_last"), lambda p: p.branch == "slab" and p.chunks > 1),
     "combined apart, channels-last": Other(APART, 132, (LONG, "channels_last"), lambda p: p.combines_apart),
     "combined apart, contiguous": Other(

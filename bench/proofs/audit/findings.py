@@ -174,15 +174,16 @@ def _count(case: Case) -> Count:
 
     def choose(kernel: str, grid: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
         nonlocal interpreted_programs, programs
-        programs += grid[0] * grid[1]
-        numbers, counts = _kinds(case, plan, kernel, grid[0])
-        if counts.sum() != grid[0]:
-            raise RuntimeError(f"{case}: the plan makes {counts.sum()} programs of {kernel}, launched were {grid[0]}")
+        launched = prod(grid)
+        programs += launched
+        numbers, counts = _kinds(case, plan, kernel, launched)
+        if counts.sum() != launched:
+            raise RuntimeError(f"{case}: the plan makes {counts.sum()} programs of {kernel}, launched were {launched}")
         for number, alike in zip(numbers.tolist(), counts.tolist(), strict=True):
-            for which in range(grid[1]):
-                traffic.alike = alike
-                interpreted_programs += 1
-                yield grid[0] - 1 - number if kernel.endswith("_apply") else number, which, 0
+            traffic.alike = alike
+            interpreted_programs += 1
+            second, first = divmod(launched - 1 - number if kernel.endswith("_apply") else number, grid[0])
+            yield first, second, 0
 
     # Tensors are as the allocator left them, so arithmetic on them may overflow.
     with Traffic() as traffic, sampled_programs(choose), np.errstate(all="ignore"):
@@ -190,12 +191,14 @@ def _count(case: Case) -> Count:
     return Count(traffic.sectors, interpreted_programs, programs)
 
 
-def _kinds(case: Case, plan: Plan, kernel: str, grid: int) -> tuple[np.ndarray, np.ndarray]:
-    """One program number of each kind, and how many there are of it, on the first axis of the kernel's grid."""
+def _kinds(case: Case, plan: Plan, kernel: str, launched: int) -> tuple[np.ndarray, np.ndarray]:
+    """One program number of each kind, and how many there are of it."""
     if kernel.endswith("_sum_n"):
-        return Programs.summing_n(case.N, case.C).kinds(FLOAT_BYTES)
+        numbers, counts = Programs.summing_n(case.N, case.C).kinds(FLOAT_BYTES)
+        sums = launched // int(counts.sum())  # one after the other on the grid's second axis
+        return np.concatenate([numbers + i * counts.sum() for i in range(sums)]), np.tile(counts, sums)
     programs = Programs.streaming(plan, case.N, case.C, case.S, case.channels_last)
-    if plan.combines_apart and grid * plan.chunks == plan.grid:
+    if plan.combines_apart and launched == plan.grid[0]:
         programs = programs.combining()  # the launch without tiles
     return programs.kinds(case.itemsize)
 
