@@ -30,21 +30,21 @@ PLAIN = frozenset(CONVOLUTIONS.values())  # and no subclass, which may do more
 _TENSORS = frozenset((nn.Parameter, Tensor))
 
 
-class Cuts(dict[tuple[Window, bool], Tensor]):
-    """The matrices that a frozen convolution keeps of its weight, by window and order of the columns."""
+class Cuts(dict[tuple[Window, torch.dtype, bool], Tensor]):
+    """The matrices that a frozen convolution keeps of its weight, by window, dtype and order of the columns."""
 
     def matrix(self, weight: Tensor, window: Window, dtype: torch.dtype, last: bool) -> Tensor:
         """The window's taps of weight, made once and outside inference mode, so that `refresh` can write to them."""
-        found = self.get((window, last))
+        found = self.get((window, dtype, last))
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                found = self[window, last] = _matrix(weight, window, dtype, last)
+                found = self[window, dtype, last] = _matrix(weight, window, dtype, last)
         return found
 
     def refresh(self, weight: Tensor) -> None:
         """Copy weight's numbers into the same memory again."""
-        for (window, last), matrix in self.items():
-            matrix.copy_(_matrix(weight, window, matrix.dtype, last))
+        for (window, dtype, last), matrix in self.items():
+            matrix.copy_(_matrix(weight, window, dtype, last))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def plan_for(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None,
     weight, bias = layer.weight, layer.bias  # a replica of nn.DataParallel has them as attributes, not as parameters
     if type(weight) not in _TENSORS or x.device != weight.device:
         return None
-    if x.dtype != weight.dtype and compute_dtype(x) is None:
+    if (x.dtype != weight.dtype and compute_dtype(x) is None) or (not fused and x.is_complex()):
         return None
     device = _device(x) if torch.are_deterministic_algorithms_enabled() else x.device.type
     rest = layer.groups, weight.is_contiguous(), device, fused, "cuts" in layer.__dict__

@@ -182,4 +182,4 @@ def _alike(given: Any, own: Any) -> bool:
             isinstance(given, Tensor)
             and given.shape == own.shape and given.dtype == own.dtype and given.device == own.device
         )  # fmt: skip
-    return given is own or bool(type(given) is type(own) and given == own)
+    return given is own or (type(given) is type(own) and (given == own) is True)  # an array equals element by element

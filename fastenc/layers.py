@@ -114,7 +114,8 @@ class _ConvModernNd(nn.Module):
         if len(layers) < at + 2:
             return "a submodule was removed"
         norm, activation = layers[at : at + 2]
-        if type(norm) is not self._norm_type or norm.track_running_stats:
+        kept = norm._buffers.get("running_mean")
+        if type(norm) is not self._norm_type or norm.track_running_stats or kept is not None:
             return f"its normalisation is {norm}, not a plain {self._norm_type.__name__}"
         if type(activation) is not nn.PReLU and type(activation) is not nn.ReLU:
             return f"its activation is {activation}, not a plain PReLU or ReLU"
@@ -150,8 +151,10 @@ class _ConvModernNd(nn.Module):
         norm, activation = layers[at : at + 2]
         slope = activation.weight if type(activation) is nn.PReLU else 0.0
         weight, bias = norm.weight, norm.bias
-        if not is_supported(norm, weight, bias, slope, x):
-            x = activation(norm(x))  # raises torch's own error
+        # Code other than a plain convolution may have returned another dtype, device or class.
+        changed = at > 0 and type(layers[at - 1]) not in PLAIN and route.use_eager(route.reason(x))
+        if changed or not is_supported(norm, weight, bias, slope, x):
+            x = activation(norm(x))  # if it is not supported, torch's own error
         elif self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling():
             return _recomputed(x, norm, slope, layers[2]), type(layers[2]) in PLAIN
         else:

@@ -115,6 +115,8 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model its
     - A model that writes over its input writes over the channels-last copy, not over the caller's tensor.
     - Under torch.compile, changes in place between norm and activation are known from the search alone. If you change a
       forward so that it changes a norm's input there, accelerate again before compiling.
+    - A custom autograd.Function and torch.func.vmap read a convolution's output without the bias that is left out. The
+      search keeps the bias where it sees one. If you add one to a forward later, accelerate again.
     - A hook on a module that a norm's output leaves before its activation keeps the two from being fused.
     - Each of these modules is part of a reference cycle, so a deleted model is freed by Python's garbage collector.
     - A module whose class defines `__reduce_ex__` itself is pickled by that; copy.copy of it shares the forward.

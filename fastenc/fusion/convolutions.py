@@ -23,10 +23,9 @@ from torch.compiler import is_compiling
 from .. import route
 from .._torch import saved_tensors_hooks
 from ..convolution import WeightAlone
-from .deferred import running
 from .modules import Forward
 from .pending import may_wait
-from .unbiased import PendingBias, biased, unbiased
+from .unbiased import PendingBias, biased, running, unbiased
 
 Options = tuple[str, ...]
 _CONVOLUTION: Options = ("stride", "padding", "dilation", "groups")
@@ -79,6 +78,7 @@ class Convolution(Forward):
             return may_wait(self.cancelled)
         return bool(
             (running.scopes or saved_tensors_hooks(True))
+            and torch.is_grad_enabled() == running.grad_mode  # a reentrant checkpoint gives the output another history
             and self.cancelled not in running.observed
             and route.hook_reason(self.module) is None
         )

@@ -8,7 +8,6 @@ to PyTorch it is an ordinary tensor of the autograd graph, with shape, strides, 
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -20,21 +19,10 @@ from torch import Tensor
 from fastenc.kernels.layout import layout
 
 from .. import reference, route
-from .._torch import disabled_torch_function, forbid_data_ptr, tree_map_only
+from .._torch import disabled_torch_function, forbid_data_ptr, saved_tensors_hooks, tree_map_only
 from ..functional import fits, fused
 from ..pair import FUNCTIONS, slope_of_call
-
-
-class _Running(threading.local):
-    """Of this thread: how many scopes run, the norms that must not defer in them, and every Deferred made in them."""
-
-    def __init__(self) -> None:
-        self.scopes = 0
-        self.observed: frozenset[str] = frozenset()
-        self.waiting: list[Callable[[], Any]] = []
-
-
-running = _Running()
+from .unbiased import Unbiased, running
 
 
 class Deferred(Tensor):
@@ -46,6 +34,7 @@ class Deferred(Tensor):
     eps: float
     versions: list[int]
     grad_mode: bool
+    hooks: Any
     dropout: Any = None
     noise: list[Tensor]
     residual: Tensor | None = None
@@ -63,6 +52,8 @@ class Deferred(Tensor):
             y = z.activated(*slope_of_call(func, args, kwargs or {})) if type(z) is Deferred else None
             if y is not None:
                 return y
+        if Unbiased in types:
+            return NotImplemented  # its own function comes next, and replaces it by the sum
         with disabled_torch_function():
             return func(*args, **(kwargs or {}))
 
@@ -72,6 +63,7 @@ class Deferred(Tensor):
         z.x, z.weight, z.bias, z.eps = x, weight, bias, eps
         z.versions = _versions(x, weight, bias, None)
         z.grad_mode = torch.is_grad_enabled()
+        z.hooks = saved_tensors_hooks(True)
         # z has no memory: what asks for its address past the methods here gets an error, and no null pointer.
         forbid_data_ptr(z)
         if running.scopes:
@@ -224,6 +216,11 @@ class Deferred(Tensor):
         Such a history is a leaf's, or that of an autograd Function which returns z, say a reentrant checkpoint's.
         """
         if self.value is not None or self.replaced is not None:
+            return True
+        hooks = saved_tensors_hooks(True)
+        if hooks is not None and hooks != self.hooks:
+            # torch.utils.checkpoint may use z again, after the forward that made it, and must save the same tensors.
+            _value(self)
             return True
         with disabled_torch_function():  # once, which is quicker than twice
             return self.requires_grad and type(self.grad_fn) not in _HISTORY

@@ -26,9 +26,9 @@ from .._torch import constant_in_graphs, disabled_torch_function, saved_tensors_
 from ..convolution import channels_last, is_channels_last
 from ..functional import fused, is_supported
 from ..pair import TORCH_FORWARDS, slope_of, why_not_plain
-from .deferred import Deferred, deferred, dense, running
+from .deferred import Deferred, deferred, dense
 from .pending import Pending, enter, leave, may_wait
-from .unbiased import PendingBias, Unbiased
+from .unbiased import PendingBias, Unbiased, running
 
 _WAITING = (Deferred, Pending, Unbiased, PendingBias)
 
@@ -276,11 +276,15 @@ class FusionScope(Forward):
         for module, names in self.between:
             if route.hook_reason(module):
                 running.observed = running.observed.union(names)
+        if not running.scopes:
+            running.grad_mode = torch.is_grad_enabled()
         running.scopes += 1
         try:
             y = self.plainly(*args, **kwargs)
         finally:
             running.scopes -= 1
+            if not running.scopes:
+                running.grad_mode = True
             running.observed, running.waiting = outside, around
         leaving: list[Any] = []
         if type(y) is not Tensor:

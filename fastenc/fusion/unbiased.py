@@ -6,15 +6,32 @@ The norm reads `raw`, the convolution's own output. Any other reader gets raw + 
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._torch import tree_map_only
-from .deferred import running
 from .pending import Pending
+
+
+class _Running(threading.local):
+    """Of this thread: how many scopes run, the norms that must not defer in them, and every Deferred made in them.
+
+    grad_mode: whether gradients are on in the outermost scope.
+    """
+
+    def __init__(self) -> None:
+        self.scopes = 0
+        self.grad_mode = True
+        self.observed: frozenset[str] = frozenset()
+        self.waiting: list[Callable[[], Any]] = []
+
+
+running = _Running()
 
 
 class Unbiased(Tensor):
