@@ -8,7 +8,6 @@ kept. No copy of the weight outlives a call, whether it was cast, converted to c
 
 from __future__ import annotations
 
-import operator
 import os
 from itertools import pairwise
 from math import prod
@@ -81,20 +80,9 @@ def plan_for(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None,
     rest = layer.groups, weight.is_contiguous(), device, fused, "cuts" in layer.__dict__
     try:
         plan = plan_convolution(x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, *rest)
-    except TypeError:  # an option was set to an int or a list, which torch takes too
-        options = [_per_axis(option, x.dim() - 2) for option in (layer.stride, layer.padding, layer.dilation)]
-        plan = None if None in options else plan_convolution(x.shape, weight.shape, *options, *rest)
-    return None if plan is None else (weight, bias, plan)
-
-
-def _per_axis(option: Any, axes: int) -> tuple[int, ...] | None:
-    """A convolution's option as one int per axis, interpreted as torch does. None if torch refuses it."""
-    try:
-        values = tuple(map(operator.index, option if isinstance(option, (list, tuple)) else (option,)))
-    except TypeError:
+    except TypeError:  # an option was set to a list, which torch takes too, and which cannot be hashed
         return None
-    values = values * axes if len(values) == 1 else values
-    return tuple(map(int, values)) if len(values) == axes else None
+    return None if plan is None else (weight, bias, plan)
 
 
 def _device(x: Tensor) -> str:

@@ -76,9 +76,9 @@ class Frozen(ForInference):
         if structure != self._structure:
             self._copy, self._structure = _copied(self._model, self._dtype), structure
             return False
-        sources = _tensors(self._model)
-        for name, target in _tensors(self._copy).items():
-            target.copy_(sources[name])
+        for kind in (nn.Module.parameters, nn.Module.buffers):
+            for target, source in zip(kind(self._copy), kind(self._model), strict=True):
+                target.copy_(source)
         for module in self._copy.modules():
             if isinstance(module.__dict__.get("cuts"), Cuts):
                 module.__dict__["cuts"].refresh(module.weight)
@@ -121,11 +121,6 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be None, {' or '.join(map(str, DTYPES))}, got {dtype!r}")
     return Frozen(model, dtype)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _structure(model: nn.Module) -> list[Any]:

@@ -142,7 +142,7 @@ class Deferred(Tensor):
         self.passed_by = True
         if self.requires_grad:
             return _Drop.apply(self, dropout)
-        return _dropped(self, dropout, [])
+        return self._again(dropout=dropout, noise=[])
 
     def plain(self) -> Tensor:
         """z as a plain tensor, with its history."""
@@ -205,7 +205,16 @@ class Deferred(Tensor):
         self.passed_by = True
         if self.grad_mode and (self.requires_grad or r.requires_grad):
             return _Add.apply(self, r)
-        return _added(self, r)
+        return self._added(r)
+
+    def _added(self, r: Tensor, **own: Any) -> Deferred:
+        return self._again(residual=r, versions=_versions(self.x, self.weight, self.bias, r), **own)
+
+    def _again(self, **own: Any) -> Deferred:
+        """Another Deferred of the same norm."""
+        z = Deferred(self.x, self.weight, self.bias, self.eps)
+        vars(z).update({"versions": self.versions, **own})
+        return z
 
     def _computed(self, slope: Tensor | float) -> Tensor:
         return fused(self.x, self.weight, self.bias, slope, self.eps, residual=self.residual)
@@ -301,18 +310,6 @@ def _value(z: Deferred) -> Tensor:
     return z.value
 
 
-def _dropped(z: Deferred, dropout: Callable[[Tensor], Tensor], noise: list[Tensor]) -> Deferred:
-    copy = Deferred(z.x, z.weight, z.bias, z.eps)
-    copy.versions, copy.dropout, copy.noise = z.versions, dropout, noise
-    return copy
-
-
-def _added(z: Deferred, residual: Tensor) -> Deferred:
-    copy = Deferred(z.x, z.weight, z.bias, z.eps)
-    copy.residual, copy.versions = residual, _versions(z.x, z.weight, z.bias, residual)
-    return copy
-
-
 class _Defer(torch.autograd.Function):
     """The node of a Deferred in the autograd graph. It is used if z itself was read, and not after a fused kernel."""
 
@@ -341,9 +338,7 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Deferred, dropout: Callable[[Tensor], Tensor]) -> Deferred:
         ctx.noise = []
-        copy = _dropped(z, dropout, ctx.noise)
-        copy.grad_mode = True
-        return copy
+        return z._again(dropout=dropout, noise=ctx.noise, grad_mode=True)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -355,9 +350,7 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Deferred, residual: Tensor) -> Deferred:
-        copy = _added(z, residual)
-        copy.grad_mode = True
-        return copy
+        return z._added(residual, grad_mode=True)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:

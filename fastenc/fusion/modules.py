@@ -263,7 +263,8 @@ class FusionScope(Forward):
             y = self.plainly(*args, **kwargs)
         finally:
             leave()
-        return tree_map_only(Pending, _leaving, y)
+        # In a scope around this one, a norm's output may leave as it is.
+        return tree_map_only(Pending, lambda z: z if may_wait(z.name) else z.plain(), y)
 
     @constant_in_graphs
     def _enter(self, observed: list[str]) -> None:
@@ -327,7 +328,7 @@ class ModelRoot(FusionScope):
             except RuntimeError as error:
                 if not str(error).startswith("view size is not compatible"):
                     raise
-                if any(map(_counting, self.module.modules())):
+                if any(m.training and m._buffers.get("running_mean") is not None for m in self.module.modules()):
                     raise RuntimeError(
                         f"{type(self.module).__name__} calls view on a volume, which the channels-last layout of an "
                         "accelerated model does not allow, and running statistics would count a second try twice. Call "
@@ -356,14 +357,8 @@ class ModelRoot(FusionScope):
         return tree_map_only(Tensor, _contiguous, super()._traced(*arguments, **keywords))
 
     def _unannotated(self, *args: Any, **kwargs: Any) -> Any:
-        return self(
-            *tree_map_only(_only_annotated, _plain_class, args), **tree_map_only(_only_annotated, _plain_class, kwargs)
-        )
-
-
-def _leaving(z: Pending) -> Any:
-    """z where it leaves a scope: itself in a scope around that one, else a tensor."""
-    return z if may_wait(z.name) else z.plain()
+        args, kwargs = tree_map_only(_only_annotated, lambda value: value.as_subclass(Tensor), (args, kwargs))
+        return self(*args, **kwargs)
 
 
 def _converted(layout: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -381,10 +376,6 @@ def _counting_alias(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(
         x.untyped_storage(), x.storage_offset(), x.size(), x.stride()
     )
-
-
-def _plain_class(value: Tensor) -> Tensor:
-    return value.as_subclass(Tensor)
 
 
 def observed(module: nn.Module) -> bool:
@@ -410,11 +401,6 @@ def _only_annotated(value: Any) -> bool:
         and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
         and route.reason(value.as_subclass(Tensor)) is None
     )
-
-
-def _counting(module: nn.Module) -> bool:
-    """Whether a forward of module changes running statistics."""
-    return module.training and module._buffers.get("running_mean") is not None
 
 
 def _laid_out(x: Tensor) -> Tensor:

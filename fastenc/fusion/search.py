@@ -15,7 +15,7 @@ import random
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,14 +38,23 @@ HOOKS = (
 
 
 @dataclass(frozen=True)
-class Cancelled:
-    """A call of a convolution whose bias has no effect: the norm behind it, what is between, how both were called."""
+class Way:
+    """The way of a norm's output to an activation, or of a convolution's output to a norm that cancels its bias.
 
-    norm: nn.Module
+    end: a module or the name of a function. between: the modules on the way. calls: how both ends were called.
+    """
+
+    start: nn.Module
     between: tuple[nn.Module, ...]
+    end: Any
     calls: tuple[tuple[_Call, ...], tuple[_Call, ...]]
 
-    def scope(self, scopes: Mapping[nn.Module, Any] | None = None) -> tuple[nn.Module, list[nn.Module]]:
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules on the way, with both ends."""
+        return [module for module in (self.start, *self.between, self.end) if isinstance(module, nn.Module)]
+
+    def scope(self, scopes: Container[nn.Module] | None = None) -> tuple[nn.Module, list[nn.Module]]:
         """The innermost module, of scopes, whose forward makes both calls, and the modules inside it that make them."""
         first, second = self.calls
         shared = [a.module for a, b in zip(first, second, strict=False) if a is b]
@@ -56,53 +65,20 @@ class Cancelled:
 
 @dataclass
 class Found:
-    """What a search found.
+    """The result of a search.
 
-    partners: the activations that a norm leads to, modules or the names of functions.
-    why: for a norm, what speaks against pairing it at some call. boxes:
-    the module that calls a norm and could not be traced. dropouts: those in between. scopes: the innermost modules in
-    whose forward norm and activation are called. Of each scope, the modules inside it that call either, with the norms.
-    ways: of each scope, the modules that the output of a norm goes through, its activation at the end, with the norms.
-    unproven: norms and convolutions that may do otherwise than the pairs say. cancelled: the convolutions with a bias
-    that a norm cancels, as pairs of that norm and the calls and modules between the two; kept: those with another use.
+    ways: of norms to their activations. why: the reasons against a pair at some call of a norm. boxes: the module that
+    calls a norm and could not be traced. cancelled: the ways of convolutions with a bias to the norms that cancel it.
+    kept: the convolutions whose output has another use. unproven: the norms and convolutions that may do otherwise than
+    their ways say.
     """
 
-    partners: dict[nn.Module, list[nn.Module | str]] = field(default_factory=dict)
+    ways: list[Way] = field(default_factory=list)
     why: dict[nn.Module, list[str]] = field(default_factory=dict)
     boxes: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    dropouts: set[nn.Module] = field(default_factory=set)
-    scopes: dict[nn.Module, dict[nn.Module, list[nn.Module]]] = field(default_factory=dict)
-    ways: dict[nn.Module, dict[nn.Module, list[nn.Module]]] = field(default_factory=dict)
-    unproven: set[nn.Module] = field(default_factory=set)
-    cancelled: dict[nn.Module, list[Cancelled]] = field(default_factory=dict)
+    cancelled: list[Way] = field(default_factory=list)
     kept: set[nn.Module] = field(default_factory=set)
-
-    def proven(self, scope: nn.Module) -> dict[nn.Module, list[nn.Module]]:
-        """Those of `ways` that the norms take whatever else happens."""
-        ways = self.ways.get(scope, {}).items()
-        unproven = self.unproven.union(self.why, self.boxes)
-        return {module: kept for module, norms in ways if (kept := [norm for norm in norms if norm not in unproven])}
-
-    def pair(
-        self,
-        norm: nn.Module,
-        activation: nn.Module | str,
-        scope: nn.Module,
-        between: Iterable[nn.Module],
-        callers: Iterable[nn.Module] = (),
-    ) -> None:
-        """norm leads to activation, in scope. callers: the modules inside scope that call either."""
-        partners = self.partners.setdefault(norm, [])
-        if activation not in partners:
-            partners.append(activation)
-        inside = self.scopes.setdefault(scope, {})
-        for caller in callers:
-            inside.setdefault(caller, []).append(norm)
-        for module in (norm, *between, activation):
-            if isinstance(module, str):
-                continue
-            self.ways.setdefault(scope, {}).setdefault(module, []).append(norm)
-        self.dropouts.update(module for module in between if type(module) in DROPOUTS and not own_forward(module))
+    unproven: set[nn.Module] = field(default_factory=set)
 
 
 def find(model: nn.Module, norms: set[nn.Module]) -> Found:
@@ -131,6 +107,7 @@ def find(model: nn.Module, norms: set[nn.Module]) -> Found:
             for box in tracer.boxes:
                 _guess(box, norms, found)
                 pending.extend(box.children())
+    found.unproven.update(found.why, found.boxes)
     return found
 
 
@@ -150,8 +127,7 @@ def _read(
             continue
         *passed, norm = (step.meta["module"] for step in steps)
         calls = node.meta["callers"], steps[-1].meta["callers"]
-        found.cancelled.setdefault(convolution, []).append(Cancelled(norm, tuple(passed), calls))
-        found.dropouts.update(module for module in passed if type(module) in DROPOUTS)
+        found.cancelled.append(Way(convolution, tuple(passed), norm, calls))
         if any(map(_may_change, nodes[order[node] + 1 : order[steps[-1]]])):
             found.unproven.add(convolution)
     for node in nodes:
@@ -162,10 +138,9 @@ def _read(
         if isinstance(way, str):
             found.why.setdefault(norm, []).append(way)
         else:
-            between = [step.meta["module"] for step in way[:-1] if "module" in step.meta]
+            between = tuple(step.meta["module"] for step in way[:-1] if "module" in step.meta)
             activation = way[-1].meta.get("module") or _called(way[-1])
-            scope, callers = _innermost(node, way[-1])
-            found.pair(norm, activation, scope, between, callers)
+            found.ways.append(Way(norm, between, activation, (node.meta["callers"], way[-1].meta["callers"])))
             meanwhile = nodes[order[node] + 1 : order[way[-1]]]
             changes = any(_may_change(between) for between in meanwhile if between not in way)
             if changes or not kept.isdisjoint((node, *way[:-1])) or way[-1].target in UNTRACEABLE:
@@ -189,11 +164,11 @@ def _to_norm(node: fx.Node, norms: set[nn.Module], registered: set[nn.Module]) -
 
 def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:
     """Pair what box may call itself."""
-    children = list(box.children())
+    children, call = list(box.children()), _Call(box)
     for norm in norms.intersection(children):
         for activation in children:
             if type(activation) in ACTIVATIONS and not own_forward(activation):
-                found.pair(norm, activation, box, children)
+                found.ways.append(Way(norm, tuple(children), activation, ((call,), (call,))))
                 found.boxes[norm] = box
 
 
@@ -295,13 +270,6 @@ def _called(node: fx.Node) -> str:
     return WORDS.get(target) or str(getattr(target, "__name__", target))
 
 
-def _innermost(first: fx.Node, last: fx.Node) -> tuple[nn.Module, list[nn.Module]]:
-    """The innermost module in whose forward both calls are made, and the modules inside it that make them."""
-    calls = first.meta["callers"], last.meta["callers"]
-    depth = sum(a is b for a, b in zip(*calls, strict=False))
-    return calls[0][depth - 1].module, [call.module for chain in calls for call in chain[depth:]]
-
-
 class _Call:
     """One call of a module."""
 
@@ -347,8 +315,8 @@ class _Tracer(fx.Tracer):
         try:
             return forward(*args, **kwargs)
         except Exception:
-            for node in _since(last, self.graph):
-                self.graph.erase_node(node)
+            while self.graph._root._prev is not last:  # the newest node first
+                self.graph.erase_node(self.graph._root._prev)
             self.boxes.append(module)
             return self._leaf(module, args, kwargs)
         finally:
@@ -422,12 +390,6 @@ def _same_random_numbers_after() -> Iterator[None]:
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
         yield
     random.setstate(state)
-
-
-def _since(last: fx.Node, graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes made after last, the newest first."""
-    while graph._root._prev is not last:
-        yield graph._root._prev
 
 
 def _defaults(forward: Callable[..., Any]) -> dict[str, Any]:
