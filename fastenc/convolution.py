@@ -199,7 +199,7 @@ def forward(
     matrix = make(weight, window, dtype, last)
     # A CPU reads the weight faster as the left factor: 11 ms instead of 17 for 1024×27648 by 16 columns on two cores.
     rows = torch.mm(matrix, columns.t()).t() if x.device.type == "cpu" else torch.mm(columns, matrix.t())
-    return _as_volume(rows if bias is None else rows + bias, x, plan)
+    return _as_output(rows if bias is None else rows + bias, x, plan)
 
 
 def backward(
@@ -327,7 +327,7 @@ def _scattered(dcolumns: Tensor, x: Tensor, window: Window, stride: tuple[int, .
     return d
 
 
-def _as_volume(rows: Tensor, x: Tensor, plan: ConvPlan) -> Tensor:
+def _as_output(rows: Tensor, x: Tensor, plan: ConvPlan) -> Tensor:
     """Rows [N·positions, out] as (N, out, *output)."""
     assert plan.window is not None
     output = plan.window.output

@@ -266,10 +266,6 @@ class _BlockConvStkNd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x through all units."""
-        for unit in self.units():
+        for unit in (*self.conv_list, self.conv_scale):
             x = unit(x)
         return x
-
-    def units(self) -> list[nn.Module]:
-        """The units in order of execution."""
-        return [*self.conv_list, self.conv_scale]
