@@ -10,7 +10,7 @@ attribute on the instance, and nothing else about them changes. `restore` remove
 
 Defer (`deferred.py`, `pending.py`, `unbiased.py`). While a scope runs, its norms return a `Deferred`: a tensor without
 memory that knows how to compute z = norm(x). The activation computes PReLU(z), or PReLU(z + residual), in one kernel.
-Any other consumer gets z. While a graph is traced, a `Pending` takes the place of the `Deferred`. A convolution returns
+Any other consumer gets z. While a graph is traced, a `Pending` replaces the `Deferred`. A convolution returns
 an `Unbiased` if the norm that reads it cancels its bias.
 
 Fall back. On the eager route, with hooks, replaced forwards, tracers and whatever the kernels do not support, each
@@ -43,9 +43,9 @@ SUMMARY = "_fastenc_summary"  # holds the summary of a model that has an attribu
 
 @dataclass(frozen=True, slots=True)
 class NormOutcome:
-    """What became of one norm: "fused" with an activation, the kernel "alone", or "left" as it was; and why.
+    """The outcome for one norm: "fused" with an activation, the kernel "alone", or "left" as it was, with the reason.
 
-    biases: the convolutions before it whose bias it cancels, and which run without that bias.
+    biases: the convolutions before it that run without their bias, which it cancels.
     """
 
     name: str
@@ -150,7 +150,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model its
             forward.install()
         if summary is not None:
             vars(model).update({SUMMARY: summary} if hasattr(model, "accelerated") else {"accelerated": summary})
-    except BaseException:  # KeyboardInterrupt, say
+    except BaseException:  # also a KeyboardInterrupt
         for module, own in before:
             vars(module).clear()
             vars(module).update(own)
@@ -159,7 +159,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model its
 
 
 def _check(model: Any) -> None:
-    """Raise where model is nothing that can be accelerated, saying why."""
+    """Raise if model cannot be accelerated."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -254,7 +254,7 @@ def _scopes(model: nn.Module, found: Found, cancelled: list[Way], names: dict[nn
 
 
 def _why_left(norm: nn.Module, own: set[nn.Module], replaced: bool) -> str | None:
-    """Why norm, an InstanceNorm, is not touched."""
+    """Why norm, an InstanceNorm, is left as it is, or None."""
     if norm in own:
         return "it is in one of fastenc's own units, which fuse already"
     if type(norm) not in INSTANCE_NORMS:

@@ -273,13 +273,9 @@ def deferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
     return Deferred(x, weight, bias, eps)
 
 
-def dense(x: Tensor) -> bool:
-    """Whether norm(x) will have x's strides."""
-    return _dense(x.shape, x.stride())
-
-
 @lru_cache(maxsize=4096)
-def _dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+def dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the output of a norm has these strides if its input has them."""
     return layout(shape, stride) is not None
 
 

@@ -179,7 +179,7 @@ class DeferredNorm(FusedNorm):
         if (
             (running.scopes or saved_tensors_hooks(True))
             and self.name not in running.observed
-            and dense(x)
+            and dense(x.shape, x.stride())
             # Tensors made in inference mode do not count changes in place.
             and not (x.is_inference() or (weight is not None and weight.is_inference()))
             and not (bias is not None and bias.is_inference())
@@ -334,8 +334,9 @@ class ModelRoot(FusionScope):
                         "accelerated model does not allow, and running statistics would count a second try twice. Call "
                         "reshape there, or call the model once in eval mode: it then keeps to contiguous tensors."
                     ) from error
-            # Outside the except clause, in which the error would keep all tensors of the first call alive.
-            y = super()._called(*_converted(_row_major, args, kwargs))
+        # Outside the except clause, in which the error would keep all tensors of the first call alive.
+        y = super()._called(*_converted(_row_major, args, kwargs))
+        if not self.keeps_contiguous:
             self.keeps_contiguous = True
             warnings.warn(
                 f"{type(self.module).__name__} runs on contiguous tensors from now on, without the gain of the "
@@ -344,8 +345,7 @@ class ModelRoot(FusionScope):
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return y
-        return super()._called(*_converted(_row_major, args, kwargs))
+        return y
 
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
         """As `_called`, in the same layouts."""

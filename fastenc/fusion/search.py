@@ -1,6 +1,6 @@
-"""Which norms of a network lead to an activation: read off a trace of its forward, never off names.
+"""The search for the norms of a network that lead to an activation. It reads a trace of the forward, and no names.
 
-What is found decides where a norm waits for its activation, and what the summary says. It cannot make a result wrong: a
+The result decides where a norm waits for its activation, and what the summary says. It cannot make a result wrong: a
 norm whose activation does not come gives its own output (`deferred.py`). Under torch.compile and torch.export nothing
 counts changes in place, so there a norm waits only if every call of it was seen to lead to an activation, nothing is
 changed in place in between, and nothing keeps its output (`pending.py`).
@@ -114,7 +114,7 @@ def find(model: nn.Module, norms: set[nn.Module]) -> Found:
 def _read(
     graph: fx.Graph, norms: set[nn.Module], registered: set[nn.Module], end: str, kept: set[fx.Node], found: Found
 ) -> None:
-    """Add what graph shows to found; `end` says what it means to reach the graph's end, `kept` what outlives it."""
+    """Add to found. end: what it means to reach the graph's end. kept: the nodes whose output outlives the graph."""
     nodes = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
     for node in nodes:
@@ -148,7 +148,7 @@ def _read(
 
 
 def _to_norm(node: fx.Node, norms: set[nn.Module], registered: set[nn.Module]) -> list[fx.Node] | None:
-    """The calls that the output of node, a convolution, goes through up to a norm; None where it has another use."""
+    """The calls that the output of node, a convolution, goes through up to a norm. None if it has another use."""
     steps: list[fx.Node] = []
     while not steps or steps[-1].meta["module"] not in norms:
         users = [user for user in (steps or [node])[-1].users if not _only_asks(user)]
@@ -163,7 +163,7 @@ def _to_norm(node: fx.Node, norms: set[nn.Module], registered: set[nn.Module]) -
 
 
 def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:
-    """Pair what box may call itself."""
+    """Pair the norms and activations that box may call itself."""
     children, call = list(box.children()), _Call(box)
     for norm in norms.intersection(children):
         for activation in children:
@@ -173,7 +173,7 @@ def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:
 
 
 def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module], end: str) -> list[fx.Node] | str:
-    """The calls that node's output goes through up to its activation; a reason where it does not get there."""
+    """The calls that node's output goes through up to its activation, or the reason why it does not get there."""
     way = _way(node, registered, end)
     if isinstance(way, str):
         return way
@@ -186,7 +186,7 @@ def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module]
 
 
 def _way(node: fx.Node, registered: set[nn.Module], end: str) -> list[fx.Node] | str:
-    """As `_follow`, whatever happens to the operands. One addition of a residual may lie on the way."""
+    """As `_follow`, without a check of the operands. One addition of a residual may be on the way."""
     way: list[fx.Node] = []
     here = node
     while here is node or not _activates(here):
@@ -223,7 +223,7 @@ def _activates(node: fx.Node) -> bool:
 
 
 def own_forward(module: Any) -> bool:
-    """Whether the forward of module was replaced, by something else than accelerate."""
+    """Whether code other than accelerate replaced the forward of module."""
     return "forward" in vars(module) and not isinstance(vars(module)["forward"], route.Accelerated)
 
 
@@ -255,14 +255,14 @@ def _may_change(node: fx.Node) -> bool:
 
 
 def _only_asks(node: fx.Node) -> bool:
-    """Whether node asks a tensor for what is known before it is computed."""
+    """Whether node asks for a property that a tensor has before it is computed."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel")
     return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
 
 
 def _called(node: fx.Node) -> str:
-    """What node calls, in words."""
+    """The name of the function or module that node calls."""
     module = node.meta.get("module")
     if module is not None:
         return type(module).__name__
@@ -278,14 +278,14 @@ class _Call:
 
 
 class _Proxy(fx.Proxy):
-    """Tells x += r from x = x + r."""
+    """Distinguishes x += r from x = x + r."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
-    """Traces with black boxes where it must; a node knows its module, and the calls that it was made in."""
+    """Traces a forward. A module that cannot be traced is a black box. Nodes know their module and its callers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ class _Tracer(fx.Tracer):
         self.proxies: list[weakref.ref[fx.Proxy]] = []
 
     def graph_of(self, module: nn.Module, training: bool) -> fx.Graph | None:
-        """module's forward; None where it cannot be traced."""
+        """The graph of module's forward. None if it cannot be traced."""
         self.callers = [_Call(module)]
         with warnings.catch_warnings(), _same_random_numbers_after():
             warnings.simplefilter("ignore")
@@ -338,14 +338,14 @@ class _Tracer(fx.Tracer):
         return proxy
 
     def kept(self) -> set[fx.Node]:
-        """The nodes whose output something still holds on to after the trace: an attribute, a list, a closure."""
+        """The nodes whose output an attribute, a list or a closure still holds after the trace."""
         return {proxy.node for each in self.proxies if (proxy := each()) is not None}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         return attr_val
 
     def _twin(self, module: nn.Module, training: bool, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-        """A copy that shares the Parameters but nothing that a forward may leave a trace in, without hooks."""
+        """A copy without hooks that shares the Parameters, but nothing that a forward may change."""
         if module in twins or isinstance(module, torch.jit.ScriptModule):
             return twins.get(module, module)
         twin = twins[module] = object.__new__(type(module))
@@ -377,7 +377,7 @@ class _Tracer(fx.Tracer):
 
 
 def _copied(value: Any) -> Any:
-    """What a twin holds in value's place, an attribute or what is in its lists, dicts and tuples."""
+    """The twin's copy of value, an attribute or an entry of its lists, dicts and tuples."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return value.detach().clone()
     return value.copy() if type(value) is set else value
