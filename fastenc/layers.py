@@ -157,8 +157,12 @@ class _ConvModernNd(nn.Module):
         changed = at > 0 and type(layers[at - 1]) not in PLAIN and route.use_eager(route.reason(x))
         if changed or not is_supported(norm, weight, bias, slope, x):
             x = activation(norm(x))  # if it is not supported, torch's own error
-        elif self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling():
-            return _recomputed(x, norm, slope, layers[2]), type(layers[2]) in PLAIN
+        elif (
+            self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling()
+            and (prepared := plan_for(layers[2], x, True)) is not None
+        ):  # fmt: skip
+            dtypes = output_dtype(x, slope), compute_dtype(x)
+            return RecomputedUnit.apply(x, weight, bias, slope, norm.eps, *prepared, dtypes), True
         else:
             in_place = fresh if at == 0 else type(layers[at - 1]) in PLAIN
             x = fused(x, weight, bias, slope, norm.eps, in_place)
@@ -175,15 +179,6 @@ class _ConvModernNd(nn.Module):
         for layer in layers:
             x = convolve(layer, x, False)
         return x
-
-
-def _recomputed(x: Tensor, norm: Any, slope: Tensor | float, layer: nn.Module) -> Tensor:
-    """norm → activation → layer as one operation that saves x only, if layer is a plain convolution."""
-    prepared = plan_for(layer, x, True)
-    if prepared is None:
-        return convolve(layer, fused(x, norm.weight, norm.bias, slope, norm.eps), True)
-    dtypes = output_dtype(x, slope), compute_dtype(x)
-    return RecomputedUnit.apply(x, norm.weight, norm.bias, slope, norm.eps, *prepared, dtypes)
 
 
 class _ConvModern(_ConvModernNd):
