@@ -214,6 +214,7 @@ def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
 def _outcome(
     norm: nn.Module, why_left: str | None, found: Found, cancelled: list[Way], names: dict[nn.Module, str]
 ) -> NormOutcome:
+    """The outcome for norm. why_left: the reason why it is left as it is, or None."""
     if why_left is not None:
         return NormOutcome(names[norm], "left", why_left)
     why = "; ".join(dict.fromkeys(found.why.get(norm, ())))
@@ -248,8 +249,8 @@ def _scopes(model: nn.Module, found: Found, cancelled: list[Way], names: dict[nn
     for scope in dict.fromkeys((*between, *proven)):
         kind = ModelRoot if scope is model else FusionScope if scope in between else TracedScope
         tables = (table.get(scope, {}).items() for table in (between, proven))
-        seen, read = (tuple((module, tuple(inside)) for module, inside in table) for table in tables)
-        forwards.append(kind(scope, between=seen, proven=read))
+        first, second = (tuple((module, tuple(inside)) for module, inside in table) for table in tables)
+        forwards.append(kind(scope, between=first, proven=second))
     return forwards
 
 
