@@ -8,7 +8,6 @@ kept. No copy of the weight outlives a call, whether it was cast, converted to c
 
 from __future__ import annotations
 
-import operator
 import os
 from itertools import pairwise
 from math import prod
@@ -30,21 +29,21 @@ PLAIN = frozenset(CONVOLUTIONS.values())  # and no subclass, which may do more
 _TENSORS = frozenset((nn.Parameter, Tensor))
 
 
-class Cuts(dict[tuple[Window, bool], Tensor]):
-    """The matrices that a frozen convolution keeps of its weight, by window and order of the columns."""
+class Cuts(dict[tuple[Window, torch.dtype, bool], Tensor]):
+    """The matrices that a frozen convolution keeps of its weight, by window, dtype and order of the columns."""
 
     def matrix(self, weight: Tensor, window: Window, dtype: torch.dtype, last: bool) -> Tensor:
         """The window's taps of weight, made once and outside inference mode, so that `refresh` can write to them."""
-        found = self.get((window, last))
+        found = self.get((window, dtype, last))
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                found = self[window, last] = _matrix(weight, window, dtype, last)
+                found = self[window, dtype, last] = _matrix(weight, window, dtype, last)
         return found
 
     def refresh(self, weight: Tensor) -> None:
         """Copy weight's numbers into the same memory again."""
-        for (window, last), matrix in self.items():
-            matrix.copy_(_matrix(weight, window, matrix.dtype, last))
+        for (window, dtype, last), matrix in self.items():
+            matrix.copy_(_matrix(weight, window, dtype, last))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -75,26 +74,15 @@ def plan_for(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None,
     weight, bias = layer.weight, layer.bias  # a replica of nn.DataParallel has them as attributes, not as parameters
     if type(weight) not in _TENSORS or x.device != weight.device:
         return None
-    if x.dtype != weight.dtype and compute_dtype(x) is None:
+    if (x.dtype != weight.dtype and compute_dtype(x) is None) or (not fused and x.is_complex()):
         return None
     device = _device(x) if torch.are_deterministic_algorithms_enabled() else x.device.type
     rest = layer.groups, weight.is_contiguous(), device, fused, "cuts" in layer.__dict__
     try:
         plan = plan_convolution(x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, *rest)
-    except TypeError:  # an option was set to an int or a list, which torch takes too
-        options = [_per_axis(option, x.dim() - 2) for option in (layer.stride, layer.padding, layer.dilation)]
-        plan = None if None in options else plan_convolution(x.shape, weight.shape, *options, *rest)
-    return None if plan is None else (weight, bias, plan)
-
-
-def _per_axis(option: Any, axes: int) -> tuple[int, ...] | None:
-    """A convolution's option as one int per axis, interpreted as torch does. None if torch refuses it."""
-    try:
-        values = tuple(map(operator.index, option if isinstance(option, (list, tuple)) else (option,)))
-    except TypeError:
+    except TypeError:  # an option was set to a list, which torch takes too, and which cannot be hashed
         return None
-    values = values * axes if len(values) == 1 else values
-    return tuple(map(int, values)) if len(values) == axes else None
+    return None if plan is None else (weight, bias, plan)
 
 
 def _device(x: Tensor) -> str:
@@ -211,7 +199,7 @@ def forward(
     matrix = make(weight, window, dtype, last)
     # A CPU reads the weight faster as the left factor: 11 ms instead of 17 for 1024×27648 by 16 columns on two cores.
     rows = torch.mm(matrix, columns.t()).t() if x.device.type == "cpu" else torch.mm(columns, matrix.t())
-    return _as_volume(rows if bias is None else rows + bias, x, plan)
+    return _as_output(rows if bias is None else rows + bias, x, plan)
 
 
 def backward(
@@ -339,7 +327,7 @@ def _scattered(dcolumns: Tensor, x: Tensor, window: Window, stride: tuple[int, .
     return d
 
 
-def _as_volume(rows: Tensor, x: Tensor, plan: ConvPlan) -> Tensor:
+def _as_output(rows: Tensor, x: Tensor, plan: ConvPlan) -> Tensor:
     """Rows [N·positions, out] as (N, out, *output)."""
     assert plan.window is not None
     output = plan.window.output

@@ -79,7 +79,7 @@ def explain(model: nn.Module, *arguments: Any, **keywords: Any) -> Explanation:
     chosen = route.chosen()
 
     def ask(name: str, unit: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        (seen,) = given or named.values()
+        seen = (*given, *named.values())[0]
         mine = unit._forward_pre_hooks.pop(hooks[name].id)  # this hook itself would be a reason
         try:
             with route.Block(chosen):

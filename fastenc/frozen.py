@@ -70,15 +70,15 @@ class Frozen(ForInference):
         Returns:
             True if that was enough. False if the model was copied again because more than its numbers changed: a
             device, dtype, shape or module, or an option of a module, for example a stride, an eps, a slope or a
-            function.
+            function. New numbers in a tensor that is neither a parameter nor a buffer are not noticed.
         """
         structure = _structure(self._model)
         if structure != self._structure:
             self._copy, self._structure = _copied(self._model, self._dtype), structure
             return False
-        sources = _tensors(self._model)
-        for name, target in _tensors(self._copy).items():
-            target.copy_(sources[name])
+        for kind in (nn.Module.parameters, nn.Module.buffers):
+            for target, source in zip(kind(self._copy), kind(self._model), strict=True):
+                target.copy_(source)
         for module in self._copy.modules():
             if isinstance(module.__dict__.get("cuts"), Cuts):
                 module.__dict__["cuts"].refresh(module.weight)
@@ -123,25 +123,21 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen:
     return Frozen(model, dtype)
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _structure(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The modules of a model with their options, and the name, shape, dtype and device of its tensors.
-
-    The attribute `training` is left out, because the copy is for inference.
-    """
-    modules = [
+def _structure(model: nn.Module) -> list[Any]:
+    """The modules of a model with their options. The attribute `training` is left out: the copy is for inference."""
+    return [
         (name, type(module), {key: _option(value) for key, value in vars(module).items() if key != "training"})
         for name, module in model.named_modules()
     ]
-    return modules, [(name, t.shape, t.dtype, t.device) for name, t in _tensors(model).items()]
 
 
 def _option(value: Any) -> Any:
-    """The part of an attribute that is compared: a number, string or function itself, and the type of other objects."""
+    """The part of an attribute that is compared: a number, string or function itself, and the type of other objects.
+
+    Of a tensor, its shape, dtype and device are compared too.
+    """
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.dtype, value.device
     if isinstance(value, (list, tuple, set, frozenset)):
         return type(value), [_option(entry) for entry in value]
     if isinstance(value, dict):

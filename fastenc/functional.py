@@ -122,10 +122,10 @@ def fused(
         or (residual is not None and residual.requires_grad)
     ):
         return InstanceNormPReLU.apply(x, weight, bias, slope, residual, eps, dtype)
-    return _forward(x, weight, bias, slope, residual, eps, dtype, in_place)[0]
+    return launched_forward(x, weight, bias, slope, residual, eps, dtype, in_place)[0]
 
 
-def _forward(
+def launched_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -157,7 +157,7 @@ class InstanceNormPReLU(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype | None,
     ) -> Tensor:
-        y, statistics = _forward(x, weight, bias, slope, residual, eps, dtype)
+        y, statistics = launched_forward(x, weight, bias, slope, residual, eps, dtype)
         shared = slope if isinstance(slope, Tensor) else None
         if residual is None:
             save(ctx, x, weight, bias, shared, statistics)

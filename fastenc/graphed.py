@@ -33,7 +33,9 @@ class Graphed(ForInference):
         borrow: bool,
     ) -> None:  # fmt: skip
         self._frozen, self._dtype, self._borrow = freeze(model, dtype), dtype, borrow
-        self._arguments, self._keywords = tree_map_only(Tensor, _copied, (tuple(arguments), keywords))
+        self._arguments, self._keywords = tree_map_only(
+            Tensor, lambda x: x.detach().clone(), (tuple(arguments), keywords)
+        )
         self._inputs, self._structure = tree_flatten((self._arguments, self._keywords))
         self._record()
 
@@ -171,10 +173,6 @@ def _tensors(arguments: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
 
 
-def _copied(x: Tensor) -> Tensor:
-    return x.detach().clone()
-
-
 def _alike(given: Any, own: Any) -> bool:
     """Whether a graph that was recorded with own serves given."""
     if isinstance(own, Tensor):
@@ -182,4 +180,4 @@ def _alike(given: Any, own: Any) -> bool:
             isinstance(given, Tensor)
             and given.shape == own.shape and given.dtype == own.dtype and given.device == own.device
         )  # fmt: skip
-    return given is own or bool(type(given) is type(own) and given == own)
+    return given is own or (type(given) is type(own) and (given == own) is True)  # an array equals element by element

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import recompute, route
-from .convolution import CONVOLUTIONS, PLAIN, convolve, is_channels_last, plan_for
-from .functional import fused, is_supported
+from . import route
+from .convolution import CONVOLUTIONS, PLAIN, compute_dtype, convolve, is_channels_last, plan_for
+from .functional import fused, is_supported, output_dtype
 from .pair import INSTANCE_NORMS
+from .recompute import RecomputedUnit
 
 BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 UPSAMPLE_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -66,14 +67,13 @@ class _ConvModernNd(nn.Module):
         super().__init__()
         if normalizer not in NORMALIZERS:
             raise ValueError(f"normalizer must be one of {', '.join(map(repr, NORMALIZERS))}, got {normalizer!r}")
-        steps = tuple(stride) if isinstance(stride, Iterable) else stride
-        strided = any(step > 1 for step in (steps if isinstance(steps, tuple) else (steps,)))
+        steps = tuple(stride) if isinstance(stride, Iterable) else (stride,) * order
+        strided = any(step > 1 for step in steps)
         if strided and scaler not in ("down", "up"):
             raise ValueError(f"a stride above 1 needs scaler 'down' or 'up', got {stride=} and {scaler=}")
         resampling: list[nn.Module] = []
         if scaler == "up" and (strided or output_size is not None):
-            per_axis = steps if isinstance(steps, tuple) else (steps,) * order
-            factor = per_axis if output_size is None else None
+            factor = steps if output_size is None else None
             resampling.append(nn.Upsample(output_size, factor, UPSAMPLE_MODES[order], align_corners=True))
             stride = 1
 
@@ -114,7 +114,8 @@ class _ConvModernNd(nn.Module):
         if len(layers) < at + 2:
             return "a submodule was removed"
         norm, activation = layers[at : at + 2]
-        if type(norm) is not self._norm_type or norm.track_running_stats:
+        kept = norm._buffers.get("running_mean")
+        if type(norm) is not self._norm_type or norm.track_running_stats or kept is not None:
             return f"its normalisation is {norm}, not a plain {self._norm_type.__name__}"
         if type(activation) is not nn.PReLU and type(activation) is not nn.ReLU:
             return f"its activation is {activation}, not a plain PReLU or ReLU"
@@ -125,8 +126,10 @@ class _ConvModernNd(nn.Module):
 
         The result has x's memory layout.
         """
-        if type(x) is Tensor and x.dim() == self._order + 1:
-            self._refuse_unbatched(x)
+        unbatched = type(x) is Tensor and x.dim() == self._order + 1
+        if unbatched and any(type(module) is nn.PReLU and module.weight.numel() > 1 for module in self.mconv):
+            # PReLU would apply its slopes along the first spatial axis.
+            raise RuntimeError(f"x must have {self._order + 2} axes, a batch of samples, got shape {tuple(x.shape)}")
         # A unit without a norm is eager under "triton" too.
         if self._norm_at is None or route.use_eager(self.why_eager(x)):
             return self._run_eager(x)
@@ -150,10 +153,16 @@ class _ConvModernNd(nn.Module):
         norm, activation = layers[at : at + 2]
         slope = activation.weight if type(activation) is nn.PReLU else 0.0
         weight, bias = norm.weight, norm.bias
-        if not is_supported(norm, weight, bias, slope, x):
-            x = activation(norm(x))  # raises torch's own error
-        elif self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling():
-            return _recomputed(x, norm, slope, layers[2]), type(layers[2]) in PLAIN
+        # Code other than a plain convolution may have returned another dtype, device or class.
+        changed = at > 0 and type(layers[at - 1]) not in PLAIN and route.use_eager(route.reason(x))
+        if changed or not is_supported(norm, weight, bias, slope, x):
+            x = activation(norm(x))  # if it is not supported, torch's own error
+        elif (
+            self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling()
+            and (prepared := plan_for(layers[2], x, True)) is not None
+        ):  # fmt: skip
+            dtypes = output_dtype(x, slope), compute_dtype(x)
+            return RecomputedUnit.apply(x, weight, bias, slope, norm.eps, *prepared, dtypes), True
         else:
             in_place = fresh if at == 0 else type(layers[at - 1]) in PLAIN
             x = fused(x, weight, bias, slope, norm.eps, in_place)
@@ -170,19 +179,6 @@ class _ConvModernNd(nn.Module):
         for layer in layers:
             x = convolve(layer, x, False)
         return x
-
-    def _refuse_unbatched(self, x: Tensor) -> None:
-        """Raise if x has no batch axis. PReLU would then apply its slopes along the first spatial axis."""
-        if any(type(module) is nn.PReLU and module.weight.numel() > 1 for module in self.mconv):
-            raise RuntimeError(f"x must have {self._order + 2} axes, a batch of samples, got shape {tuple(x.shape)}")
-
-
-def _recomputed(x: Tensor, norm: Any, slope: Tensor | float, layer: nn.Module) -> Tensor:
-    """norm → activation → layer as one operation that saves x only, if layer is a plain convolution."""
-    prepared = plan_for(layer, x, True)
-    if prepared is None:
-        return convolve(layer, fused(x, norm.weight, norm.bias, slope, norm.eps), True)
-    return recompute.unit(x, norm.weight, norm.bias, slope, norm.eps, *prepared)
 
 
 class _ConvModern(_ConvModernNd):
@@ -265,10 +261,6 @@ class _BlockConvStkNd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x through all units."""
-        for unit in self.units():
+        for unit in (*self.conv_list, self.conv_scale):
             x = unit(x)
         return x
-
-    def units(self) -> list[nn.Module]:
-        """The units in order of execution."""
-        return [*self.conv_list, self.conv_scale]

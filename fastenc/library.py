@@ -131,9 +131,9 @@ def _fake_forward(
     return _alike(readable(x), dtype or x.dtype), x.new_empty((2, x.shape[0] * x.shape[1]), dtype=torch.float32)
 
 
-def _as_declared(volume: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """volume in the dtype and layout that the fake operator declared."""
-    return _alike(readable(x), dtype or x.dtype).copy_(volume)
+def _as_declared(tensor: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """tensor in the dtype and layout that the fake operator declared."""
+    return _alike(readable(x), dtype or x.dtype).copy_(tensor)
 
 
 def _alike(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -154,8 +154,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     # The gradient of a parameter is contiguous, whatever the parameter's strides.
     parameters = [None if each is None else each.new_empty(each.shape) for each in (weight, bias, slope)]
-    volumes = [None if each is None else _alike(readable(x), x.dtype) for each in (x, residual)]
-    wanted = (volumes[0], *parameters, volumes[1])
+    wanted = (_alike(readable(x), x.dtype), *parameters, None if residual is None else _alike(readable(x), x.dtype))
     return tuple(
         tensor if need and tensor is not None else x.new_empty(0) for tensor, need in zip(wanted, needs, strict=True)
     )

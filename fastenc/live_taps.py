@@ -102,16 +102,13 @@ def plan_convolution(
 
     Args:
         frozen: the cut weight is kept, so that cutting it costs nothing.
-
-    Raises:
-        TypeError: stride, padding or dilation is not a tuple of one int per axis.
     """
     size, kernel = x_shape[2:], weight_shape[2:]
     if len(x_shape) != len(weight_shape) or x_shape[0] < 1 or x_shape[1] != groups * weight_shape[1]:
         return None  # torch's own error
     for option in (stride, padding, dilation):
         if type(option) is not tuple or len(option) != len(size) or any(type(value) is not int for value in option):
-            raise TypeError(option)
+            return None  # torch takes an int, or one entry for all axes, too
     if min(*stride, *dilation) < 1 or min(padding) < 0:
         return None  # torch's own error
     ordinary = ConvPlan(stride, padding, dilation, groups, fused) if fused else None

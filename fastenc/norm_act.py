@@ -53,10 +53,9 @@ class _InstanceNormActNd(nn.Module):
 
 
 def _why_eager(x: object, norm: nn.Module, activation: nn.Module) -> str | None:
-    return route.reason(x) or route.hook_reason(norm, activation) or _why_not_plain(norm, activation)
-
-
-def _why_not_plain(norm: nn.Module, activation: nn.Module) -> str | None:
+    reason = route.reason(x) or route.hook_reason(norm, activation)
+    if reason is not None:
+        return reason
     if type(norm) not in INSTANCE_NORMS:
         return f"its norm is {norm}, not one of torch's own"
     if type(activation) not in ACTIVATIONS:

@@ -15,27 +15,15 @@ from torch import Tensor
 
 from . import convolution, reference, route
 from .convolution import ConvPlan
-from .functional import launchers, output_dtype
+from .functional import launched_forward, launchers
 from .saved import save, saved
 
 
-def unit(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slope: Tensor | float,
-    eps: float,
-    convolution_weight: Tensor,
-    convolution_bias: Tensor | None,
-    plan: ConvPlan,
-) -> Tensor:
-    """instance_norm_prelu(x, weight, bias, slope, eps), then the convolution by `plan`, on the Triton route."""
-    dtypes = output_dtype(x, slope), convolution.compute_dtype(x)
-    return RecomputedUnit.apply(x, weight, bias, slope, eps, convolution_weight, convolution_bias, plan, dtypes)
-
-
 class RecomputedUnit(torch.autograd.Function):
-    """norm → activation → convolution. Saves x, the statistics and the Parameters."""
+    """norm → activation → convolution by `plan`, on the Triton route. Saves x, the statistics and the Parameters.
+
+    dtypes: the `output_dtype` of the activation and the `compute_dtype` of the convolution.
+    """
 
     @staticmethod
     def forward(
@@ -50,11 +38,7 @@ class RecomputedUnit(torch.autograd.Function):
         plan: ConvPlan,
         dtypes: tuple[torch.dtype | None, torch.dtype | None],
     ) -> Tensor:
-        try:
-            y, statistics = launchers()[0](x, weight, bias, slope, eps, dtypes[0])
-        except Exception as error:
-            route.fall_back(error, x.device)
-            y, statistics = reference.forward(x, weight, bias, slope, eps), None
+        y, statistics = launched_forward(x, weight, bias, slope, None, eps, dtypes[0])
         shared = slope if isinstance(slope, Tensor) else None
         save(ctx, x, weight, bias, shared, convolution_weight, convolution_bias, statistics)
         ctx.slope, ctx.eps, ctx.plan, ctx.dtypes = None if shared is not None else slope, eps, plan, dtypes

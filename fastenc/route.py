@@ -228,7 +228,7 @@ def reason(x: Any) -> str | None:
     if found is not None:
         return found
     if x.dtype not in DTYPES:
-        return f"x is {_name(x.dtype)}; the kernels compute in float32, bfloat16 and float16"
+        return f"x is {str(x.dtype).removeprefix('torch.')}; the kernels compute in float32, bfloat16 and float16"
     return device_reason(x)
 
 
@@ -275,10 +275,6 @@ def hook_reason(*modules: Module) -> str | None:
         if own.get("_compiled_call_impl") is not None:
             return f"{type(module).__name__} was compiled by itself"
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @constant_in_graphs

@@ -8,8 +8,7 @@ import io
 import json
 import platform
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 import fastenc
 
+from ..bench.arguments import chosen_device, device_problem, folder_problem, positive
 from .demo_routes import (
     GRADIENT_TOLERANCE,
     OUTPUT_TOLERANCE,
@@ -61,11 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and a JSON."
     )
     parser.add_argument(
-        "--steps", type=_positive, default=250, metavar="N", help="training steps (default: %(default)s)"
+        "--steps", type=positive, default=250, metavar="N", help="training steps (default: %(default)s)"
     )
     parser.add_argument(
         "--batch",
-        type=_positive,
+        type=positive,
         default=8,
         metavar="N",
         help="patches encoded, and trained on, at a time (%(default)s)",
@@ -80,12 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo. Returns 0, 1 if routes disagree, or 2 if it cannot start."""
     problem = _cannot_start(arguments)
@@ -96,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..bench.engine.machine import describe, settings
     from . import demo_data
 
-    device = torch.device("cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = chosen_device(arguments.device)
     volumes = demo_data.mni152()
     generator = np.random.default_rng(SEED)
     training = demo_data.draw(volumes, demo_data.TRAINING, TRAINING_PATCHES, generator)
@@ -127,8 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
         "data": {
             "volume": "MNI152 template at 1 mm, as nilearn installs it",
             "patch": list(demo_data.PATCH_SHAPE),
-            "training": {"patches": TRAINING_PATCHES, "slabs": demo_data.TRAINING.slabs},
-            "held_out": {"patches": HELD_OUT_PATCHES, "slabs": demo_data.HELD_OUT.slabs},
+            "training": {"patches": TRAINING_PATCHES, "slabs": demo_data.TRAINING},
+            "held_out": {"patches": HELD_OUT_PATCHES, "slabs": demo_data.HELD_OUT},
         },
         "encoding": {"network": EXAMPLE_1, "channels": demo_data.CHANNELS, "rows": [asdict(row) for row in rows]},
         "agreement": {
@@ -164,14 +158,7 @@ def _cannot_start(arguments: argparse.Namespace) -> str | None:
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         return f"{', '.join(missing)} not installed: pip install 'fastenc[demo]'"
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        return "--device cuda: torch finds no CUDA GPU here; --device cpu runs without one"
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=arguments.out).close()
-    except OSError as error:
-        return f"--out {arguments.out}: cannot write there: {error.strerror or error}"
-    return None
+    return device_problem(arguments.device) or folder_problem(arguments.out)
 
 
 def _encoding_lines(rows: Sequence[Row], batch: int) -> list[str]:
@@ -213,11 +200,10 @@ def _train(
     seen, unseen = ((patches.inputs, patches.fractions) for patches in (training, held_out))
     learned = []
     for route in routes:
-        steps = iter(range(1, arguments.steps + 1))
 
-        def show(loss: float, route: Route = route, steps: Iterator[int] = steps) -> None:
+        def show(step: int, loss: float, route: Route = route) -> None:
             progress.advance(1)
-            progress.say(f"training, {route.name}", f"step {next(steps)} of {arguments.steps}, loss {loss:.3f}")
+            progress.say(f"training, {route.name}", f"step {step} of {arguments.steps}, loss {loss:.3f}")
 
         options = {"steps": arguments.steps, "batch": arguments.batch, "device": device, "seed": SEED}
         learned.append(train(route, SMALL, seen, unseen, **options, on_step=show))

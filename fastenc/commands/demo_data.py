@@ -19,19 +19,11 @@ LEAST_BRAIN = 0.1  # the least share of brain among a patch's voxels
 BRAIN_MEAN, BRAIN_SPREAD = 0.69, 0.2  # of T1, roughly, inside the brain
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of the brain: slabs [start, stop) of voxels along the axis from the back of the head to the front.
-
-    The template is its own mirror image from left to right: a split along that axis would test on what was trained on.
-    """
-
-    name: str
-    slabs: tuple[tuple[int, int], ...]
-
-
-TRAINING = Part("training", ((0, 94), (146, 233)))
-HELD_OUT = Part("held-out", ((98, 142),))
+# Parts of the brain: slabs [start, stop) of voxels along the axis from the back of the head to the front. The template
+# is its own mirror image from left to right, so a split along that axis would test on what was trained on.
+Slabs = tuple[tuple[int, int], ...]
+TRAINING: Slabs = ((0, 94), (146, 233))
+HELD_OUT: Slabs = ((98, 142),)
 
 
 @dataclass(frozen=True)
@@ -75,13 +67,13 @@ def mni152() -> np.ndarray:
     return np.stack([np.asarray(image.dataobj, dtype=np.float32) for image in images])
 
 
-def draw(volumes: np.ndarray, part: Part, count: int, generator: np.random.Generator) -> Patches:
-    """Draw `count` patches, each within one slab of `part` and with a share of brain of at least `LEAST_BRAIN`.
+def draw(volumes: np.ndarray, slabs: Slabs, count: int, generator: np.random.Generator) -> Patches:
+    """Draw `count` patches, each within one of the slabs and with a share of brain of at least `LEAST_BRAIN`.
 
     volumes: as `mni152` returns them.
     """
     sides, _, heights = (np.arange(n - size + 1) for n, size in zip(volumes.shape[1:], PATCH_SHAPE, strict=True))
-    depths = np.concatenate([np.arange(start, stop - PATCH_SHAPE[1] + 1) for start, stop in part.slabs])
+    depths = np.concatenate([np.arange(start, stop - PATCH_SHAPE[1] + 1) for start, stop in slabs])
     corners: list[list[int]] = []
     patches: list[np.ndarray] = []
     while len(patches) < count:

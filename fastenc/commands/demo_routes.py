@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from ..bench.baselines.encoder import plain_encoder
 from ..bench.engine.agreement import GRADIENT_FLOOR, OUTPUT_FLOOR, distance, distances
 from ..bench.engine.memory import peak_bytes
 from ..bench.engine.record import Network
-from ..bench.engine.timing import synchronize
+from ..bench.engine.timing import Work, sample
 
 LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 3, 50, 5.0  # timed calls of each route
 LEARNING_RATE = 5e-3
@@ -116,16 +117,16 @@ def encode(
         with torch.device("meta"):
             network = route.build(arguments)
         network.load_state_dict(parameters, assign=True)
-        call = _inference(route, route.place(network, device), route.place(x, device))
+        run = torch.no_grad()(partial(route.call, route.place(network, device), route.place(x, device)))
         on_call(route.name)
         try:
-            outputs[route.name] = call()
+            outputs[route.name] = run()
         except Exception as error:  # an error of one route becomes its row of the table, and the others still run
             if route is available[0]:
                 raise
             failed.append(_failed(route.name, error))
         else:
-            calls[route.name] = call
+            calls[route.name] = run
     expected = outputs[available[0].name]
     seconds = _take_turns(calls, device, on_call)
     rows = []
@@ -140,14 +141,6 @@ def _failed(name: str, error: Exception) -> Row:
     return Row(name, agrees=False, note=f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _inference(route: Route, network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return route.call(network, x)
-
-    return call
-
-
 def _take_turns(
     calls: Mapping[str, Callable[[], Tensor]], device: torch.device, on_call: Callable[[str], None]
 ) -> list[list[float]]:
@@ -159,11 +152,7 @@ def _take_turns(
             break
         for (name, call), samples in zip(calls.items(), seconds, strict=True):
             on_call(name)
-            synchronize(device)
-            begin = time.perf_counter()
-            call()
-            synchronize(device)
-            samples.append(time.perf_counter() - begin)
+            samples.append(sample(Work(call), 1, device))
     return seconds
 
 
@@ -230,11 +219,12 @@ def train(
     batch: int,
     device: torch.device,
     seed: int,
-    on_step: Callable[[float], None],
+    on_step: Callable[[int, float], None],
 ) -> Learned:
     """Train a network on one route. Every route gets the same initialization and the same batches.
 
-    training, held_out: inputs (count, in_planes, 31, 32, 30) and targets (count, targets). on_step gets each loss.
+    training, held_out: inputs (count, in_planes, 31, 32, 30) and targets (count, targets).
+    on_step gets the number of each step, from 1, and its loss.
     """
     network = route.place(route.network(arguments, seed), device)
     inputs, targets = training
@@ -244,7 +234,7 @@ def train(
     order = torch.Generator().manual_seed(seed)
     loss_of_step: list[float] = []
     begin = time.perf_counter()
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         chosen = torch.randint(len(inputs), (batch,), generator=order)
         x, target = route.place(inputs[chosen], device), (targets[chosen] - mean) / std
         loss = F.mse_loss(route.call(network, x), target.to(device))
@@ -253,7 +243,7 @@ def train(
         optimizer.step()
         schedule.step()
         loss_of_step.append(loss.item())
-        on_step(loss_of_step[-1])
+        on_step(step, loss_of_step[-1])
     seconds = time.perf_counter() - begin
     with torch.no_grad():
         parts = [route.call(network, route.place(part, device)).cpu() for part in held_out[0].split(batch)]

@@ -12,6 +12,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -194,15 +195,10 @@ def _compiled(net: nn.Module, x: Tensor) -> int:
         values: Any = [node.meta["example_value"] for node in outputs]  # type: ignore[union-attr]
         return lambda *inputs: [torch.zeros(value.shape) if isinstance(value, Tensor) else value for value in values]
 
-    device_reason = route.device_reason
     torch.compiler.reset()
-    try:
-        route.device_reason = lambda x: None  # as on a GPU
-        with torch.no_grad():
-            torch.compile(net, backend=count, dynamic=False)(x)
-    finally:
-        route.device_reason = device_reason
-        torch.compiler.reset()
+    with torch.no_grad(), mock.patch.multiple(route, device_reason=lambda x: None):  # as on a GPU
+        torch.compile(net, backend=count, dynamic=False)(x)
+    torch.compiler.reset()
     return found
 
 

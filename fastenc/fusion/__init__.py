@@ -10,7 +10,7 @@ attribute on the instance, and nothing else about them changes. `restore` remove
 
 Defer (`deferred.py`, `pending.py`, `unbiased.py`). While a scope runs, its norms return a `Deferred`: a tensor without
 memory that knows how to compute z = norm(x). The activation computes PReLU(z), or PReLU(z + residual), in one kernel.
-Any other consumer gets z. While a graph is traced, a `Pending` takes the place of the `Deferred`. A convolution returns
+Any other consumer gets z. While a graph is traced, a `Pending` replaces the `Deferred`. A convolution returns
 an `Unbiased` if the norm that reads it cancels its bias.
 
 Fall back. On the eager route, with hooks, replaced forwards, tracers and whatever the kernels do not support, each
@@ -21,27 +21,31 @@ module does what torch.nn does. The decision is made in each call, by `route.rea
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..layers import _ConvModernNd
 from ..norm_act import _InstanceNormActNd
-from ..pair import INSTANCE_NORMS, why_not_plain
+from ..pair import DROPOUTS, INSTANCE_NORMS, why_not_plain
 from .convolutions import Convolution, has_free_strides
 from .modules import Activation, DeferredNorm, Dropout, Forward, FusedNorm, FusionScope, ModelRoot, TracedScope, restore
+
+if TYPE_CHECKING:
+    from .search import Found, Way  # torch.fx, which is slow to import
 
 SUMMARY = "_fastenc_summary"  # holds the summary of a model that has an attribute `accelerated` of its own
 
 
 @dataclass(frozen=True, slots=True)
 class NormOutcome:
-    """What became of one norm: "fused" with an activation, the kernel "alone", or "left" as it was; and why.
+    """The outcome for one norm: "fused" with an activation, the kernel "alone", or "left" as it was, with the reason.
 
-    biases: the convolutions before it whose bias it cancels, and which run without that bias.
+    biases: the convolutions before it that run without their bias, which it cancels.
     """
 
     name: str
@@ -115,6 +119,8 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model its
     - A model that writes over its input writes over the channels-last copy, not over the caller's tensor.
     - Under torch.compile, changes in place between norm and activation are known from the search alone. If you change a
       forward so that it changes a norm's input there, accelerate again before compiling.
+    - A custom autograd.Function and torch.func.vmap read a convolution's output without the bias that is left out. The
+      search keeps the bias where it sees one. If you add one to a forward later, accelerate again.
     - A hook on a module that a norm's output leaves before its activation keeps the two from being fused.
     - Each of these modules is part of a reference cycle, so a deleted model is freed by Python's garbage collector.
     - A module whose class defines `__reduce_ex__` itself is pickled by that; copy.copy of it shares the forward.
@@ -144,7 +150,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model its
             forward.install()
         if summary is not None:
             vars(model).update({SUMMARY: summary} if hasattr(model, "accelerated") else {"accelerated": summary})
-    except BaseException:  # KeyboardInterrupt, say
+    except BaseException:  # also a KeyboardInterrupt
         for module, own in before:
             vars(module).clear()
             vars(module).update(own)
@@ -153,7 +159,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model its
 
 
 def _check(model: Any) -> None:
-    """Raise where model is nothing that can be accelerated, saying why."""
+    """Raise if model cannot be accelerated."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -171,78 +177,85 @@ def _check(model: Any) -> None:
 
 
 def _planned(model: nn.Module) -> tuple[Summary, list[Forward]]:
-    """What becomes of each norm, and the forwards to install; changes nothing."""
+    """The outcome of each norm, and the forwards to install. Changes nothing."""
     from .search import find, own_forward
 
     names = {module: name for name, module in model.named_modules()}
-    units = [module for module in names if isinstance(module, (_ConvModernNd, _InstanceNormActNd))]
-    own = {inner for unit in units for inner in unit.modules()}
-    norms = [module for module in names if isinstance(module, INSTANCE_NORMS)]
-    left = {norm: reason for norm in norms if (reason := _why_left(norm, own, own_forward(norm)))}
-    found = find(model, {norm for norm in norms if norm not in left})
-    outcomes: list[NormOutcome] = []
-    forwards: list[Forward] = []
-
-    def named(norms_by_module: dict[nn.Module, list[nn.Module]]) -> tuple[tuple[nn.Module, tuple[str, ...]], ...]:
-        return tuple((module, tuple(dict.fromkeys(map(names.__getitem__, n)))) for module, n in norms_by_module.items())
-
-    cancelled = {
-        convolution: ways
-        for convolution, ways in found.cancelled.items()
-        if convolution not in found.kept and convolution not in own and not own_forward(convolution)
+    own = {
+        inner for layer in names if isinstance(layer, (_ConvModernNd, _InstanceNormActNd)) for inner in layer.modules()
     }
-    biases: dict[nn.Module, list[str]] = {}
-    for convolution, ways in cancelled.items():
-        for norm in dict.fromkeys(way.norm for way in ways):
-            biases.setdefault(norm, []).append(names[convolution])
-    for norm in norms:
-        if norm in left:
-            outcomes.append(NormOutcome(names[norm], "left", left[norm]))
-            continue
-        why = "; ".join(dict.fromkeys(found.why.get(norm, ())))
-        partners = " or ".join(
-            f"{m} (a function)" if isinstance(m, str) else f"{names[m]} ({type(m).__name__})"
-            for m in found.partners.get(norm, ())
-        )
-        if norm in found.boxes:
-            why = f"if they meet: the forward of {type(found.boxes[norm]).__name__} cannot be traced"
-        without = tuple(biases.get(norm, ()))
-        if partners:
-            detail = f"with {partners}" + (f"; {why}" if why else "")
-            outcomes.append(NormOutcome(names[norm], "fused", detail, without))
-            forwards.append(DeferredNorm(norm, name=names[norm]))
-        else:
-            outcomes.append(NormOutcome(names[norm], "alone", why or "no call of it was seen", without))
-            forwards.append(FusedNorm(norm))
-    if forwards:
-        activations = dict.fromkeys(partner for partners in found.partners.values() for partner in partners)
-        forwards += [Activation(activation) for activation in activations if isinstance(activation, nn.Module)]
-        forwards += [Dropout(dropout) for dropout in found.dropouts]
-        scopes = {**found.scopes, **({} if model in norms else {model: found.scopes.get(model, {})})}
-        between = {scope: {module: list(inner) for module, inner in inside.items()} for scope, inside in scopes.items()}
-        proven = {scope: found.proven(scope) for scope in scopes}
-        for convolution, ways in cancelled.items():
-            for way in ways:
-                scope, callers = way.scope(scopes)
-                for module in (way.norm, *way.between, *callers):
-                    between.setdefault(scope, {}).setdefault(module, []).append(convolution)
-                scope, callers = way.scope()
-                for module in (convolution, way.norm, *way.between, *callers):
-                    if convolution not in found.unproven:
-                        proven.setdefault(scope, {}).setdefault(module, []).append(convolution)
-        for module in names:
-            if (module in cancelled or has_free_strides(module)) and module not in own and not own_forward(module):
-                name = names[module] if module in cancelled else ""
-                forwards.append(Convolution(module, cancelled=name, mends=has_free_strides(module)))
-        for scope in dict.fromkeys((*between, *proven)):
-            kind = ModelRoot if scope is model else FusionScope if scope in between else TracedScope
-            options = {"between": named(between.get(scope, {})), "proven": named(proven.get(scope, {}))}
-            forwards.append(kind(scope, **options))
-    return Summary(tuple(outcomes)), forwards
+    norms = {norm: _why_left(norm, own, own_forward(norm)) for norm in names if isinstance(norm, INSTANCE_NORMS)}
+    found = find(model, {norm for norm, why_left in norms.items() if why_left is None})
+    changeable = {module for module in names if module not in own and not own_forward(module)}
+    cancelled = [way for way in found.cancelled if way.start in changeable - found.kept]
+    summary = Summary(tuple(_outcome(norm, why_left, found, cancelled, names) for norm, why_left in norms.items()))
+
+    fused = {way.start for way in found.ways}
+    forwards: list[Forward] = [
+        DeferredNorm(norm, name=names[norm]) if norm in fused else FusedNorm(norm)
+        for norm, why_left in norms.items()
+        if why_left is None
+    ]
+    if not forwards:
+        return summary, []
+    ends = dict.fromkeys(way.end for way in found.ways)
+    forwards += [Activation(end) for end in ends if isinstance(end, nn.Module)]
+    between = dict.fromkeys(module for way in (*found.ways, *found.cancelled) for module in way.between)
+    forwards += [Dropout(module) for module in between if type(module) in DROPOUTS and not own_forward(module)]
+    without_bias = {way.start: names[way.start] for way in cancelled}
+    forwards += [
+        Convolution(module, cancelled=without_bias.get(module, ""), mends=has_free_strides(module))
+        for module in names
+        if module in changeable and (module in without_bias or has_free_strides(module))
+    ]
+    return summary, [*forwards, *_scopes(model, found, cancelled, names)]
+
+
+def _outcome(
+    norm: nn.Module, why_left: str | None, found: Found, cancelled: list[Way], names: dict[nn.Module, str]
+) -> NormOutcome:
+    """The outcome for norm. why_left: the reason why it is left as it is, or None."""
+    if why_left is not None:
+        return NormOutcome(names[norm], "left", why_left)
+    why = "; ".join(dict.fromkeys(found.why.get(norm, ())))
+    if norm in found.boxes:
+        why = f"if they meet: the forward of {type(found.boxes[norm]).__name__} cannot be traced"
+    biases = tuple(dict.fromkeys(names[way.start] for way in cancelled if way.end is norm))
+    ends = dict.fromkeys(way.end for way in found.ways if way.start is norm)
+    if not ends:
+        return NormOutcome(names[norm], "alone", why or "no call of it was seen", biases)
+    partners = " or ".join(
+        f"{end} (a function)" if isinstance(end, str) else f"{names[end]} ({type(end).__name__})" for end in ends
+    )
+    return NormOutcome(names[norm], "fused", f"with {partners}" + (f"; {why}" if why else ""), biases)
+
+
+def _scopes(model: nn.Module, found: Found, cancelled: list[Way], names: dict[nn.Module, str]) -> list[Forward]:
+    """The forwards of the modules whose own forward calls both ends of a way, and of the model itself."""
+    scopes = {way.scope()[0] for way in found.ways} | ({model} if not isinstance(model, INSTANCE_NORMS) else set())
+    # By scope and module, the names of norms and convolutions, for `FusionScope`.
+    between: dict[nn.Module, dict[nn.Module, dict[str, None]]] = {scope: defaultdict(dict) for scope in scopes}
+    proven: dict[nn.Module, dict[nn.Module, dict[str, None]]] = {}
+    for way in (*found.ways, *cancelled):
+        scope, callers = way.scope(scopes)
+        # An activation or dropout on the way of a norm checks its own hooks.
+        for module in (*way.modules[1:], *callers) if isinstance(way.end, INSTANCE_NORMS) else callers:
+            between.setdefault(scope, defaultdict(dict))[module][names[way.start]] = None
+        if way.start not in found.unproven:
+            scope, callers = way.scope()
+            for module in (*way.modules, *callers):
+                proven.setdefault(scope, defaultdict(dict))[module][names[way.start]] = None
+    forwards: list[Forward] = []
+    for scope in dict.fromkeys((*between, *proven)):
+        kind = ModelRoot if scope is model else FusionScope if scope in between else TracedScope
+        tables = (table.get(scope, {}).items() for table in (between, proven))
+        first, second = (tuple((module, tuple(inside)) for module, inside in table) for table in tables)
+        forwards.append(kind(scope, between=first, proven=second))
+    return forwards
 
 
 def _why_left(norm: nn.Module, own: set[nn.Module], replaced: bool) -> str | None:
-    """Why norm, an InstanceNorm, is not touched."""
+    """Why norm, an InstanceNorm, is left as it is, or None."""
     if norm in own:
         return "it is in one of fastenc's own units, which fuse already"
     if type(norm) not in INSTANCE_NORMS:

@@ -1,13 +1,13 @@
-"""The forwards of convolutions in an accelerated model. Two things are theirs.
+"""The forwards of convolutions in an accelerated model. They serve two purposes.
 
-A bias that a norm cancels. The norm subtracts the mean, so the bias of a convolution that only an InstanceNorm reads
+A bias that a norm cancels: the norm subtracts the mean, so the bias of a convolution that only an InstanceNorm reads
 has no effect and a gradient of zero. torch adds it in a pass over the output, and sums its gradient in another pass.
 Here the convolution runs without it (`unbiased.py`), and the gradient is exact zeros.
 
-A weight with axes of length 1: one input channel, a group for each, or one tap. An accelerated model gives its
-convolutions channels-last tensors. The gradient that torch then returns for such a weight has the weight's order in
-memory, but other strides on the axes of length 1. nn.parallel.DistributedDataParallel reports the difference. Here the
-gradient has the weight's own strides, as it has for contiguous tensors.
+A weight with axes of length 1, that is one input channel, a group for each channel, or one tap: an accelerated model
+gives its convolutions channels-last tensors. The gradient that torch then returns for such a weight has the weight's
+order in memory, but other strides on the axes of length 1. nn.parallel.DistributedDataParallel reports the difference.
+Here the gradient has the weight's own strides, as it has for contiguous tensors.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from torch.compiler import is_compiling
 from .. import route
 from .._torch import saved_tensors_hooks
 from ..convolution import WeightAlone
-from .deferred import running
 from .modules import Forward
 from .pending import may_wait
-from .unbiased import PendingBias, biased, unbiased
+from .unbiased import PendingBias, biased, running, unbiased
 
 Options = tuple[str, ...]
 _CONVOLUTION: Options = ("stride", "padding", "dilation", "groups")
@@ -43,12 +42,12 @@ CONVOLUTIONS = tuple(_FUNCTIONS)
 
 
 class Convolution(Forward):
-    """A convolution. `cancelled`: what it is called in the model, if a norm cancels its bias. `mends`: the strides."""
+    """A convolution. cancelled: its name in the model, if a norm cancels its bias. mends: the strides of gradients."""
 
     cancelled = ""
     mends = False
 
-    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # named as torch.nn names it
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:  # torch.nn's name
         module = self.module
         if (
             args or kwargs or not (self.cancelled or self.mends)
@@ -72,13 +71,14 @@ class Convolution(Forward):
         return unbiased(y, bias, weight.dim() - 2)
 
     def _cancels(self) -> bool:
-        """Whether the norm reads the output of this call, and no hook on the way."""
+        """Whether a norm reads the output of this call, and no hook on the way does."""
         if not self.cancelled:
             return False
         if is_compiling():
             return may_wait(self.cancelled)
         return bool(
             (running.scopes or saved_tensors_hooks(True))
+            and torch.is_grad_enabled() == running.grad_mode  # a reentrant checkpoint gives the output another history
             and self.cancelled not in running.observed
             and route.hook_reason(self.module) is None
         )

@@ -8,7 +8,6 @@ to PyTorch it is an ordinary tensor of the autograd graph, with shape, strides, 
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -20,21 +19,10 @@ from torch import Tensor
 from fastenc.kernels.layout import layout
 
 from .. import reference, route
-from .._torch import disabled_torch_function, forbid_data_ptr, tree_map_only
+from .._torch import disabled_torch_function, forbid_data_ptr, saved_tensors_hooks, tree_map_only
 from ..functional import fits, fused
 from ..pair import FUNCTIONS, slope_of_call
-
-
-class _Running(threading.local):
-    """Of this thread: how many scopes run, the norms that must not defer in them, and every Deferred made in them."""
-
-    def __init__(self) -> None:
-        self.scopes = 0
-        self.observed: frozenset[str] = frozenset()
-        self.waiting: list[Callable[[], Any]] = []
-
-
-running = _Running()
+from .unbiased import Unbiased, running
 
 
 class Deferred(Tensor):
@@ -46,6 +34,7 @@ class Deferred(Tensor):
     eps: float
     versions: list[int]
     grad_mode: bool
+    hooks: Any
     dropout: Any = None
     noise: list[Tensor]
     residual: Tensor | None = None
@@ -55,14 +44,16 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """A functional activation completes z. Anything else goes through the dispatcher, below autograd: what is
-        computed there needs no history of its own.
+        """A functional activation completes z. Any other function goes through the dispatcher, below autograd, so the
+        value that is computed there needs no history.
         """
         if func in FUNCTIONS:
             z = args[0] if args else kwargs["input"]
             y = z.activated(*slope_of_call(func, args, kwargs or {})) if type(z) is Deferred else None
             if y is not None:
                 return y
+        if Unbiased in types:
+            return NotImplemented  # its own function comes next, and replaces it by the sum
         with disabled_torch_function():
             return func(*args, **(kwargs or {}))
 
@@ -72,7 +63,8 @@ class Deferred(Tensor):
         z.x, z.weight, z.bias, z.eps = x, weight, bias, eps
         z.versions = _versions(x, weight, bias, None)
         z.grad_mode = torch.is_grad_enabled()
-        # z has no memory: what asks for its address past the methods here gets an error, and no null pointer.
+        z.hooks = saved_tensors_hooks(True)
+        # z has no memory. Code that asks for its address by other methods than these gets an error and no null pointer.
         forbid_data_ptr(z)
         if running.scopes:
             running.waiting.append(weakref.ref(z))
@@ -82,7 +74,7 @@ class Deferred(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """func of the values."""
+        """Call func with the values."""
         return func(*tree_map_only(Deferred, _value, args), **tree_map_only(Deferred, _value, kwargs or {}))
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
@@ -99,18 +91,6 @@ class Deferred(Tensor):
 
     def data_ptr(self) -> int:
         return _value(self).data_ptr()
-
-    def tolist(self) -> Any:
-        return self._in_memory().tolist()
-
-    def numpy(self, *, force: bool = False) -> Any:
-        return self._in_memory().numpy(force=force)
-
-    def __array__(self, dtype: Any = None) -> Any:
-        return self._in_memory().__array__(dtype)
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._in_memory().__dlpack__(**options)
 
     @property
     def __cuda_array_interface__(self) -> Any:
@@ -129,7 +109,7 @@ class Deferred(Tensor):
         super().retain_grad()
 
     def activated(self, slope: Tensor | float, inplace: bool) -> Tensor | None:
-        """PReLU(z) in one kernel. None if z was read already, or if the slope does not fit it."""
+        """PReLU(z) in one kernel. None if z was read before, or if the slope does not fit it."""
         if self._looked_at() or self.grad_mode != torch.is_grad_enabled():
             return None
         if isinstance(slope, Tensor) and not (fits(slope, self.x, 1) or fits(slope, self.x, self.x.size(1))):
@@ -137,20 +117,20 @@ class Deferred(Tensor):
         self._check_unchanged()
         y = self._computed(slope)
         if self.dropout is not None:
-            y = self.dropout(y)  # positive factors, and a slope on either side of them: the same
+            y = self.dropout(y)  # its factors are positive, so dropout and activation can change places
         self.passed_by = True
         if inplace:
             self.replaced = y
         return y
 
     def dropped(self, dropout: Callable[[Tensor], Tensor], inplace: bool) -> Deferred | None:
-        """dropout(z), to be computed; None where z is `_settled`, or itself changes."""
+        """dropout(z), to be computed. None if z is `_settled`, or if the dropout is in place."""
         if inplace or self._settled():
             return None
         self.passed_by = True
         if self.requires_grad:
             return _Drop.apply(self, dropout)
-        return _dropped(self, dropout, [])
+        return self._again(dropout=dropout, noise=[])
 
     def plain(self) -> Tensor:
         """z as a plain tensor, with its history."""
@@ -163,7 +143,7 @@ class Deferred(Tensor):
             return self._computed(1.0)
 
     def settle(self) -> None:
-        """Compute z: it outlives the forward that made it, and what it is computed from may change from now on."""
+        """Compute z, which outlives the forward that made it, before the tensors that it is computed from change."""
         if self.replaced is not None:
             y = self.plain()
             if self.requires_grad:
@@ -182,7 +162,7 @@ class Deferred(Tensor):
     def __radd__(self, other: Any) -> Tensor:
         r = self._residual(other)
         if r is None and isinstance(other, Tensor):
-            return NotImplemented  # other's own __add__, then, which gives the sum other's strides
+            return NotImplemented  # then other.__add__ runs, which gives the sum other's strides
         return super().__radd__(other) if r is None else self._plus(r)
 
     def __iadd__(self, other: Any) -> Tensor:
@@ -196,7 +176,7 @@ class Deferred(Tensor):
         return self
 
     def _residual(self, other: Any) -> Tensor | None:
-        """other, to be added by the kernel; None where z is `_settled`, or where other does not lie as x does."""
+        """other, for the kernel to add. None if z is `_settled`, or if other has another layout than x."""
         x = self.x
         if (
             self._settled() or type(other) not in (Tensor, Deferred)
@@ -213,23 +193,37 @@ class Deferred(Tensor):
         self.passed_by = True
         if self.grad_mode and (self.requires_grad or r.requires_grad):
             return _Add.apply(self, r)
-        return _added(self, r)
+        return self._added(r)
+
+    def _added(self, r: Tensor, **own: Any) -> Deferred:
+        return self._again(residual=r, versions=_versions(self.x, self.weight, self.bias, r), **own)
+
+    def _again(self, **own: Any) -> Deferred:
+        """Another Deferred of the same norm."""
+        z = Deferred(self.x, self.weight, self.bias, self.eps)
+        vars(z).update({"versions": self.versions, **own})
+        return z
 
     def _computed(self, slope: Tensor | float) -> Tensor:
         return fused(self.x, self.weight, self.bias, slope, self.eps, residual=self.residual)
 
     def _looked_at(self) -> bool:
-        """Whether z is more than its definition: it has a value, or a history that is not its own.
+        """Whether z has a value, or a history other than its norm's.
 
-        Such a history is a leaf's, or that of an autograd Function which returns z, say a reentrant checkpoint's.
+        A leaf has one, and so has the output of an autograd.Function that returns z, such as a reentrant checkpoint.
         """
         if self.value is not None or self.replaced is not None:
             return True
-        with disabled_torch_function():  # once, which is quicker than twice
+        hooks = saved_tensors_hooks(True)
+        if hooks is not None and hooks != self.hooks:
+            # torch.utils.checkpoint may use z again, after the forward that made it, and must save the same tensors.
+            _value(self)
+            return True
+        with disabled_torch_function():  # one block is faster than two
             return self.requires_grad and type(self.grad_fn) not in _HISTORY
 
     def _keep_gradient(self) -> None:
-        """Compute z, so that no kernel fuses it away and its own gradient exists."""
+        """Compute z, so that no kernel fuses it away and z has a gradient."""
         if self.passed_by and self.requires_grad:
             raise RuntimeError(
                 "a hook or retain_grad() came after the output of an accelerated norm had been fused with what follows "
@@ -238,7 +232,7 @@ class Deferred(Tensor):
         _value(self)
 
     def _settled(self) -> bool:
-        """Whether nothing more can be deferred: z was read, something was added or dropped, or a tracer is active."""
+        """Whether nothing more can be deferred: z was read, has a residual or a dropout, or a tracer is active."""
         return (
             self._looked_at() or self.dropout is not None or self.residual is not None
             or self.grad_mode != torch.is_grad_enabled() or route.tracing_reason(self.x) is not None
@@ -261,8 +255,17 @@ class Deferred(Tensor):
                 )
 
 
+def _exporting(name: str) -> Any:
+    """The method of this name, which hands out memory and passes the methods above by."""
+    return lambda self, *args, **kwargs: getattr(self._in_memory(), name)(*args, **kwargs)
+
+
+for _name in ("tolist", "numpy", "__array__", "__dlpack__"):
+    setattr(Deferred, _name, _exporting(_name))
+
+
 def deferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Deferred:
-    """norm(x), to be computed; x lies densely in one of the two layouts, see `dense`."""
+    """norm(x), to be computed. x must be `dense`."""
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
@@ -270,18 +273,14 @@ def deferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) 
     return Deferred(x, weight, bias, eps)
 
 
-def dense(x: Tensor) -> bool:
-    """Whether norm(x) will have x's strides."""
-    return _dense(x.shape, x.stride())
-
-
 @lru_cache(maxsize=4096)
-def _dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+def dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the output of a norm has these strides if its input has them."""
     return layout(shape, stride) is not None
 
 
 def _versions(*tensors: Tensor | None) -> list[int]:
-    """How often each was changed in place."""
+    """How often each tensor was changed in place."""
     return [tensor._version for tensor in tensors if tensor is not None]
 
 
@@ -304,24 +303,12 @@ def _value(z: Deferred) -> Tensor:
     return z.value
 
 
-def _dropped(z: Deferred, dropout: Callable[[Tensor], Tensor], noise: list[Tensor]) -> Deferred:
-    copy = Deferred(z.x, z.weight, z.bias, z.eps)
-    copy.versions, copy.dropout, copy.noise = z.versions, dropout, noise
-    return copy
-
-
-def _added(z: Deferred, residual: Tensor) -> Deferred:
-    copy = Deferred(z.x, z.weight, z.bias, z.eps)
-    copy.residual, copy.versions = residual, _versions(z.x, z.weight, z.bias, residual)
-    return copy
-
-
 class _Defer(torch.autograd.Function):
     """The node of a Deferred in the autograd graph. It is used if z itself was read, and not after a fused kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Deferred:
-        ctx.terms = x, weight, bias, 1.0, eps  # not save_for_backward: hooks on saved tensors may move them about
+        ctx.terms = x, weight, bias, 1.0, eps  # not by save_for_backward, whose hooks may move tensors
         z = Deferred(x, weight, bias, eps)
         z.grad_mode = True
         ctx.versions = z.versions
@@ -344,9 +331,7 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Deferred, dropout: Callable[[Tensor], Tensor]) -> Deferred:
         ctx.noise = []
-        copy = _dropped(z, dropout, ctx.noise)
-        copy.grad_mode = True
-        return copy
+        return z._again(dropout=dropout, noise=ctx.noise, grad_mode=True)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -358,9 +343,7 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Deferred, residual: Tensor) -> Deferred:
-        copy = _added(z, residual)
-        copy.grad_mode = True
-        return copy
+        return z._added(residual, grad_mode=True)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The forwards that accelerated modules get in place of their own: `vars(module)["forward"]` is one of these objects.
+"""The forwards that accelerated modules get instead of their own: `vars(module)["forward"]` is one of these objects.
 
 A module's class, layout and hooks stay as they were. A norm returns a `Deferred` while one of the modules in which it
 was seen to meet an activation is running, and the activation completes it. Under torch.compile and torch.export a
@@ -26,15 +26,15 @@ from .._torch import constant_in_graphs, disabled_torch_function, saved_tensors_
 from ..convolution import channels_last, is_channels_last
 from ..functional import fused, is_supported
 from ..pair import TORCH_FORWARDS, slope_of, why_not_plain
-from .deferred import Deferred, deferred, dense, running
+from .deferred import Deferred, deferred, dense
 from .pending import Pending, enter, leave, may_wait
-from .unbiased import PendingBias, Unbiased
+from .unbiased import PendingBias, Unbiased, running
 
 _WAITING = (Deferred, Pending, Unbiased, PendingBias)
 
 
 class Forward(route.Accelerated):
-    """What runs in place of a module's own forward. `before`: the attributes of the module that it displaced."""
+    """The forward that runs instead of a module's own. before: the attributes of the module that it replaced."""
 
     # The attributes of a module that Python or torch look up on the instance; "forward" is set apart.
     ATTRIBUTES: ClassVar = {
@@ -54,7 +54,7 @@ class Forward(route.Accelerated):
         self._attach(self.module)
 
     def plainly(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module does by itself."""
+        """Run the module's own forward."""
         if "forward" in self.before:
             return self.before["forward"](*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -71,7 +71,7 @@ class Forward(route.Accelerated):
         vars(module).update({name: getattr(self, method) for name, method in self.ATTRIBUTES.items()})
 
     def _bound_to(self, module: nn.Module) -> None:
-        """Make module, a copy that may hold on to this forward, run one of its own."""
+        """Give module, a copy that may hold this forward, a forward of its own."""
         own, mine = vars(module), self
         if self.module is not module:
             mine = copy.copy(self)
@@ -81,13 +81,13 @@ class Forward(route.Accelerated):
         mine._attach(module)
 
     def _replica(self) -> Any:
-        """The module as nn.DataParallel copies it: its attributes, one by one."""
+        """The replica that nn.DataParallel makes of the module, attribute by attribute."""
         replica = type(self.module)._replicate_for_data_parallel(self.module)
         self._bound_to(replica)
         return replica
 
     def _reduced(self, protocol: Any) -> Any:
-        """How the module is pickled and copied: as by itself, and the copy runs a forward of its own."""
+        """Pickle and copy the module as its class does. The copy gets a forward of its own."""
         kind: Any = type(self.module)
         made: Any = kind.__reduce_ex__(self.module, max(2, protocol))
         if made[0] is not copyreg.__newobj__ or not isinstance(made[2], dict):  # type: ignore[attr-defined]
@@ -105,7 +105,7 @@ _STATE = "_fastenc_forward"
 
 
 def _made(cls: Any, *arguments: Any) -> Any:
-    """A module whose state is set next, by pickle or copy: they look `__setstate__` up on the instance."""
+    """A module whose state pickle or copy sets next. Both look `__setstate__` up on the instance."""
     module = cls.__new__(cls, *arguments)
     vars(module)["__setstate__"] = partial(_set_state, module)
     return module
@@ -118,13 +118,13 @@ def _set_state(module: Any, state: dict[str, Any]) -> None:
 
 
 def forward_of(module: nn.Module) -> Any:
-    """The `Forward` that accelerate put on module, if any, though something else may have replaced or wrapped it."""
+    """The `Forward` that accelerate set on module, or None. Other code may have replaced or wrapped it since."""
     found = getattr(vars(module).get("__reduce_ex__"), "__self__", None)
     return found if isinstance(found, Forward) else None
 
 
 def restore(module: nn.Module) -> None:
-    """Take `Forward.install` back."""
+    """Undo `Forward.install`."""
     forward, own = forward_of(module), vars(module)
     if forward is not None:
         for name in (*forward.ATTRIBUTES, *(["forward"] if own.get("forward") is forward else [])):
@@ -134,10 +134,10 @@ def restore(module: nn.Module) -> None:
 
 
 class FusedNorm(Forward):
-    """An InstanceNorm without an activation behind it: the fused kernel with slope 1."""
+    """An InstanceNorm without an activation: the fused kernel with slope 1."""
 
     def why_eager(self, x: object) -> str | None:
-        """Why the norm runs as torch's own on x; None if the kernel runs."""
+        """Why the norm runs as torch's own on x. None if the kernel runs."""
         return route.reason(x) or route.hook_reason(self.module) or why_not_plain(self.module)
 
     def __call__(self, input: Any) -> Any:  # named as torch.nn names it
@@ -148,7 +148,7 @@ class FusedNorm(Forward):
             x = input.plain() if kind in _WAITING else input
         if self._fuses() and not route.use_eager(self.why_eager(x)):
             norm = self.module
-            weight, bias = norm.weight, norm.bias  # once: nn.Module is slow to find them
+            weight, bias = norm.weight, norm.bias  # read once, because nn.Module is slow to find them
             if is_supported(norm, weight, bias, 1.0, x):
                 return self._normalized(x, weight, bias, norm.eps)
         return self.plainly(input.plain() if kind is Unbiased else x)
@@ -162,7 +162,7 @@ class FusedNorm(Forward):
 
 
 class DeferredNorm(FusedNorm):
-    """An InstanceNorm whose output an activation completes. `name`: what it is called in the model.
+    """An InstanceNorm whose output an activation completes. name: its name in the model.
 
     torch.utils.checkpoint reruns a forward, possibly outside any scope, and must save the same tensors both times. So
     while saved-tensor hooks are active, norms always defer.
@@ -179,8 +179,8 @@ class DeferredNorm(FusedNorm):
         if (
             (running.scopes or saved_tensors_hooks(True))
             and self.name not in running.observed
-            and dense(x)
-            # What was made in inference mode does not count changes in place.
+            and dense(x.shape, x.stride())
+            # Tensors made in inference mode do not count changes in place.
             and not (x.is_inference() or (weight is not None and weight.is_inference()))
             and not (bias is not None and bias.is_inference())
         ):
@@ -201,7 +201,7 @@ class Activation(Forward):
 
 
 class Dropout(Forward):
-    """A dropout between a norm and its activation: it scales by factors ≥ 0, so the activation may come first."""
+    """A dropout between a norm and its activation. Its factors are at least 0, so the activation may come first."""
 
     def __call__(self, input: Any) -> Any:
         kind = type(input)
@@ -230,7 +230,7 @@ class FusionScope(Forward):
     keeps_inference_mode = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Undone, it may still be called by something that holds on to it.
+        # After undo, other code may still hold this forward and call it.
         if is_compiling() or (vars(self.module).get("forward") is not self and forward_of(self.module) is not self):
             return self._traced(*args, **kwargs)
         if not torch.is_inference_mode_enabled() or running.scopes or self.keeps_inference_mode:
@@ -251,7 +251,7 @@ class FusionScope(Forward):
             ) from error
 
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
-        """What torch.compile and torch.export trace."""
+        """The forward that torch.compile and torch.export trace."""
         if not self.proven or not is_compiling():
             return self.plainly(*args, **kwargs)
         seen: list[str] = []
@@ -263,24 +263,29 @@ class FusionScope(Forward):
             y = self.plainly(*args, **kwargs)
         finally:
             leave()
-        return tree_map_only(Pending, _leaving, y)
+        # In a scope around this one, a norm's output may leave as it is.
+        return tree_map_only(Pending, lambda z: z if may_wait(z.name) else z.plain(), y)
 
     @constant_in_graphs
     def _enter(self, observed: list[str]) -> None:
         enter((name for _, names in self.proven for name in names), observed)
 
     def _called(self, args: Any, kwargs: Any) -> Any:
-        """The forward, with norms that defer."""
+        """Run the forward with norms that defer."""
         made: list[Callable[[], Deferred | Unbiased | None]] = []
         around, outside, running.waiting = running.waiting, running.observed, made
         for module, names in self.between:
             if route.hook_reason(module):
                 running.observed = running.observed.union(names)
+        if not running.scopes:
+            running.grad_mode = torch.is_grad_enabled()
         running.scopes += 1
         try:
             y = self.plainly(*args, **kwargs)
         finally:
             running.scopes -= 1
+            if not running.scopes:
+                running.grad_mode = True
             running.observed, running.waiting = outside, around
         leaving: list[Any] = []
         if type(y) is not Tensor:
@@ -289,7 +294,7 @@ class FusionScope(Forward):
                 around += map(weakref.ref, leaving)
             else:
                 y = tree_map_only((Deferred, Unbiased), lambda z: z.plain(), y)
-        for each in made:  # what something still refers to, and does not leave to a scope around this one
+        for each in made:  # still referenced, and not left to a scope around this one
             z = each()
             if z is not None and not any(z is other for other in leaving):
                 z.settle()
@@ -297,7 +302,7 @@ class FusionScope(Forward):
 
 
 class TracedScope(FusionScope):
-    """A scope under torch.compile and torch.export alone: eager mode asks the scope around it."""
+    """A scope for torch.compile and torch.export only. In eager mode, the scope around it serves."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._traced(*args, **kwargs)
@@ -313,57 +318,51 @@ class ModelRoot(FusionScope):
         annotated = [value for value in given if _only_annotated(value)]
         if annotated:
             return handle_torch_function(self._unannotated, annotated, *args, **kwargs)
-        volumes = [value for value in given if value.dim() > 3 and not route.reason(value)]
-        if not volumes:
+        images = [value for value in given if value.dim() > 3 and not route.reason(value)]
+        if not images:
             return super()._called(args, kwargs)
         if not self.keeps_contiguous:
             try:
                 y = super()._called(*_converted(_laid_out, args, kwargs))
-                return y if all(map(is_channels_last, volumes)) else tree_map_only(Tensor, _contiguous, y)
+                return y if all(map(is_channels_last, images)) else tree_map_only(Tensor, _contiguous, y)
             except RuntimeError as error:
                 if not str(error).startswith("view size is not compatible"):
                     raise
-                if any(map(_counting, self.module.modules())):
+                if any(m.training and m._buffers.get("running_mean") is not None for m in self.module.modules()):
                     raise RuntimeError(
-                        f"{type(self.module).__name__} calls view on a volume, which the channels-last layout of an "
+                        f"{type(self.module).__name__} calls view on a tensor, which the channels-last layout of an "
                         "accelerated model does not allow, and running statistics would count a second try twice. Call "
-                        "reshape there, or call the model once in eval mode: it then keeps to contiguous volumes."
+                        "reshape there, or call the model once in eval mode: it then keeps to contiguous tensors."
                     ) from error
-            # Once more out of the except clause, where the error would hold on to all volumes of the first time.
-            y = super()._called(*_converted(_row_major, args, kwargs))
+        # Outside the except clause, in which the error would keep all tensors of the first call alive.
+        y = super()._called(*_converted(_row_major, args, kwargs))
+        if not self.keeps_contiguous:
             self.keeps_contiguous = True
             warnings.warn(
-                f"{type(self.module).__name__} runs on contiguous volumes from now on, without the gain of the "
-                "channels-last layout: it calls view on a volume, which that layout does not allow. Remedy: call "
+                f"{type(self.module).__name__} runs on contiguous tensors from now on, without the gain of the "
+                "channels-last layout: it calls view on a tensor, which that layout does not allow. Remedy: call "
                 "reshape there.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return y
-        return super()._called(*_converted(_row_major, args, kwargs))
+        return y
 
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
-        """The same layouts."""
+        """As `_called`, in the same layouts."""
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        volumes = [value for value in given if value.dim() > 3 and not route.reason(value)]
-        if not torch.compiler.is_compiling() or self.keeps_contiguous or all(map(is_channels_last, volumes)):
+        images = [value for value in given if value.dim() > 3 and not route.reason(value)]
+        if not torch.compiler.is_compiling() or self.keeps_contiguous or all(map(is_channels_last, images)):
             return super()._traced(*args, **kwargs)
         arguments, keywords = _converted(_laid_out, args, kwargs)
         return tree_map_only(Tensor, _contiguous, super()._traced(*arguments, **keywords))
 
     def _unannotated(self, *args: Any, **kwargs: Any) -> Any:
-        return self(
-            *tree_map_only(_only_annotated, _plain_class, args), **tree_map_only(_only_annotated, _plain_class, kwargs)
-        )
-
-
-def _leaving(z: Pending) -> Any:
-    """z where it leaves a scope: itself in a scope around that one, else a tensor."""
-    return z if may_wait(z.name) else z.plain()
+        args, kwargs = tree_map_only(_only_annotated, lambda value: value.as_subclass(Tensor), (args, kwargs))
+        return self(*args, **kwargs)
 
 
 def _converted(layout: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments in another layout; a list or a dict among them stays the caller's own."""
+    """The arguments in another layout. A list or a dict among them stays the caller's own."""
     return (
         [layout(value) if isinstance(value, Tensor) else value for value in args],
         {name: layout(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()},
@@ -379,17 +378,13 @@ def _counting_alias(x: Tensor) -> Tensor:
     )
 
 
-def _plain_class(value: Tensor) -> Tensor:
-    return value.as_subclass(Tensor)
-
-
 def observed(module: nn.Module) -> bool:
-    """Whether module is not the plain torch.nn module that it was."""
+    """Whether module has a hook, or is no longer a plain torch.nn module."""
     return route.hook_reason(module) is not None or type(module).forward not in TORCH_FORWARDS
 
 
 def _unfused(forward: Callable[..., Any], x: Deferred | Pending, inplace: bool) -> Tensor:
-    """forward of what x stands for; in place, x itself changes."""
+    """forward of the value of x. In place, x itself changes."""
     if type(x) is Pending or not inplace:
         return forward(x.plain())
     with disabled_torch_function():  # F.relu would complete x
@@ -398,7 +393,7 @@ def _unfused(forward: Callable[..., Any], x: Deferred | Pending, inplace: bool) 
 
 
 def _only_annotated(value: Any) -> bool:
-    """Whether value is an ordinary tensor of another class, say MONAI's MetaTensor: what it adds can be put back."""
+    """Whether value is a tensor of a class that adds annotations only, such as MONAI's MetaTensor."""
     return (
         isinstance(value, Tensor)
         and type(value) is not Tensor
@@ -408,17 +403,12 @@ def _only_annotated(value: Any) -> bool:
     )
 
 
-def _counting(module: nn.Module) -> bool:
-    """Whether a forward of module changes running statistics."""
-    return module.training and module._buffers.get("running_mean") is not None
-
-
 def _laid_out(x: Tensor) -> Tensor:
     return x if route.reason(x) else channels_last(x)
 
 
 def _row_major(x: Tensor) -> Tensor:
-    """x contiguous, and so by the strides of axes of length 1: a convolution goes by them where a layout is both."""
+    """x contiguous, also in the strides of axes of length 1, by which a convolution chooses if x has both layouts."""
     return x if route.reason(x) else x.contiguous().flatten().view(x.shape)
 
 

@@ -25,7 +25,7 @@ from ..pair import FUNCTIONS, slope_of_call
 
 
 class _Traced(threading.local):
-    """Of the graph that this thread traces: for each running scope, the norms that may wait in it and that may not."""
+    """For the graph that this thread traces: the norms that may wait in each running scope, and those that may not."""
 
     def __init__(self) -> None:
         self.graph: Any = None
@@ -36,7 +36,7 @@ _traced = _Traced()
 
 
 def _scopes() -> list[tuple[frozenset[str], frozenset[str]]]:
-    """Those of the graph that is traced now. Dynamo drops a graph without a word and starts again with another one."""
+    """The scopes of the graph that is traced now. Dynamo can drop a graph silently and start again with another one."""
     context = TracingContext.try_get()
     known = None if _traced.graph is None else _traced.graph()
     if known is not context:
@@ -91,7 +91,7 @@ class Pending:
         weight, bias, eps = self.terms
         y = fused(x, weight, bias, slope, eps, residual=self.residual)
         for dropout in self.dropouts:
-            y = dropout(y)  # positive factors, and a slope on either side of them: the same
+            y = dropout(y)  # its factors are positive, so dropout and activation can change places
         if inplace:
             self.value = y
         return y
@@ -117,7 +117,7 @@ class Pending:
         self.plain()[index] = _plain(value)
 
     def _takes(self, other: Any) -> bool:
-        """Whether the operator can add other: z waits, without another residual, and other is like x, in any layout."""
+        """Whether the operator can add other: z waits and has no residual yet, and other is like x, in any layout."""
         x, r = self.x, other.x if isinstance(other, Pending) else other
         return (
             self._waits() and self.residual is None and not self.dropouts
@@ -150,7 +150,7 @@ class Pending:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """func of the values; an addition may wait, and an activation completes z."""
+        """Call func with the values. An activation completes z, and an addition may wait."""
         if func in FUNCTIONS:
             z = args[0] if args else kwargs["input"]
             y = z.activated(*slope_of_call(func, args, kwargs or {})) if type(z) is Pending else None
@@ -175,7 +175,7 @@ def _plain(value: Any) -> Any:
 
 
 def _delegating(name: str, right: bool = False) -> Any:
-    """The method of an operator, which Python does not look for by __getattr__."""
+    """The method of an operator. Python does not look for these by __getattr__."""
     function = getattr(operator, name)
     if right:
         return lambda self, other: function(other, self.plain())

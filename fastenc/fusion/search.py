@@ -1,6 +1,6 @@
-"""Which norms of a network lead to an activation: read off a trace of its forward, never off names.
+"""The search for the norms of a network that lead to an activation. It reads a trace of the forward, and no names.
 
-What is found decides where a norm waits for its activation, and what the summary says. It cannot make a result wrong: a
+The result decides where a norm waits for its activation, and what the summary says. It cannot make a result wrong: a
 norm whose activation does not come gives its own output (`deferred.py`). Under torch.compile and torch.export nothing
 counts changes in place, so there a norm waits only if every call of it was seen to lead to an activation, nothing is
 changed in place in between, and nothing keeps its output (`pending.py`).
@@ -15,7 +15,7 @@ import random
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,14 +38,23 @@ HOOKS = (
 
 
 @dataclass(frozen=True)
-class Cancelled:
-    """A call of a convolution whose bias has no effect: the norm behind it, what is between, how both were called."""
+class Way:
+    """The way of a norm's output to an activation, or of a convolution's output to a norm that cancels its bias.
 
-    norm: nn.Module
+    end: a module or the name of a function. between: the modules on the way. calls: how both ends were called.
+    """
+
+    start: nn.Module
     between: tuple[nn.Module, ...]
+    end: Any
     calls: tuple[tuple[_Call, ...], tuple[_Call, ...]]
 
-    def scope(self, scopes: Mapping[nn.Module, Any] | None = None) -> tuple[nn.Module, list[nn.Module]]:
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules on the way, with both ends."""
+        return [module for module in (self.start, *self.between, self.end) if isinstance(module, nn.Module)]
+
+    def scope(self, scopes: Container[nn.Module] | None = None) -> tuple[nn.Module, list[nn.Module]]:
         """The innermost module, of scopes, whose forward makes both calls, and the modules inside it that make them."""
         first, second = self.calls
         shared = [a.module for a, b in zip(first, second, strict=False) if a is b]
@@ -56,53 +65,20 @@ class Cancelled:
 
 @dataclass
 class Found:
-    """What a search found.
+    """The result of a search.
 
-    partners: the activations that a norm leads to, modules or the names of functions.
-    why: for a norm, what speaks against pairing it at some call. boxes:
-    the module that calls a norm and could not be traced. dropouts: those in between. scopes: the innermost modules in
-    whose forward norm and activation are called. Of each scope, the modules inside it that call either, with the norms.
-    ways: of each scope, the modules that the output of a norm goes through, its activation at the end, with the norms.
-    unproven: norms and convolutions that may do otherwise than the pairs say. cancelled: the convolutions with a bias
-    that a norm cancels, as pairs of that norm and the calls and modules between the two; kept: those with another use.
+    ways: of norms to their activations. why: the reasons against a pair at some call of a norm. boxes: the module that
+    calls a norm and could not be traced. cancelled: the ways of convolutions with a bias to the norms that cancel it.
+    kept: the convolutions whose output has another use. unproven: the norms and convolutions that may do otherwise than
+    their ways say.
     """
 
-    partners: dict[nn.Module, list[nn.Module | str]] = field(default_factory=dict)
+    ways: list[Way] = field(default_factory=list)
     why: dict[nn.Module, list[str]] = field(default_factory=dict)
     boxes: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    dropouts: set[nn.Module] = field(default_factory=set)
-    scopes: dict[nn.Module, dict[nn.Module, list[nn.Module]]] = field(default_factory=dict)
-    ways: dict[nn.Module, dict[nn.Module, list[nn.Module]]] = field(default_factory=dict)
-    unproven: set[nn.Module] = field(default_factory=set)
-    cancelled: dict[nn.Module, list[Cancelled]] = field(default_factory=dict)
+    cancelled: list[Way] = field(default_factory=list)
     kept: set[nn.Module] = field(default_factory=set)
-
-    def proven(self, scope: nn.Module) -> dict[nn.Module, list[nn.Module]]:
-        """Those of `ways` that the norms take whatever else happens."""
-        ways = self.ways.get(scope, {}).items()
-        unproven = self.unproven.union(self.why, self.boxes)
-        return {module: kept for module, norms in ways if (kept := [norm for norm in norms if norm not in unproven])}
-
-    def pair(
-        self,
-        norm: nn.Module,
-        activation: nn.Module | str,
-        scope: nn.Module,
-        between: Iterable[nn.Module],
-        callers: Iterable[nn.Module] = (),
-    ) -> None:
-        """norm leads to activation, in scope. callers: the modules inside scope that call either."""
-        partners = self.partners.setdefault(norm, [])
-        if activation not in partners:
-            partners.append(activation)
-        inside = self.scopes.setdefault(scope, {})
-        for caller in callers:
-            inside.setdefault(caller, []).append(norm)
-        for module in (norm, *between, activation):
-            if isinstance(module, str):
-                continue
-            self.ways.setdefault(scope, {}).setdefault(module, []).append(norm)
-        self.dropouts.update(module for module in between if type(module) in DROPOUTS and not own_forward(module))
+    unproven: set[nn.Module] = field(default_factory=set)
 
 
 def find(model: nn.Module, norms: set[nn.Module]) -> Found:
@@ -131,13 +107,14 @@ def find(model: nn.Module, norms: set[nn.Module]) -> Found:
             for box in tracer.boxes:
                 _guess(box, norms, found)
                 pending.extend(box.children())
+    found.unproven.update(found.why, found.boxes)
     return found
 
 
 def _read(
     graph: fx.Graph, norms: set[nn.Module], registered: set[nn.Module], end: str, kept: set[fx.Node], found: Found
 ) -> None:
-    """Add what graph shows to found; `end` says what it means to reach the graph's end, `kept` what outlives it."""
+    """Add to found. end: what it means to reach the graph's end. kept: the nodes whose output outlives the graph."""
     nodes = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
     for node in nodes:
@@ -150,8 +127,7 @@ def _read(
             continue
         *passed, norm = (step.meta["module"] for step in steps)
         calls = node.meta["callers"], steps[-1].meta["callers"]
-        found.cancelled.setdefault(convolution, []).append(Cancelled(norm, tuple(passed), calls))
-        found.dropouts.update(module for module in passed if type(module) in DROPOUTS)
+        found.cancelled.append(Way(convolution, tuple(passed), norm, calls))
         if any(map(_may_change, nodes[order[node] + 1 : order[steps[-1]]])):
             found.unproven.add(convolution)
     for node in nodes:
@@ -162,10 +138,9 @@ def _read(
         if isinstance(way, str):
             found.why.setdefault(norm, []).append(way)
         else:
-            between = [step.meta["module"] for step in way[:-1] if "module" in step.meta]
+            between = tuple(step.meta["module"] for step in way[:-1] if "module" in step.meta)
             activation = way[-1].meta.get("module") or _called(way[-1])
-            scope, callers = _innermost(node, way[-1])
-            found.pair(norm, activation, scope, between, callers)
+            found.ways.append(Way(norm, between, activation, (node.meta["callers"], way[-1].meta["callers"])))
             meanwhile = nodes[order[node] + 1 : order[way[-1]]]
             changes = any(_may_change(between) for between in meanwhile if between not in way)
             if changes or not kept.isdisjoint((node, *way[:-1])) or way[-1].target in UNTRACEABLE:
@@ -173,7 +148,7 @@ def _read(
 
 
 def _to_norm(node: fx.Node, norms: set[nn.Module], registered: set[nn.Module]) -> list[fx.Node] | None:
-    """The calls that the output of node, a convolution, goes through up to a norm; None where it has another use."""
+    """The calls that the output of node, a convolution, goes through up to a norm. None if it has another use."""
     steps: list[fx.Node] = []
     while not steps or steps[-1].meta["module"] not in norms:
         users = [user for user in (steps or [node])[-1].users if not _only_asks(user)]
@@ -188,17 +163,17 @@ def _to_norm(node: fx.Node, norms: set[nn.Module], registered: set[nn.Module]) -
 
 
 def _guess(box: nn.Module, norms: set[nn.Module], found: Found) -> None:
-    """Pair what box may call itself."""
-    children = list(box.children())
+    """Pair the norms and activations that box may call itself."""
+    children, call = list(box.children()), _Call(box)
     for norm in norms.intersection(children):
         for activation in children:
             if type(activation) in ACTIVATIONS and not own_forward(activation):
-                found.pair(norm, activation, box, children)
+                found.ways.append(Way(norm, tuple(children), activation, ((call,), (call,))))
                 found.boxes[norm] = box
 
 
 def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module], end: str) -> list[fx.Node] | str:
-    """The calls that node's output goes through up to its activation; a reason where it does not get there."""
+    """The calls that node's output goes through up to its activation, or the reason why it does not get there."""
     way = _way(node, registered, end)
     if isinstance(way, str):
         return way
@@ -211,7 +186,7 @@ def _follow(node: fx.Node, order: dict[fx.Node, int], registered: set[nn.Module]
 
 
 def _way(node: fx.Node, registered: set[nn.Module], end: str) -> list[fx.Node] | str:
-    """As `_follow`, whatever happens to the operands. One addition of a residual may lie on the way."""
+    """As `_follow`, without a check of the operands. One addition of a residual may be on the way."""
     way: list[fx.Node] = []
     here = node
     while here is node or not _activates(here):
@@ -248,7 +223,7 @@ def _activates(node: fx.Node) -> bool:
 
 
 def own_forward(module: Any) -> bool:
-    """Whether the forward of module was replaced, by something else than accelerate."""
+    """Whether code other than accelerate replaced the forward of module."""
     return "forward" in vars(module) and not isinstance(vars(module)["forward"], route.Accelerated)
 
 
@@ -280,26 +255,19 @@ def _may_change(node: fx.Node) -> bool:
 
 
 def _only_asks(node: fx.Node) -> bool:
-    """Whether node asks a tensor for what is known before it is computed."""
+    """Whether node asks for a property that a tensor has before it is computed."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel")
     return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
 
 
 def _called(node: fx.Node) -> str:
-    """What node calls, in words."""
+    """The name of the function or module that node calls."""
     module = node.meta.get("module")
     if module is not None:
         return type(module).__name__
     target: Any = node.target
     return WORDS.get(target) or str(getattr(target, "__name__", target))
-
-
-def _innermost(first: fx.Node, last: fx.Node) -> tuple[nn.Module, list[nn.Module]]:
-    """The innermost module in whose forward both calls are made, and the modules inside it that make them."""
-    calls = first.meta["callers"], last.meta["callers"]
-    depth = sum(a is b for a, b in zip(*calls, strict=False))
-    return calls[0][depth - 1].module, [call.module for chain in calls for call in chain[depth:]]
 
 
 class _Call:
@@ -310,14 +278,14 @@ class _Call:
 
 
 class _Proxy(fx.Proxy):
-    """Tells x += r from x = x + r."""
+    """Distinguishes x += r from x = x + r."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
-    """Traces with black boxes where it must; a node knows its module, and the calls that it was made in."""
+    """Traces a forward. A module that cannot be traced is a black box. Nodes know their module and its callers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,7 +295,7 @@ class _Tracer(fx.Tracer):
         self.proxies: list[weakref.ref[fx.Proxy]] = []
 
     def graph_of(self, module: nn.Module, training: bool) -> fx.Graph | None:
-        """module's forward; None where it cannot be traced."""
+        """The graph of module's forward. None if it cannot be traced."""
         self.callers = [_Call(module)]
         with warnings.catch_warnings(), _same_random_numbers_after():
             warnings.simplefilter("ignore")
@@ -347,8 +315,8 @@ class _Tracer(fx.Tracer):
         try:
             return forward(*args, **kwargs)
         except Exception:
-            for node in _since(last, self.graph):
-                self.graph.erase_node(node)
+            while self.graph._root._prev is not last:  # the newest node first
+                self.graph.erase_node(self.graph._root._prev)
             self.boxes.append(module)
             return self._leaf(module, args, kwargs)
         finally:
@@ -370,14 +338,14 @@ class _Tracer(fx.Tracer):
         return proxy
 
     def kept(self) -> set[fx.Node]:
-        """The nodes whose output something still holds on to after the trace: an attribute, a list, a closure."""
+        """The nodes whose output an attribute, a list or a closure still holds after the trace."""
         return {proxy.node for each in self.proxies if (proxy := each()) is not None}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         return attr_val
 
     def _twin(self, module: nn.Module, training: bool, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-        """A copy that shares the Parameters but nothing that a forward may leave a trace in, without hooks."""
+        """A copy without hooks that shares the Parameters, but nothing that a forward may change."""
         if module in twins or isinstance(module, torch.jit.ScriptModule):
             return twins.get(module, module)
         twin = twins[module] = object.__new__(type(module))
@@ -409,7 +377,7 @@ class _Tracer(fx.Tracer):
 
 
 def _copied(value: Any) -> Any:
-    """What a twin holds in value's place, an attribute or what is in its lists, dicts and tuples."""
+    """The twin's copy of value, an attribute or an entry of its lists, dicts and tuples."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return value.detach().clone()
     return value.copy() if type(value) is set else value
@@ -422,12 +390,6 @@ def _same_random_numbers_after() -> Iterator[None]:
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
         yield
     random.setstate(state)
-
-
-def _since(last: fx.Node, graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes made after last, the newest first."""
-    while graph._root._prev is not last:
-        yield graph._root._prev
 
 
 def _defaults(forward: Callable[..., Any]) -> dict[str, Any]:

@@ -6,19 +6,36 @@ The norm reads `raw`, the convolution's own output. Any other reader gets raw + 
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._torch import tree_map_only
-from .deferred import running
 from .pending import Pending
 
 
+class _Running(threading.local):
+    """Of this thread: how many scopes run, the norms that must not defer in them, and every Deferred made in them.
+
+    grad_mode: whether gradients are on in the outermost scope.
+    """
+
+    def __init__(self) -> None:
+        self.scopes = 0
+        self.grad_mode = True
+        self.observed: frozenset[str] = frozenset()
+        self.waiting: list[Callable[[], Any]] = []
+
+
+running = _Running()
+
+
 class Unbiased(Tensor):
-    """raw + bias. Everything that torch's Python functions do with it is done with the sum."""
+    """raw + bias. torch's Python functions work on the sum."""
 
     raw: Tensor
     bias: Tensor
@@ -34,7 +51,7 @@ class Unbiased(Tensor):
         return func(*args, **kwargs)
 
     def unread(self) -> Tensor:
-        """For a norm: raw. The sum if it was read already, because the reader may have changed it."""
+        """raw, for a norm. The sum if it was read before, because the reader may have changed it."""
         return self.raw if vars(self)["value"] is None else self.plain()
 
     def plain(self) -> Tensor:
@@ -45,11 +62,11 @@ class Unbiased(Tensor):
                 own["value"] = biased(own["raw"], own["bias"], own["axes"])
         return own["value"]
 
-    settle = plain  # at the end of the forward: the bias may change from now on
+    settle = plain  # at the end of the forward, after which the bias may change
 
 
 def unbiased(raw: Tensor, bias: Tensor, axes: int) -> Unbiased:
-    """raw + bias, to be computed; axes: the spatial ones."""
+    """raw + bias, to be computed. axes: the number of spatial axes."""
     y = raw.as_subclass(Unbiased)
     vars(y).update(raw=raw, bias=bias, axes=axes, grad_mode=torch.is_grad_enabled(), value=None)
     if running.scopes:
@@ -58,12 +75,12 @@ def unbiased(raw: Tensor, bias: Tensor, axes: int) -> Unbiased:
 
 
 def biased(raw: Tensor, bias: Tensor, axes: int) -> Tensor:
-    """What the convolution gives with its bias; autocast has it in the dtype of raw."""
+    """The output of the convolution with its bias, which autocast casts to the dtype of raw."""
     return raw + bias.to(raw.dtype).view(-1, *(axes * (1,)))
 
 
 class PendingBias(Pending):
-    """raw + bias under torch.compile and torch.export; x is raw."""
+    """raw + bias under torch.compile and torch.export. x is raw."""
 
     def unread(self) -> Any:
         """As of `Unbiased`."""

@@ -83,7 +83,7 @@ def test_tissue_fractions_are_learned(volumes: np.ndarray) -> None:
         batch=defaults.batch,
         device=torch.device("cpu"),
         seed=demo.SEED,
-        on_step=lambda loss: None,
+        on_step=lambda step, loss: None,
     )
     assert min(learned.r2) > 0.75
 

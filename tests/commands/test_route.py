@@ -352,6 +352,24 @@ def test_auto_on_a_cpu_is_eager_and_silent(capfd: pytest.CaptureFixture[str]) ->
     assert (captured.out, captured.err) == ("", "")
 
 
+class TwoArguments(fastenc.ConvModern3d):
+    def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        return scale * super().forward(x)
+
+
+class Calls(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = TwoArguments(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, 2.0) + self.layer(x, scale=1.0)
+
+
+def test_explain_a_layer_with_a_second_argument() -> None:
+    assert [row.name for row in explain(Calls(), torch.randn(1, 1, 4, 4, 4))] == ["layer", "layer"]
+
+
 @pytest.mark.parametrize(("name", "words"), [("auto", "CUDA"), ("eager", "eager")])
 def test_explain_and_the_log_give_the_reason(name: str, words: str, caplog: pytest.LogCaptureFixture) -> None:
     net, _ = twins(2, [2, 1], dtype=torch.float32)

@@ -251,6 +251,33 @@ def test_frozen_cuts_are_made_once_and_refreshed(name: str) -> None:
         torch.testing.assert_close(convolve(layer, x, False), layer(x), rtol=1e-11, atol=1e-12)
 
 
+def test_frozen_cuts_in_two_dtypes() -> None:
+    layer, x = prepared("1³")
+    layer, x = layer.float(), x.float()
+    layer.__dict__["cuts"] = Cuts()
+    with torch.no_grad():
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert convolve(layer, x, False).dtype == torch.bfloat16
+        torch.testing.assert_close(convolve(layer, x, False), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_complex_convolution(size: int) -> None:
+    """torch conjugates in its backward, and it has other kernels."""
+    layer, x = (
+        nn.Conv3d(3, 4, 5, padding=2, dtype=torch.complex64),
+        torch.randn(2, 3, *3 * (size,), dtype=torch.complex64),
+    )
+    results = []
+    for run in (lambda x: convolve(layer, x, False), layer):
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        results.append([y, *torch.autograd.grad(y.abs().square().sum(), [leaf, *layer.parameters()])])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("route", ["auto", "fused"])
 @pytest.mark.parametrize("size", [(4, 4, 4), (3, 2, 9), (2, 8, 8)])
 def test_a_network_whose_deep_maps_are_small(

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from support.plain import small_input, small_twins
@@ -87,6 +88,21 @@ def test_other_inputs_run_ungraphed(change: Callable[[Tensor], Tensor], recordin
         with pytest.raises(RuntimeError):  # torch's own, for weights of another dtype
             run(x)
     assert recording.replays == 0
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, scale: Any) -> Tensor:
+        return x * float(scale.sum())
+
+
+def test_an_argument_that_is_an_array(recording: Recording) -> None:
+    """`==` of two arrays is no bool. The same array is replayed, any other runs without the graph."""
+    sample, scale = torch.randn(2, 3), numpy.array([1.0, 2.0])
+    run = Graphed(Scaled(), (sample, scale), {}, None, False)
+    assert torch.equal(run(sample, scale), 3 * sample)
+    assert recording.replays == 1
+    assert torch.equal(run(sample, numpy.array([1.0, 3.0])), 4 * sample)
+    assert recording.replays == 1
 
 
 def test_refresh_takes_new_weights_into_the_same_graph(recording: Recording) -> None:

@@ -167,6 +167,38 @@ def test_the_input_stays_where_the_convolution_was_replaced(replacement: Any, la
         assert_all_near([y], [nn.Sequential(*layer.mconv)(x)])
 
 
+class DoubleConv(nn.Conv3d):
+    """Gives float64, which the kernels would round to float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).double()
+
+
+def test_float64_from_a_replaced_convolution() -> None:
+    layer = ConvModern3d(2, 3, normalizer="inst", activator="relu", layer_order="old")
+    layer.mconv[0] = DoubleConv(2, 3, 3)
+    x = torch.randn(2, 2, *SIZES[3])
+    expected = nn.Sequential(*layer.mconv)(x)
+    with taken("fused"):
+        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    with taken("triton"), pytest.raises(RuntimeError, match="float64"):
+        layer(x)
+
+
+def test_running_statistics_that_are_counted_without_being_used() -> None:
+    """torch counts them as long as the norm has them, whatever its `track_running_stats` says."""
+    layer = ConvModern3d(2, 3)
+    layer.mconv[0] = nn.InstanceNorm3d(2, affine=True, track_running_stats=True)
+    layer.mconv[0].track_running_stats = False
+    untouched = copy.deepcopy(layer.mconv)
+    x = torch.randn(2, 2, *SIZES[3])
+    with taken("fused"):
+        layer(x)
+    untouched(x)
+    assert untouched[0].running_mean.any()
+    assert torch.equal(layer.mconv[0].running_mean, untouched[0].running_mean)
+
+
 def test_the_representation_of_an_upsampling_layer() -> None:
     """As the reference prints it: one factor for each axis, or the size as it was given."""
     layer = ConvModern3d(2, 3, stride=2, scaler="up")

@@ -141,7 +141,7 @@ def test_no_tensor_is_copied_between_the_convolutions(recompute: bool, monkeypat
         monkeypatch.setattr(f"fastenc.{room}.launchers", lambda: (_do_nothing, _do_nothing_backward))
     net, x = net_and_input()
     net.recompute = recompute
-    layers = nn.Sequential(*net.netbody[1].units(), *net.netbody[2].units())
+    layers = nn.Sequential(*(layer for block in net.netbody[1:3] for layer in (*block.conv_list, block.conv_scale)))
     x = torch.randn(2, 4, *SIZE).contiguous(memory_format=LAST).requires_grad_()
     with taken("fused"):
         out = layers(x)

@@ -296,6 +296,36 @@ def test_any_other_use_gets_the_bias(use: str) -> None:
         assert_same(net, untouched, torch.randn(2, 2, 5, 6, 7))
 
 
+class Crossing(nn.Module):
+    """Two pairs. `cross` gets a norm's output and a convolution's, which the search saw in their own pairs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(*NETS["one tap"]()) for _ in range(2))
+        self.cross: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, h = self.first[1](self.first[0](x)), self.second[0](x)
+        return self.first[2](z) + self.second[2](self.second[1](h)) if self.cross is None else self.cross(z, h)
+
+
+@pytest.mark.parametrize(
+    "cross",
+    [lambda z, h: z + h, lambda z, h: h - z, lambda z, h: torch.cat([z, h]), lambda z, h: torch.cat([h, z]),
+     lambda z, h: z.add_(h), lambda z, h: torch.where(z > 0, z, h)],
+    ids=["z + h", "h - z", "cat z, h", "cat h, z", "add_", "where"],
+)  # fmt: skip
+def test_a_norms_output_with_an_output_that_lacks_its_bias(cross: Any) -> None:
+    net, untouched = twins(Crossing())
+    assert len(net.accelerated.biases) == 2
+    net.cross = untouched.cross = cross
+    x = torch.randn(2, 2, 3, 4, 5)
+    with launches_replaced():
+        assert_same(net, untouched, x)
+        with torch.no_grad():
+            assert_near(net(x), copy.deepcopy(untouched).double()(x.double()))
+
+
 @pytest.mark.parametrize("use", [name for name in USES if name not in ("numpy", "view in place", "in place")])
 def test_any_other_use_gets_the_bias_when_compiled(use: str) -> None:
     net, untouched = twins(Deep().eval())
@@ -370,6 +400,42 @@ def test_checkpointed(use_reentrant: bool) -> None:
     net, untouched = (Checkpointed(model) for model in pair()[:2])
     with taken("fused"):
         assert_same(net, untouched, torch.randn(2, 2, 5, 6, 7, requires_grad=True))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+@pytest.mark.parametrize("checkpointed", ["both", "first", "second"])
+def test_checkpoints_that_end_between_the_modules(checkpointed: str, at: int, use_reentrant: bool) -> None:
+    """Before the convolution, the norm and the activation, and behind all three."""
+
+    class Split(nn.Module):
+        def __init__(self, block: Any) -> None:
+            super().__init__()
+            self.block = block
+
+        def part(self, x: Tensor, first: int, end: int) -> Tensor:
+            for i in range(first, end):
+                x = self.block[i](x)
+            return x
+
+        def forward(self, x: Tensor) -> Tensor:
+            for name, first, end in (("first", 0, at), ("second", at, 3)):
+                if checkpointed in ("both", name):
+                    x = checkpoint(self.part, x, first, end, use_reentrant=use_reentrant)
+                else:
+                    x = self.part(x, first, end)
+            return x
+
+    net, untouched = twins(Split(nn.Sequential(*NETS["3-D"]())))
+    assert net.accelerated.count("fused") == len(net.accelerated.biases) == 1
+    x = torch.randn(2, 2, 5, 6, 7)
+    results = []
+    with launches_replaced():
+        for model, given in (net, x), (untouched.double(), x.double()):
+            given.requires_grad_()
+            results.append([*outcome(model, given), given.grad])
+    for mine, truth in zip(*results, strict=True):
+        assert (mine.double() - truth).norm() <= 1e-4 * truth.norm() + 1e-4
 
 
 def test_double_backward() -> None:

@@ -133,7 +133,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ResidualUNet": (partial(ResidualUNet, **DEEP, n_blocks_per_stage=2, n_conv_per_stage_decoder=[1, 1]), VOLUME),
     "PatchEmbed_deeper": (partial(PatchEmbed_deeper, 1, 8, 4), VOLUME),
 }  # fmt: skip
-VIEWS = {"SegResNetVAE", "VarAutoEncoder"}  # networks that call view on a volume
+VIEWS = {"SegResNetVAE", "VarAutoEncoder"}  # networks that call view on a tensor
 
 
 @contextmanager

@@ -190,7 +190,7 @@ def test_view_of_a_tensor() -> None:
     net, untouched = twins(lambda net, x: net.activation(net.z(x)).view(len(x), -1))
     x = small_input()
     with launches_replaced():
-        with pytest.warns(RuntimeWarning, match="calls view on a volume"):
+        with pytest.warns(RuntimeWarning, match="calls view on a tensor"):
             found = outcome(net, x)
         assert_all_near(found, outcome(copy.deepcopy(untouched).double(), x.double()))
     net = copy.deepcopy(net)
@@ -214,9 +214,9 @@ def test_view_where_running_statistics_would_count_twice() -> None:
     net.norm0 = untouched.norm0 = norm
     x = small_input()
     with launches_replaced():
-        with pytest.raises(RuntimeError, match=r"Unit calls view on a volume.*once in eval mode"):
+        with pytest.raises(RuntimeError, match=r"Unit calls view on a tensor.*once in eval mode"):
             net(x)
-        with pytest.warns(RuntimeWarning, match="calls view on a volume"):
+        with pytest.warns(RuntimeWarning, match="calls view on a tensor"):
             net.eval()(x)
         before = int(norm.num_batches_tracked)
         assert_near(net.train()(x), untouched(x).double())
