@@ -15,15 +15,16 @@ import torch
 from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
 from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
 from fastenc.kernels.launch import CPU_MULTIPROCESSORS
-from fastenc.kernels.plan import VECTOR_BYTES, Plan, make_plan
+from fastenc.kernels.plan import SUM_N_C, VECTOR_BYTES, Plan, make_plan
 
 from ..access_width import share
 from ..compile import Launch, recorded, resources
 from ..hot_loops import HotLoop, hot_loops, programs_per_sm
 from ..interpret import Traffic, interpreted, sampled_programs
+from ..programs import FLOAT_BYTES, kinds
 from ..ptx import executing
-from ..traffic import FLOAT_BYTES, Programs, predicted_bytes
 from .cases import EXAMPLE_1, Case, Precision, norm_inputs
+from .rows import Row
 
 EPS = 1e-5
 OTHER_BATCHES = (3, 8, 32)
@@ -192,18 +193,18 @@ def _count(case: Case) -> Count:
 
 def _kinds(case: Case, plan: Plan, kernel: str, grid: int) -> tuple[np.ndarray, np.ndarray]:
     """One program number of each kind, and how many there are of it, on the first axis of the kernel's grid."""
-    if kernel.endswith("_sum_n"):
-        return Programs.summing_n(case.N, case.C).kinds(FLOAT_BYTES)
-    programs = Programs.streaming(plan, case.N, case.C, case.S, case.channels_last)
-    if plan.combines_apart and grid * plan.chunks == plan.grid:
-        programs = programs.combining()  # the launch without tiles
-    return programs.kinds(case.itemsize)
+    if kernel.endswith("_sum_n"):  # the N·C sums are one channels-last sample (C, N)
+        return kinds(1, case.C, case.N, FLOAT_BYTES, True, SUM_N_C)
+    combining = plan.combines_apart and grid * plan.chunks == plan.grid  # the launch without tiles
+    shape, chunk_size = (case.N, case.C, case.S), plan.tiles * plan.BLOCK_S
+    return kinds(*shape, case.itemsize, case.channels_last, plan.BLOCK_C, plan.chunks, chunk_size, combining)
 
 
-def predict(case: Case) -> int:
-    """Bytes that the launches of a case move, by arithmetic on its plan."""
-    shape = case.N, case.C, case.S
-    return predicted_bytes(plan_of(case), *shape, case.itemsize, case.channels_last, case.backward, case.residual)
+def row_of(case: Case, count: Count, compiled: dict[str, Compiled]) -> Row:
+    """The audit's row of a case."""
+    plan = plan_of(case)
+    in_apply = plan.chunks > 1 and not plan.combines_apart
+    return Row.of(case, plan.one_pass, count, compiled, plan.branch == "slab", in_apply)
 
 
 def representatives(cases: Iterable[Case]) -> list[Case]:
@@ -221,9 +222,9 @@ def count_requests(case: Case) -> list[Requests]:
     with executing(90) as machine:
         machine.choose = lambda kernel, grid: [prod(grid) // 2]
         launch(case)
-    kinds = "load", "copy", "store"
+    ways = "load", "copy", "store"
     return [
-        Requests(case, f"{number} {made.name}", *(made.counts.sectors_per_request(kind) or None for kind in kinds))
+        Requests(case, f"{number} {made.name}", *(made.counts.sectors_per_request(way) or None for way in ways))
         for number, made in enumerate(machine.launches, 1)
     ]
 

@@ -18,10 +18,9 @@ class Row:
     """The findings about one case.
 
     one_pass: rows are held on chip, so x is read once.
-    moved: bytes loaded and stored over the bytes of x. Counted, or predicted if kernels cannot be interpreted.
-    predicted: the same, predicted by arithmetic on the plan.
+    moved: bytes loaded and stored over the bytes of x.
     ceiling: the largest allowed value of `moved`.
-    interpreted, programs: the number of interpreted programs and of all programs; both are 0 if predicted.
+    interpreted, programs: the number of interpreted programs and of all programs.
     split_excused: the row is short enough for one pass, but slices of its channels would move partial sectors.
     compiled: by target.
     slab: the second read of x comes from L1 or L2.
@@ -30,7 +29,6 @@ class Row:
     case: Case
     one_pass: bool
     moved: float
-    predicted: float
     ceiling: float
     interpreted: int
     programs: int
@@ -43,8 +41,7 @@ class Row:
         cls,
         case: Case,
         one_pass: bool,
-        predicted: int,
-        count: Count | None,
+        count: Count,
         compiled: dict[str, Compiled],
         slab: bool = False,
         in_apply: bool = False,
@@ -52,7 +49,7 @@ class Row:
         """The row of `case`.
 
         Args:
-            predicted, count: bytes moved.
+            count: bytes moved.
             compiled: the compiled launches, by target.
             in_apply: the programs of apply combine the partial results of their rows.
         """
@@ -61,13 +58,12 @@ class Row:
         return cls(
             case=case,
             one_pass=one_pass,
-            moved=(predicted if count is None else count.bytes) / case.x_bytes,
-            predicted=predicted / case.x_bytes,
+            moved=count.bytes / case.x_bytes,
             ceiling=ceilings.traffic_ceiling(
                 *shape, case.itemsize, case.backward, not one_pass, case.residual, in_apply
             ),
-            interpreted=0 if count is None else count.interpreted,
-            programs=0 if count is None else count.programs,
+            interpreted=count.interpreted,
+            programs=count.programs,
             split_excused=short and not one_pass and ceilings.breaks_sectors(case.C, case.itemsize, case.channels_last),
             compiled=compiled,
             slab=slab,
