@@ -6,18 +6,17 @@ import argparse
 import sys
 from collections.abc import Iterable
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import arguments as options
-from ..baselines import third_party_networks
-from ..baselines.encoder import plain_encoder
+from ..baselines import encoder
 from ..baselines.suite import FASTENC, Baseline
 from ..engine.deadline import Deadline
+from ..engine.floor import layers
 from ..engine.machine import settings
 from ..engine.record import GpuTests, Mode, Network, Precision, Workload
 from ..engine.session import LAST, Session
@@ -31,8 +30,8 @@ TESTS_SHARE = 0.4  # largest share of the minutes
 PROMISED = 11  # the plan's first workloads, whose figures the project promises
 
 # Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3).
-EXAMPLE_1, EXAMPLE_1_SIZE = ops.NETWORKS["example1"]
-LARGE, LARGE_SIZE = ops.NETWORKS["volume128"]
+EXAMPLE_1, EXAMPLE_1_SIZE = encoder.NETWORKS["example1"]
+LARGE, LARGE_SIZE = encoder.NETWORKS["volume128"]
 TRAIN: Mode = "training step"
 BF16: Precision = "bfloat16 autocast"
 
@@ -110,31 +109,16 @@ def searches(workloads: Iterable[Workload]) -> int:
     Convolutions that fastenc makes smaller and those of stems with more channels are not counted.
     """
     found: set[tuple[object, ...]] = set()
-
-    def see(workload: Workload, layer: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        x = inputs[0]
-        directions = ["forward"]
-        if workload.mode != "forward":
-            directions += ["weight", "input"] if x.requires_grad else ["weight"]
-        configuration = (type(layer), x.shape, layer.weight.shape, layer.stride, layer.padding, workload.dtype)
-        found.update(
-            (*configuration, layout, each) for layout in ("contiguous", "channels_last") for each in directions
-        )
-
     for workload in workloads:
-        with torch.device("meta"):
-            if workload.client is not None:
-                if third_party_networks.missing(workload.client) is not None:
-                    continue
-                network = third_party_networks.build(workload.client)
-            elif workload.network is not None:
-                network = plain_encoder(workload.network)
-            else:
+        network = encoder.without_data(workload)
+        for layer, x, _ in [] if network is None else layers(network, workload.shape):
+            if not isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
                 continue
-            convolutions = [each for each in network.modules() if isinstance(each, (nn.Conv3d, nn.ConvTranspose3d))]
-            for layer in convolutions[: 1 if workload.kind == "stem" else None]:
-                layer.register_forward_hook(partial(see, workload))
-            network(torch.empty(workload.shape))
+            configuration = (type(layer), x.shape, layer.weight.shape, layer.stride, layer.padding, workload.dtype)
+            directions = ["forward"]
+            if workload.mode != "forward":
+                directions += ["weight", "input"] if x.requires_grad else ["weight"]
+            found.update((*configuration, *way) for way in product(("contiguous", "channels_last"), directions))
     return len(found)
 
 

@@ -17,6 +17,7 @@ from triton import knobs
 from fastenc import EncoderNet3d
 from fastenc.bench.__main__ import main
 from fastenc.bench.commands import audit
+from fastenc.bench.engine.record import Network
 from fastenc.bench.proofs import access_width, ceilings, interpret
 from fastenc.bench.proofs.audit import cases, findings, rows, table
 from fastenc.bench.proofs.audit.cases import Case
@@ -41,7 +42,7 @@ def test_norm_inputs_are_what_the_network_normalises(layers: tuple[int, ...], si
             module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     net(torch.randn(1, 1, *size))
     expected = [(shape[1], shape[2:].numel()) for shape in seen]
-    assert cases.norm_inputs(2, layers, size) == list(dict.fromkeys(expected))
+    assert cases.norm_inputs(Network(2, layers, 1, 0), size) == list(dict.fromkeys(expected))
 
 
 def test_example_1_of_the_seed() -> None:

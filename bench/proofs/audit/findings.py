@@ -17,6 +17,7 @@ from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forw
 from fastenc.kernels.launch import CPU_MULTIPROCESSORS
 from fastenc.kernels.plan import SUM_N_C, VECTOR_BYTES, Plan, make_plan
 
+from ...engine.record import Network
 from ..access_width import share
 from ..compile import Launch, recorded, resources
 from ..hot_loops import HotLoop, hot_loops, programs_per_sm
@@ -231,10 +232,10 @@ def count_requests(case: Case) -> list[Requests]:
 
 def example_variants(dtype: Precision, channels_last: bool) -> Variants:
     """Count the compiled variants of Example 1's layers, for sm_90."""
-    channel, layers, size = EXAMPLE_1
-    example = _variants(2, channel, layers, size, dtype, channels_last)
-    batches = [_variants(N, channel, layers, size, dtype, channels_last) for N in OTHER_BATCHES]
-    volumes = [_variants(2, channel, layers, other, dtype, channels_last) for other in OTHER_VOLUMES]
+    network, size = EXAMPLE_1
+    example = _variants(2, network, size, dtype, channels_last)
+    batches = [_variants(N, network, size, dtype, channels_last) for N in OTHER_BATCHES]
+    volumes = [_variants(2, network, other, dtype, channels_last) for other in OTHER_VOLUMES]
     return Variants(
         dtype=dtype,
         channels_last=channels_last,
@@ -244,11 +245,9 @@ def example_variants(dtype: Precision, channels_last: bool) -> Variants:
     )
 
 
-def _variants(
-    N: int, channel: int, layers: Sequence[int], size: Sequence[int], dtype: Precision, channels_last: bool
-) -> frozenset[str]:
+def _variants(N: int, network: Network, size: Sequence[int], dtype: Precision, channels_last: bool) -> frozenset[str]:
     with recorded(90) as launches:
-        for C, S in norm_inputs(channel, layers, size):
+        for C, S in norm_inputs(network, size):
             for backward in (False, True):
                 launch(Case("variants", N, C, S, dtype, channels_last, backward))
     return frozenset(made.key for made in launches)
