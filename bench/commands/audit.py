@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,14 +24,11 @@ from ..arguments import refuse
 from ..console import Progress
 from ..engine.machine import commit
 from ..proofs.audit.cases import ITEMSIZE, Case, cases, residual_shapes, shapes
-from ..proofs.audit.rows import Row, variant_violations, violations
+from ..proofs.audit.rows import Compiled, Requests, Row, Variants, variant_violations, violations
 from ..proofs.audit.table import print_requests, print_table, summary
 
-if TYPE_CHECKING:
-    from ..proofs.audit.findings import Compiled, Requests, Variants
-
 PURPOSE = "check the kernels' bytes, registers, vector widths and variants against their ceilings, without a GPU"
-SCHEMA = "fastenc-audit-1"
+SCHEMA = "fastenc-audit-2"
 TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
 # (precision, channels_last) in which the variants of Example 1, EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3), count.
 EXAMPLES = tuple(product(ITEMSIZE, (True, False)))

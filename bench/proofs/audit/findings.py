@@ -6,7 +6,7 @@ Needs triton but no GPU. Every finding is of the launchers that users call, run 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -20,74 +20,17 @@ from fastenc.kernels.plan import SUM_N_C, VECTOR_BYTES, Plan, make_plan
 from ...engine.record import Network
 from ..access_width import share
 from ..compile import Launch, recorded, resources
-from ..hot_loops import HotLoop, hot_loops, programs_per_sm
+from ..hot_loops import hot_loops, programs_per_sm
 from ..interpret import Traffic, interpreted, sampled_programs
 from ..programs import FLOAT_BYTES, kinds
 from ..ptx import executing
 from .cases import EXAMPLE_1, Case, Precision, norm_inputs
-from .rows import Row
+from .rows import Compiled, Count, Requests, Row, Variants
 
 EPS = 1e-5
 OTHER_BATCHES = (3, 8, 32)
 # Ordinary sizes, and those with most variants of all volumes with sides from 8, 16 and 24 to 128.
 OTHER_VOLUMES = ((32, 32, 32), (40, 48, 36), (64, 64, 64), (24, 24, 24), (16, 16, 19), (8, 8, 17))
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A case compiled for one target: the worst of its launches in each respect.
-
-    launches: the kernels' names, in order. registers: of a thread. spills: bytes of stack of a thread. shared: bytes of
-    a block. vector_share: of the bytes that accesses to x, y, r and their gradients move, the share that moves 16 bytes
-    at a time. These four are None for ROCm. atomics: in triton's intermediate code. failure: why it does not compile.
-    programs: that an SM holds at a time; loops: those that stream x, in order; both for sm_90 only.
-    """
-
-    launches: tuple[str, ...] = ()
-    registers: int | None = None
-    spills: int | None = None
-    shared: int | None = None
-    vector_share: float | None = None
-    atomics: int = 0
-    failure: str | None = None
-    programs: int | None = None
-    loops: tuple[HotLoop, ...] = ()
-
-
-@dataclass(frozen=True)
-class Count:
-    """Bytes loaded and stored in whole sectors, counted on `interpreted` programs that stand for all `programs`."""
-
-    bytes: int
-    interpreted: int
-    programs: int
-
-
-@dataclass(frozen=True)
-class Variants:
-    """Compiled variants of Example 1, forward and backward; the most that another batch or another volume adds."""
-
-    dtype: Precision
-    channels_last: bool
-    example: int
-    other_batch: int
-    other_volume: int
-
-
-@dataclass(frozen=True)
-class Requests:
-    """How well the warps of one program of a launch coalesce: 32-byte sectors per request, None without requests.
-
-    A request is one instruction of one warp. The fewest sectors are 16 where each lane moves 16 bytes, and 4 where it
-    moves 4. launch: the launch's number and the kernel. copy: asynchronous copies to shared memory, which load x in
-    pipelined loops.
-    """
-
-    case: Case
-    launch: str
-    load: float | None
-    copy: float | None
-    store: float | None
 
 
 def plan_of(case: Case) -> Plan:

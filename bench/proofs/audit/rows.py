@@ -1,4 +1,4 @@
-"""The audit's rows, and which ceilings they break. Nothing here needs triton."""
+"""What the audit finds, its rows, and which ceilings they break. Nothing here needs triton."""
 
 from __future__ import annotations
 
@@ -7,10 +7,67 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .. import ceilings
-from .cases import Case, layout
+from .cases import Case, Precision, layout
 
 if TYPE_CHECKING:
-    from .findings import Compiled, Count, Variants
+    from ..hot_loops import HotLoop
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A case compiled for one target: the worst of its launches in each respect.
+
+    launches: the kernels' names, in order. registers: of a thread. spills: bytes of stack of a thread. shared: bytes of
+    a block. vector_share: of the bytes that accesses to x, y, r and their gradients move, the share that moves 16 bytes
+    at a time. These four are None for ROCm. atomics: in triton's intermediate code. failure: why it does not compile.
+    programs: that an SM holds at a time; loops: those that stream x, in order; both for sm_90 only.
+    """
+
+    launches: tuple[str, ...] = ()
+    registers: int | None = None
+    spills: int | None = None
+    shared: int | None = None
+    vector_share: float | None = None
+    atomics: int = 0
+    failure: str | None = None
+    programs: int | None = None
+    loops: tuple[HotLoop, ...] = ()
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bytes loaded and stored in whole sectors, counted on `interpreted` programs that stand for all `programs`."""
+
+    bytes: int
+    interpreted: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Compiled variants of Example 1, forward and backward; the most that another batch or another volume adds."""
+
+    dtype: Precision
+    channels_last: bool
+    example: int
+    other_batch: int
+    other_volume: int
+
+
+@dataclass(frozen=True)
+class Requests:
+    """How well the warps of one program of a launch coalesce: 32-byte sectors per request, None without requests.
+
+    A request is one instruction of one warp. The fewest sectors are 16 where each lane moves 16 bytes, and 4 where it
+    moves 4. launch: the launch's number and the kernel. copy: asynchronous copies to shared memory, which load x in
+    pipelined loops.
+    """
+
+    case: Case
+    launch: str
+    load: float | None
+    copy: float | None
+    store: float | None
 
 
 @dataclass(frozen=True)

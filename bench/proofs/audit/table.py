@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from ... import console
 from ..ceilings import SHARED_BYTES
 from .cases import direction, layout
-from .rows import Row, violations
-
-if TYPE_CHECKING:
-    from .findings import Requests, Variants
+from .rows import Requests, Row, Variants, violations
 
 HEADINGS = (
     "N×C×S", "layout", "dtype", "direction", "x read", "launches", "bytes/x", "ceiling", "counted on",
