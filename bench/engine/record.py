@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,11 @@ class Machine:
     def label(self) -> str:
         """The device and its name, such as "CPU, AMD EPYC"."""
         return f"{'GPU' if self.device == 'cuda' else 'CPU'}, {self.name}"
+
+    @property
+    def slug(self) -> str:
+        """The name in the form used in file names."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
     def matmul_rate(self, dtype: DType) -> float | None:
         """Operations per second in `dtype`, or None if not measured."""
@@ -107,6 +114,11 @@ class Result:
     first_call: float | None = None
     peak_memory: int | None = None
     note: str = ""
+
+    @property
+    def median(self) -> float:
+        """The median time; NaN if there is none."""
+        return math.nan if self.time is None else self.time.median
 
 
 @dataclass(frozen=True)
@@ -176,14 +188,19 @@ class Workload:
         noise = 1.0 if self.noise is None else self.noise
         return ratio.low <= noise and ratio.high >= 1 / noise
 
+    @property
+    def measured(self) -> list[Result]:
+        """The results that have a time."""
+        return [each for each in self.results if each.time is not None]
+
     def timed(self, baseline: str) -> Result | None:
         """The result of the baseline with this name, or None if it was not timed."""
-        return next((each for each in self.results if each.peer == baseline and each.time is not None), None)
+        return next((each for each in self.measured if each.peer == baseline), None)
 
     def fastest(self, prefix: str = "") -> Result | None:
         """The fastest of the baselines whose names begin with `prefix`, or None if none was timed."""
-        found = [each for each in self.results if each.time is not None and each.peer.startswith(prefix)]
-        return min(found, key=lambda each: each.time.median if each.time is not None else 0.0, default=None)
+        found = (each for each in self.measured if each.peer.startswith(prefix))
+        return min(found, key=lambda each: each.median, default=None)
 
     def reached(self) -> bool:
         """Whether the run reached this workload. Eager, the first result, runs first."""
