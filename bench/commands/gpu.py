@@ -43,11 +43,10 @@ def network(
     return Workload("network", mode, precision, (batch, net.in_planes, *size), network=net)
 
 
-def stems(precision: Precision, batch: int, in_planes: int, net: Network, size: tuple[int, ...]) -> list[Workload]:
+def stems(precision: Precision, batch: int, net: Network, size: tuple[int, ...]) -> list[Workload]:
     """The workloads of a network's stem: forward, and forward with the gradient of the weight."""
-    stem = Network(net.channel, net.layers, in_planes, net.out_length)
     modes: tuple[Mode, ...] = ("forward", "forward+backward")
-    return [Workload("stem", mode, precision, (batch, in_planes, *size), network=stem) for mode in modes]
+    return [Workload("stem", mode, precision, (batch, net.in_planes, *size), network=net) for mode in modes]
 
 
 def plan(device: torch.device) -> list[Workload]:
@@ -61,7 +60,7 @@ def plan(device: torch.device) -> list[Workload]:
             *(network(mode, "float32", 2, tiny, (8, 7, 6)) for mode in (TRAIN, "forward")),
             *ops.workloads([(2, 4, 8, 7, 6)], "float32"),
             *ops.workloads([(2, 4, 8, 7, 6)], "float32", ["channels_last"], residual=True),
-            *stems("float32", 2, 3, tiny, (8, 7, 6)),
+            *stems("float32", 2, tiny, (8, 7, 6)),
             *(third_party.workload(name, "train", "fp32", (2, 1, 16, 16, 16), (4, 8)) for name in third_party.NAMES),
         ]
     shape = (2, 1, *LARGE_SIZE)
@@ -80,8 +79,8 @@ def plan(device: torch.device) -> list[Workload]:
         *ops.workloads([(1, 64, 16, 16, 15), (1, 64, 31, 32, 30)], "bfloat16"),
         *ops.workloads([large], "bfloat16", residual=True),
         residual,
-        *stems(BF16, 32, 3, EXAMPLE_1, EXAMPLE_1_SIZE),
-        *stems(BF16, 2, 1, LARGE, LARGE_SIZE),
+        *stems(BF16, 32, EXAMPLE_1, EXAMPLE_1_SIZE),
+        *stems(BF16, 2, LARGE, LARGE_SIZE),
         network("forward", BF16, 8),
         network(TRAIN, BF16, 8),
         network("forward", "float32", 8),

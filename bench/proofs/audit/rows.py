@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fastenc.kernels.plan import SECTOR_BYTES, VECTOR_BYTES
+
 from .. import ceilings
 from .cases import Case, Precision, layout
 
@@ -121,7 +123,7 @@ class Row:
             ),
             interpreted=count.interpreted,
             programs=count.programs,
-            split_excused=short and not one_pass and ceilings.breaks_sectors(case.C, case.itemsize, case.channels_last),
+            split_excused=short and not one_pass and case.channels_last and case.C * case.itemsize % SECTOR_BYTES != 0,
             compiled=compiled,
             slab=slab,
         )
@@ -139,8 +141,8 @@ def _broken(row: Row) -> Iterator[str]:
     short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
     if not row.one_pass and short and not row.split_excused:
         yield f"reads x twice, where rows of {case.S} positions must be read once"
-    held = ceilings.loops_held(case.dtype, case.channels_last, case.C, case.residual)
-    vectors = ceilings.vectors_required(case.C, case.S, case.itemsize, case.channels_last)
+    held = case.dtype == "bfloat16" and case.channels_last and case.C >= ceilings.LOOP_CHANNELS and not case.residual
+    vectors = (case.C if case.channels_last else case.S) * case.itemsize % VECTOR_BYTES == 0
     for target, compiled in row.compiled.items():
         if target not in ceilings.SHARED_BYTES:
             continue
