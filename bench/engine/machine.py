@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,8 +23,6 @@ CONDITIONS = "temperature.gpu,clocks.sm,clocks.mem,power.draw"
 
 def _output(*command: str) -> str | None:
     """What `command` prints; None if it is missing, fails or hangs."""
-    if shutil.which(command[0]) is None:
-        return None
     try:
         done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=20, check=True)
     except (subprocess.SubprocessError, OSError):
@@ -137,15 +134,10 @@ def settings(tf32: bool, benchmark: bool) -> Iterator[Settings]:
     Matrix products run without TF32. By default PyTorch enables TF32 in convolutions only.
     """
 
-    def apply(cudnn_tf32: bool, matmul_tf32: bool, search: bool) -> None:
-        torch.backends.cudnn.allow_tf32 = cudnn_tf32
-        torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
-        torch.backends.cudnn.benchmark = search
-
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark)
-    apply(tf32, False, benchmark)
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = tf32, False, benchmark
     try:
         yield Settings(tf32, False, benchmark, torch.get_num_threads())
     finally:
-        apply(*before)
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before

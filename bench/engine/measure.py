@@ -202,7 +202,7 @@ class Measurement:
         begin = time.monotonic()
         # With avx512_bf16, the oneDNN of torch 2.13 leaves weight gradients of small maps unwritten in bfloat16.
         spared = self._device.type == "cpu" and self._workload.precision.startswith("bfloat16")
-        with torch.backends.mkldnn.flags(enabled=False) if spared else contextlib.nullcontext():
+        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if spared else contextlib.nullcontext():
             numbers = runner.numbers()
         synchronize(self._device)
         first_call = time.monotonic() - begin
