@@ -71,14 +71,6 @@ def fused_encoder(network: Network, **options: Any) -> nn.Module:
     return fastenc.EncoderNet3d(**dataclasses.asdict(network), **options)
 
 
-def norms(network: Network, size: Sequence[int]) -> list[tuple[int, ...]]:
-    """(channels, *spatial) for every InstanceNorm of EncoderNet3d on an input with spatial shape `size`, in order."""
-    with torch.device("meta"):
-        plain = plain_encoder(network)
-    layers = floor.layers(plain, (1, network.in_planes, *size))
-    return [tuple(x.shape[1:]) for layer, x, _ in layers if isinstance(layer, nn.InstanceNorm3d)]
-
-
 def plain_network(workload: Workload) -> nn.Module:
     """What the workload runs, in plain PyTorch: EncoderNet3d, its stem alone, or an unchanged third-party model."""
     if workload.client is not None:
@@ -95,6 +87,13 @@ def without_data(workload: Workload) -> nn.Module | None:
         return None
     with torch.device("meta"):
         return plain_network(workload)
+
+
+def norms(network: Network, size: Sequence[int]) -> list[tuple[int, ...]]:
+    """(channels, *spatial) for every InstanceNorm of EncoderNet3d on an input with spatial shape `size`, in order."""
+    with torch.device("meta"):
+        layers = floor.layers(plain_encoder(network), (1, network.in_planes, *size))
+    return [tuple(x.shape[1:]) for layer, x, _ in layers if isinstance(layer, nn.InstanceNorm3d)]
 
 
 def cost(workload: Workload) -> floor.Cost | None:

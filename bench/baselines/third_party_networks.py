@@ -44,7 +44,7 @@ def idle_biases(model: ThirdPartyModel, shape: Sequence[int]) -> set[str]:
     """The names of convolution biases that a following InstanceNorm cancels. Their gradients are zero."""
     with torch.device("meta"):
         network = build(model)
-    ran = layers(network, shape)
+        ran = layers(network, shape)
     made_by = {id(y): layer for layer, _, y in ran}
     before_norms = [made_by.get(id(x)) for layer, x, _ in ran if isinstance(layer, nn.InstanceNorm3d)]
     idle = {id(each.bias) for each in before_norms if isinstance(each, (nn.Conv3d, nn.ConvTranspose3d))}

@@ -133,8 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
     workloads = plan(device)
     with settings(tf32=True, benchmark=True) as shared:
         session = Session(
-            arguments.command, arguments.out, device, shared, workloads, deadline, tests=tests, resume=True,
-            stage=partial(stage, set(workloads[:PROMISED])),
+            arguments.command, arguments.out, device, shared, workloads, deadline, resume=True,
+            tests=tests if lacking is None else None, stage=partial(stage, set(workloads[:PROMISED])),
         )  # fmt: skip
         status = session.run()
     draw(session)

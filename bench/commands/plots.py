@@ -26,7 +26,8 @@ THEMES = {
     "light": {"ink": "#1f2328", "paper": "#ffffff", "grid": "#d8dee4"},
     "dark": {"ink": "#e6edf3", "paper": "#0d1117", "grid": "#30363d"},
 }
-# Each baseline has the same colour in all pictures.
+# Each baseline has the same colour in all pictures: fastenc orange or red, torch.compile blue, GroupNorm brown, eager
+# grey.
 COLOURS = {
     "eager": "#8c959f",
     "eager channels_last_3d": "#57606a",
@@ -49,11 +50,6 @@ MOST_PANELS = 6  # panels of bars in a picture; a record begins with the most im
 FARTHEST_FLOOR = 2.5  # a floor beyond 2.5 times the longest bar is not drawn, because the bars would become too short
 MARKERS = "osD^vPX<>*"
 DASHES = (0, (4, 2))
-
-
-def colour(baseline: str) -> str:
-    """The baseline's colour: fastenc orange or red, torch.compile blue, GroupNorm brown, eager grey."""
-    return COLOURS.get(baseline, OTHER)
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str, themes: Sequence[str] = ("light",)) -> list[Path]:
@@ -140,7 +136,7 @@ def _bars(
             if (lengths := spread(result)) is None:
                 continue
             value, low, high = lengths
-            panel.barh(at, value, color=colour(result.peer), height=0.74)
+            panel.barh(at, value, color=COLOURS.get(result.peer, OTHER), height=0.74)
             if low < high:
                 panel.errorbar(value, at, xerr=[[value - low], [high - value]], fmt="none", ecolor=theme["ink"],
                                elinewidth=0.8, capsize=1.5)  # fmt: skip
@@ -208,7 +204,7 @@ def _curves(
         results = ((each, each.timed(baseline)) for each in workloads)
         points = sorted(point(each, found.median) for each, found in results if found is not None)
         if points:
-            style = {"color": colour(baseline), "markersize": 4, "label": _short(baseline)}
+            style = {"color": COLOURS.get(baseline, OTHER), "markersize": 4, "label": _short(baseline)}
             panel.plot(*zip(*points, strict=True), marker + "-", **style)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -106,14 +105,10 @@ def figures(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
 
     Args:
         records: of any machines.
-        pictures: drawn from these records.
+        pictures: drawn from these records, and possibly others.
         readme: README's folder, to which links are relative.
     """
-    parts = []
-    for own in machines(records):
-        form = f"{own[0].machine.slug}-[a-z]+-[a-z]+"
-        shown = [picture for picture in pictures if re.fullmatch(form, picture.stem)]
-        parts.append(section(own, shown, readme))
+    parts = [section(own, pictures, readme) for own in machines(records)]
     if not any(record.machine.device == "cuda" for record in records):
         parts.append(NO_GPU)
     return "".join(parts)
@@ -123,15 +118,15 @@ def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
     """The section of one machine: its name and software, its pictures and its tables. records: the newest is last."""
     machine, workloads = records[-1].machine, latest(records)
     text = [f"**{machine.label}**{_software(records[-1])}. {_sources(records, workloads)}\n"]
-    lights = {path.stem.split("-")[-2]: path for path in pictures if path.stem.endswith("-light")}
-    for name, light in ((name, lights[name]) for name in ALT if name in lights):
-        dark, alt = light.with_name(light.name.replace("-light.png", "-dark.png")), f"{ALT[name]}; {machine.label}"
-        here, there = (Path(os.path.relpath(path, readme)).as_posix() for path in (light, dark))
-        text.append(
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{there}">'
-            f'<img src="{here}" alt="{alt}"></picture>'
-        )
-    text += [""] if lights else []
+    for name, alt in ALT.items():
+        for light in (path for path in pictures if path.name == f"{machine.slug}-{name}-light.png"):
+            dark = light.with_name(light.name.replace("-light.png", "-dark.png"))
+            here, there = (Path(os.path.relpath(path, readme)).as_posix() for path in (light, dark))
+            text.append(
+                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{there}">'
+                f'<img src="{here}" alt="{alt}; {machine.label}"></picture>'
+            )
+    text += [""] if len(text) > 1 else []
     ops = [each for each in workloads if each.network is None and each.client is None]
     largest = {each.kind: prod(each.shape) for each in sorted(ops, key=lambda each: prod(each.shape))}
     tables = [

@@ -255,19 +255,17 @@ class Measurement:
         turns = [(name, self._samples[name]) for name in calls if name != twin]
         if twin in calls:
             turns = [(twin, self._samples[twin]), *turns, (twin, self._again)]
-        begin, enough, told = time.monotonic(), ROUNDS_SECONDS[self._device.type], 0.0
+        begin = time.monotonic()
         for done in range(MOST_ROUNDS):
             spent = time.monotonic() - begin
             least = SURE_ROUNDS if spent < SURE_SECONDS else LEAST_ROUNDS
-            share = max(told, min(done / least, spent / enough if enough else 1.0, 1.0))
-            progress.advance((share - told) * len(calls) * TIMING / 2)
-            told = share
-            if share == 1:
+            if done >= least and spent >= ROUNDS_SECONDS[self._device.type]:
                 break
             for name, samples in turns if done % 2 == 0 else reversed(turns):
                 if self._results[name].status == "left out":
                     with self._failures(name):
                         samples.append(sample(runners[name].work, calls[name], self._device))
+        progress.advance(len(calls) * TIMING / 2)
 
     @contextlib.contextmanager
     def _failures(self, name: str) -> Iterator[None]:

@@ -210,8 +210,7 @@ def merged(earlier: Workload, later: Workload) -> Workload:
     """The workload with all results of both. A finished result of the earlier is kept."""
     found = {result.peer: result for result in later.results}
     kept = {result.peer: result for result in earlier.results if result.status not in ("left out", "not here")}
-    names = dict.fromkeys(result.peer for result in (*earlier.results, *later.results))
-    results = tuple({**{one.peer: one for one in earlier.results}, **found, **kept}[name] for name in names)
+    results = tuple({**{one.peer: one for one in earlier.results}, **found, **kept}.values())
     return dataclasses.replace(later, noise=later.noise if earlier.noise is None else earlier.noise, results=results)
 
 

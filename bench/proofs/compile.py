@@ -33,9 +33,6 @@ class Launch:
     grid: tuple[int, int, int]
     compiled: Any
 
-    def __hash__(self) -> int:
-        return hash(self.key)
-
     @property
     def key(self) -> str:
         """Equal for launches that run the same compiled variant."""
