@@ -33,6 +33,7 @@ TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx94
 # (precision, channels_last) in which the variants of Example 1, EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3), count.
 EXAMPLES = tuple(product(ITEMSIZE, (True, False)))
 MOST_PROCESSES = 8
+DERIVED = ("moved", "ceiling", "split_excused")  # what JSON holds of a row besides its fields
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +153,7 @@ def as_json(
         "dirty": dirty,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": [dataclasses.asdict(row) | {name: getattr(row, name) for name in DERIVED} for row in rows],
         "variants": [dataclasses.asdict(each) for each in variants],
         "requests": [dataclasses.asdict(each) for each in requests],
         "violations": list(broken),

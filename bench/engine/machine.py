@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+
+import fastenc
 
 from .record import Condition, DType, Machine, MatmulRate, Settings
 from .timing import Work, calls_per_sample, sample
@@ -41,12 +44,9 @@ def commit() -> tuple[str | None, bool | None]:
 
 def source() -> str:
     """A hash of all Python files of fastenc, its kernels and its benchmarks."""
-    package, digest = CHECKOUT / "fastenc", hashlib.sha256()
-    if not package.is_dir():  # installed: this file is in the package
-        package = CHECKOUT
-    # Folder by folder, because kernels and bench can be links, and rglob does not follow links.
-    files = {path for folder in (package, package / "kernels", package / "bench") for path in folder.rglob("*.py")}
-    for path in sorted(files):
+    package, digest = Path(fastenc.__file__).parent, hashlib.sha256()
+    folders = os.walk(package, followlinks=True)  # in a checkout, kernels and bench are links
+    for path in sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -148,7 +148,7 @@ def row_of(case: Case, count: Count, compiled: dict[str, Compiled]) -> Row:
     """The audit's row of a case."""
     plan = plan_of(case)
     in_apply = plan.chunks > 1 and not plan.combines_apart
-    return Row.of(case, plan.one_pass, count, compiled, plan.branch == "slab", in_apply)
+    return Row(case, plan.one_pass, count, compiled, plan.branch == "slab", in_apply)
 
 
 def representatives(cases: Iterable[Case]) -> list[Case]:

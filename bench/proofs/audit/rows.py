@@ -77,56 +77,41 @@ class Row:
     """The findings about one case.
 
     one_pass: rows are held on chip, so x is read once.
-    moved: bytes loaded and stored over the bytes of x.
-    ceiling: the largest allowed value of `moved`.
-    interpreted, programs: the number of interpreted programs and of all programs.
-    split_excused: the row is short enough for one pass, but slices of its channels would move partial sectors.
     compiled: by target.
     slab: the second read of x comes from L1 or L2.
+    in_apply: the programs of apply combine the partial results of their rows.
     """
 
     case: Case
     one_pass: bool
-    moved: float
-    ceiling: float
-    interpreted: int
-    programs: int
-    split_excused: bool
+    count: Count
     compiled: dict[str, Compiled]
     slab: bool = False
+    in_apply: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        case: Case,
-        one_pass: bool,
-        count: Count,
-        compiled: dict[str, Compiled],
-        slab: bool = False,
-        in_apply: bool = False,
-    ) -> Row:
-        """The row of `case`.
+    @property
+    def moved(self) -> float:
+        """Bytes loaded and stored over the bytes of x."""
+        return self.count.bytes / self.case.x_bytes
 
-        Args:
-            count: bytes moved.
-            compiled: the compiled launches, by target.
-            in_apply: the programs of apply combine the partial results of their rows.
-        """
-        short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
-        shape = case.N, case.C, case.S
-        return cls(
-            case=case,
-            one_pass=one_pass,
-            moved=count.bytes / case.x_bytes,
-            ceiling=ceilings.traffic_ceiling(
-                *shape, case.itemsize, case.backward, not one_pass, case.residual, in_apply
-            ),
-            interpreted=count.interpreted,
-            programs=count.programs,
-            split_excused=short and not one_pass and case.channels_last and case.C * case.itemsize % SECTOR_BYTES != 0,
-            compiled=compiled,
-            slab=slab,
-        )
+    @property
+    def ceiling(self) -> float:
+        """The largest allowed value of `moved`."""
+        case, shape = self.case, (self.case.N, self.case.C, self.case.S)
+        split = not self.one_pass
+        return ceilings.traffic_ceiling(*shape, case.itemsize, case.backward, split, case.residual, self.in_apply)
+
+    @property
+    def short(self) -> bool:
+        """Whether the row is short enough for one pass, but read twice."""
+        case = self.case
+        required = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
+        return required and not self.one_pass
+
+    @property
+    def split_excused(self) -> bool:
+        """Whether the row is short, but slices of its channels would move partial sectors."""
+        return self.short and self.case.channels_last and self.case.C * self.case.itemsize % SECTOR_BYTES != 0
 
 
 def violations(row: Row) -> list[str]:
@@ -138,8 +123,7 @@ def _broken(row: Row) -> Iterator[str]:
     case = row.case
     if row.moved > row.ceiling:
         yield f"moves {row.moved:.4f} times the bytes of x, ceiling {row.ceiling:.4f}"
-    short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
-    if not row.one_pass and short and not row.split_excused:
+    if row.short and not row.split_excused:
         yield f"reads x twice, where rows of {case.S} positions must be read once"
     held = case.dtype == "bfloat16" and case.channels_last and case.C >= ceilings.LOOP_CHANNELS and not case.residual
     vectors = (case.C if case.channels_last else case.S) * case.itemsize % VECTOR_BYTES == 0

@@ -33,7 +33,7 @@ def cells(row: Row) -> tuple[str, ...]:
         str(max(len(each.launches) for each in compiled)),
         f"{row.moved:.4f}",
         f"{row.ceiling:.4f}",
-        f"{row.interpreted} of {row.programs}",
+        f"{row.count.interpreted} of {row.count.programs}",
         registers,
         str(max(each.spills or 0 for each in compiled)),
         f"{100 * min(shares):.0f} %" if shares else "–",
