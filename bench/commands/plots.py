@@ -94,11 +94,8 @@ def style(theme: dict[str, str]) -> Any:
 
 
 def _title(workload: Workload) -> str:
-    network, size = workload.network, "×".join(map(str, workload.shape[2:]))
-    name: str = "" if workload.client is None else workload.client.name
-    if network is not None:
-        name = f"channel {network.channel}, layers {' '.join(map(str, network.layers))}"
-    return f"{workload.mode}, batch {workload.shape[0]}\n{workload.precision}, {size}\n{name}"
+    size = "×".join(map(str, workload.shape[2:]))
+    return f"{workload.mode}, batch {workload.shape[0]}\n{workload.precision}, {size}\n{workload.model}"
 
 
 def _short(baseline: str) -> str:

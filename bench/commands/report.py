@@ -181,11 +181,8 @@ def _table(first: str, workloads: Sequence[Workload], unchanged: Sequence[str] =
 def _label(workload: Workload) -> str:
     """What runs, the shape of its input, and how it runs, as a cell."""
     how, size = f"{workload.precision}, {workload.mode}", "×".join(map(str, workload.shape[1:]))
-    if workload.network is not None:
-        layers = " ".join(map(str, workload.network.layers))
-        return f"channel {workload.network.channel}, layers {layers}, {size}, batch {workload.shape[0]}, {how}"
-    if workload.client is not None:
-        return f"{workload.client.name}, {size}, batch {workload.shape[0]}, {how}"
+    if workload.model:
+        return f"{workload.model}, {size}, batch {workload.shape[0]}, {how}"
     residual = ", with a residual" if workload.kind == "instance_norm_add_prelu" else ""
     return f"{workload.shape[0]}×{size} {workload.layout}, {how}{residual}"
 

@@ -171,17 +171,23 @@ class Workload:
         dtype: DType = self.precision.removesuffix(" autocast")  # type: ignore[assignment]
         return dtype
 
+    @property
+    def model(self) -> str:
+        """The network, such as "channel 64, layers 3 3 3 3 3". Empty for an operation."""
+        if self.network is not None:
+            return f"channel {self.network.channel}, layers {' '.join(map(str, self.network.layers))}"
+        return "" if self.client is None else self.client.name
+
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))
         if self.client is not None:
             channels = " ".join(map(str, self.client.channels))
-            return f"{self.client.name}, channels {channels}, {self.precision}, {shape}, {self.mode}"
+            return f"{self.model}, channels {channels}, {self.precision}, {shape}, {self.mode}"
         if self.network is None:
             return f"{self.kind}, {self.precision}, {shape} {self.layout}, {self.mode}"
         if self.kind == "stem":
             return f"stem of {self.network.channel} channels, {self.precision}, {shape}, {self.mode}"
-        net = f"channel {self.network.channel}, layers {' '.join(map(str, self.network.layers))}"
-        return f"EncoderNet3d {net}, {self.precision}, {shape}, {self.mode}"
+        return f"EncoderNet3d {self.model}, {self.precision}, {shape}, {self.mode}"
 
     def within_noise(self, ratio: Ratio) -> bool:
         """Whether the interval of `ratio` overlaps that of two runs of the same version."""
