@@ -152,47 +152,31 @@ class Traffic(ExitStack):
     def __enter__(self) -> Traffic:
         self.alike = 1
         self.loaded = self.stored = self.loaded_sectors = self.stored_sectors = self.launches = self.atomics = 0
-        plain_load, plain_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-        rmw, cas = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
-        launch = interpreter.GridExecutor.__call__
 
-        def moved(ptrs: Any, mask: Any) -> tuple[int, int]:
-            size = ptrs.get_element_ty().primitive_bitwidth // 8
-            address = ptrs.data if mask is None else ptrs.data[np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)]
-            return self.alike * address.size * size, self.alike * np.unique(address // 32).size * 32
+        def counted(owner: Any, method: str, count: Callable[..., None]) -> None:
+            original = getattr(owner, method)
 
-        def load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-            asked, sectors = moved(ptrs, mask)
-            self.loaded, self.loaded_sectors = self.loaded + asked, self.loaded_sectors + sectors
-            return plain_load(builder, ptrs, mask, *rest)
+            def call(this: Any, *arguments: Any, **keywords: Any) -> Any:
+                count(*arguments)
+                return original(this, *arguments, **keywords)
 
-        def store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            asked, sectors = moved(ptrs, mask)
-            self.stored, self.stored_sectors = self.stored + asked, self.stored_sectors + sectors
-            return plain_store(builder, ptrs, value, mask, *rest)
+            self.enter_context(mock.patch.object(owner, method, call))
 
-        def atomic(original: Callable[..., Any]) -> Callable[..., Any]:
-            def counted(builder: Any, *rest: Any) -> Any:
-                self.atomics += 1
-                return original(builder, *rest)
-
-            return counted
-
-        def counted_launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
-            self.launches += 1
-            return launch(executor, *args, **kwargs)
-
-        self.enter_context(
-            mock.patch.multiple(
-                InterpreterBuilder,
-                create_masked_load=load,
-                create_masked_store=store,
-                create_atomic_rmw=atomic(rmw),
-                create_atomic_cas=atomic(cas),
-            )
-        )
-        self.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", counted_launch))
+        counted(InterpreterBuilder, "create_masked_load", lambda ptrs, mask, *_: self._moved("loaded", ptrs, mask))
+        counted(InterpreterBuilder, "create_masked_store", lambda ptrs, _, mask, *__: self._moved("stored", ptrs, mask))
+        for method in ("create_atomic_rmw", "create_atomic_cas"):
+            counted(InterpreterBuilder, method, lambda *_: self._add("atomics", 1))
+        counted(interpreter.GridExecutor, "__call__", lambda *_: self._add("launches", 1))
         return self
+
+    def _add(self, what: str, amount: int) -> None:
+        setattr(self, what, getattr(self, what) + amount)
+
+    def _moved(self, way: str, ptrs: Any, mask: Any) -> None:
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        address = ptrs.data if mask is None else ptrs.data[np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)]
+        self._add(way, self.alike * address.size * size)
+        self._add(f"{way}_sectors", self.alike * np.unique(address // 32).size * 32)
 
     @property
     def sectors(self) -> int:
