@@ -82,8 +82,8 @@ def plain_network(workload: Workload) -> nn.Module:
 
 def without_data(workload: Workload) -> nn.Module | None:
     """`plain_network` on the meta device. None for an operation, and if the third-party model's package is missing."""
-    absent = workload.client is not None and third_party_networks.missing(workload.client) is not None
-    if absent or workload.network is workload.client is None:
+    client = workload.client
+    if workload.network is None and (client is None or third_party_networks.missing(client) is not None):
         return None
     with torch.device("meta"):
         return plain_network(workload)
