@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -15,12 +15,22 @@ from torch import Tensor, nn
 import fastenc
 import fastenc.route
 
+from ..engine import floor
 from ..engine.agreement import OUTPUT
 from ..engine.record import Network, Workload
 from ..engine.timing import Work
+from . import third_party_networks
 from .suite import EAGER, FASTENC, Baseline, Runner, Suite, anywhere
 
 LEARNING_RATE = 1e-6  # small, so that training steps do not move the parameters that the baselines share
+# The networks that are measured, and the spatial shape of their inputs. Example 1 is
+# EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3).
+DEPTHS = {
+    "example1": (3, 3, 3, 3, 3), "encnet12": (2, 2, 2, 2, 2), "encnet15": (2, 2, 3, 3, 3), "encnet17": (3, 3, 3, 3, 3),
+    "encnet22": (4, 4, 4, 4, 4),
+}  # fmt: skip
+NETWORKS = {name: (Network(64, depths, 3, 32), (31, 32, 30)) for name, depths in DEPTHS.items()}
+NETWORKS["volume128"] = (Network(32, (2, 2, 2, 2, 2), 1, 2), (128, 128, 128))
 COMPILED = "_orig_mod."  # the prefix that torch.compile adds to parameter names
 
 
@@ -61,6 +71,37 @@ def fused_encoder(network: Network, **options: Any) -> nn.Module:
     return fastenc.EncoderNet3d(**dataclasses.asdict(network), **options)
 
 
+def plain_network(workload: Workload) -> nn.Module:
+    """What the workload runs, in plain PyTorch: EncoderNet3d, its stem alone, or an unchanged third-party model."""
+    if workload.client is not None:
+        return third_party_networks.build(workload.client)
+    assert workload.network is not None
+    network = plain_encoder(workload.network)
+    return network if workload.kind == "network" else next(network[0].children())
+
+
+def without_data(workload: Workload) -> nn.Module | None:
+    """`plain_network` on the meta device. None for an operation, and if the third-party model's package is missing."""
+    client = workload.client
+    if workload.network is None and (client is None or third_party_networks.missing(client) is not None):
+        return None
+    with torch.device("meta"):
+        return plain_network(workload)
+
+
+def norms(network: Network, size: Sequence[int]) -> list[tuple[int, ...]]:
+    """(channels, *spatial) for every InstanceNorm of EncoderNet3d on an input with spatial shape `size`, in order."""
+    with torch.device("meta"):
+        layers = floor.layers(plain_encoder(network), (1, network.in_planes, *size))
+    return [tuple(x.shape[1:]) for layer, x, _ in layers if isinstance(layer, nn.InstanceNorm3d)]
+
+
+def cost(workload: Workload) -> floor.Cost | None:
+    """The least operations and bytes that `workload` needs, or None if the third-party model's package is missing."""
+    network = without_data(workload)
+    return None if network is None else floor.network_cost(workload, network)
+
+
 class Inputs:
     """What all baselines of one workload share: parameters, x, the gradient of the output, and the optimizer.
 
@@ -69,10 +110,7 @@ class Inputs:
 
     Attributes:
         x: (N, in_planes, *spatial), float32, contiguous.
-        dy: the gradient of the output, float32, contiguous.
-
-    Raises:
-        ValueError: the workload has no network.
+        dy: the gradient of the output, float32, contiguous; of a stem channels-last, as the next layer returns it.
     """
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
@@ -92,23 +130,18 @@ class Inputs:
         with torch.device("meta"):
             y = self.plain()(torch.empty(workload.shape))
         self.dy = torch.randn(y.shape, generator=generator).to(device)
-
-    @property
-    def network(self) -> Network:
-        """The arguments of EncoderNet3d."""
-        if self.workload.network is None:
-            raise ValueError(f"workload must have a network, got {self.workload}")
-        return self.workload.network
+        if workload.kind == "stem":
+            self.dy = as_channels_last(self.dy)
 
     def plain(self) -> nn.Module:
         """The network in plain PyTorch, with its own parameters."""
-        return plain_encoder(self.network)
+        return plain_network(self.workload)
 
     @cached_property
     def channels_last(self) -> dict[str, nn.Parameter]:
         """A copy of `parameters` in channels_last_3d. A parameter with two names is copied once."""
         copies = {
-            p: nn.Parameter(_channels_last(p.detach()).clone(memory_format=torch.preserve_format))
+            p: nn.Parameter(as_channels_last(p.detach()).clone(memory_format=torch.preserve_format))
             for p in self.parameters.values()
         }
         return {name: copies[p] for name, p in self.parameters.items()}
@@ -136,7 +169,7 @@ class Inputs:
         return torch.autocast(self.device.type, dtype, enabled=self.workload.precision.endswith(" autocast"))
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
+def as_channels_last(tensor: Tensor) -> Tensor:
     """A 5-D tensor in channels_last_3d; any other tensor unchanged."""
     return tensor.contiguous(memory_format=torch.channels_last_3d) if tensor.dim() == 5 else tensor
 
@@ -146,6 +179,7 @@ def runner(
     network: nn.Module,
     channels_last: bool = False,
     exact: bool = False,
+    queued: bool = False,
     begin: Callable[[], None] = lambda: None,
     note: Callable[[nn.Module, Tensor], str] = lambda network, x: "",
 ) -> Runner:
@@ -156,11 +190,12 @@ def runner(
         network: called with x.
         channels_last: convert x and the gradient of the output to channels_last_3d.
         exact: run without autocast and without the optimizer.
+        queued: time the device alone; see `Work`.
         begin: called before each forward.
         note: describes the network's run on x.
     """
     mode = inputs.workload.mode
-    x, dy = (_channels_last(tensor) if channels_last else tensor for tensor in (inputs.x, inputs.dy))
+    x, dy = (as_channels_last(tensor) if channels_last else tensor for tensor in (inputs.x, inputs.dy))
     autocast = torch.autocast(inputs.device.type, enabled=False) if exact else inputs.autocast()
     optimizer = None
     if mode == "training step" and not exact:
@@ -202,7 +237,7 @@ def runner(
         with torch.set_grad_enabled(mode != "forward"), autocast:
             return note(network, x)
 
-    return Runner(numbers, Work(forward if mode == "forward" else step), held, described)
+    return Runner(numbers, Work(forward if mode == "forward" else step, queued=queued), held, described)
 
 
 # ------------------------------------------------------------------------------------------------- plain PyTorch
@@ -252,7 +287,9 @@ def routes(network: nn.Module, x: Tensor) -> str:
 
 
 def _fused(inputs: Inputs, recompute: bool = False) -> nn.Module:
-    return inputs.holding(partial(fused_encoder, inputs.network, recompute=recompute), inputs.parameters)
+    network = inputs.workload.network
+    assert network is not None
+    return inputs.holding(partial(fused_encoder, network, recompute=recompute), inputs.parameters)
 
 
 def _fastenc(inputs: Inputs, recompute: bool = False) -> Runner:
@@ -323,4 +360,5 @@ SUITE = Suite(
         **dict(_compiled_baselines()),
     },
     exact=partial(eager, exact=True),
+    cost=cost,
 )

@@ -15,6 +15,7 @@ import fastenc
 import fastenc.route
 
 from ..engine.agreement import OUTPUT
+from ..engine.floor import operation_cost
 from ..engine.record import Workload
 from ..engine.timing import Work
 from .suite import EAGER, FASTENC, Baseline, Runner, Suite
@@ -132,4 +133,5 @@ SUITE = Suite(
         ),
     },
     exact=lambda inputs: runner(Inputs(inputs.workload, inputs.device, exact=True), plain_op),
+    cost=operation_cost,
 )

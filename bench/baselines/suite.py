@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.floor import Cost, cost
+from ..engine.floor import Cost
 from ..engine.record import Workload
 from ..engine.timing import Work
 
@@ -66,4 +66,4 @@ class Suite:
     inputs: Callable[[Workload, torch.device], Any]
     baselines: Mapping[str, Baseline]
     exact: Callable[[Any], Runner]
-    cost: Callable[[Workload], Cost | None] = cost
+    cost: Callable[[Workload], Cost | None]

@@ -14,15 +14,8 @@ from fastenc.fusion import Summary
 
 from ..engine.record import Workload
 from . import encoder, third_party_networks
+from .encoder import Inputs
 from .suite import EAGER, FASTENC, Baseline, Runner, Suite
-
-
-class Inputs(encoder.Inputs):
-    """What all baselines of one workload share; see `encoder.Inputs`."""
-
-    def plain(self) -> nn.Module:
-        """The unchanged third-party network."""
-        return third_party_networks.build(third_party_networks.model_of(self.workload))
 
 
 def accelerated(inputs: Inputs) -> nn.Module:
@@ -46,7 +39,7 @@ def _fastenc_compiled(inputs: Inputs) -> Runner:
 
 
 def _missing(workload: Workload, device: torch.device) -> str | None:
-    return third_party_networks.missing(third_party_networks.model_of(workload))
+    return None if workload.client is None else third_party_networks.missing(workload.client)
 
 
 def _layout_needs_cuda(workload: Workload, device: torch.device) -> str | None:
@@ -55,8 +48,9 @@ def _layout_needs_cuda(workload: Workload, device: torch.device) -> str | None:
 
 def _exact(inputs: Inputs) -> Runner:
     """Plain PyTorch in float32, without gradients that are zero except for rounding: no relative distance fits them."""
-    whole = encoder.eager(inputs, exact=True)
-    idle = third_party_networks.idle_biases(third_party_networks.model_of(inputs.workload), inputs.workload.shape)
+    whole, workload = encoder.eager(inputs, exact=True), inputs.workload
+    assert workload.client is not None
+    idle = third_party_networks.idle_biases(workload.client, workload.shape)
 
     def numbers() -> dict[str, Tensor]:
         return {name: tensor for name, tensor in whole.numbers().items() if name not in idle}
@@ -77,5 +71,5 @@ SUITE = Suite(
         ),
     },
     exact=_exact,
-    cost=third_party_networks.cost,
+    cost=encoder.cost,
 )

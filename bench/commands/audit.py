@@ -8,14 +8,13 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,18 +24,16 @@ from ..arguments import refuse
 from ..console import Progress
 from ..engine.machine import commit
 from ..proofs.audit.cases import ITEMSIZE, Case, cases, residual_shapes, shapes
-from ..proofs.audit.rows import Row, variant_violations, violations
+from ..proofs.audit.rows import Compiled, Requests, Row, Variants, variant_violations, violations
 from ..proofs.audit.table import print_requests, print_table, summary
 
-if TYPE_CHECKING:
-    from ..proofs.audit.findings import Compiled, Count, Requests, Variants
-
 PURPOSE = "check the kernels' bytes, registers, vector widths and variants against their ceilings, without a GPU"
-SCHEMA = "fastenc-audit-1"
+SCHEMA = "fastenc-audit-2"
 TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
 # (precision, channels_last) in which the variants of Example 1, EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3), count.
 EXAMPLES = tuple(product(ITEMSIZE, (True, False)))
 MOST_PROCESSES = 8
+DERIVED = ("moved", "ceiling", "split_excused")  # what JSON holds of a row besides its fields
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     try:
+        import numpy  # noqa: F401
         from triton import knobs
-
-        from ..proofs import interpret
     except ImportError as error:
         return refuse("audit", f"needs triton and numpy: {error}")
     if knobs.runtime.interpret:
@@ -62,8 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
         problem = file_problem(arguments.json, "--json")
         if problem is not None:
             return refuse("audit", problem)
-    if fault := interpret.fault():
-        print(f"bytes are predicted, not counted: {fault}", file=sys.stderr)
     audited = [*cases(shapes()), *cases(residual_shapes(), residual=True)]
     rows, variants, requests = audit(audited, min(MOST_PROCESSES, os.cpu_count() or 1))
     broken = [text for row in rows for text in violations(row)]
@@ -81,18 +75,16 @@ def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Vari
 
     With one process, everything runs in this one.
     """
-    from ..proofs import interpret
     from ..proofs.audit import findings as find
 
     by_variant = _grouped(audited, lambda case: (case.channels_last, case.dtype, case.backward, case.residual))
     by_shape = _grouped(audited, lambda case: (case.N, case.C, case.S))
     compiling = list(product(TARGETS, by_variant))
-    counting = [] if interpret.fault() else by_shape
     results = iter(
         _results(
             [
                 *(partial(find.compile_cases, TARGETS[target], group) for target, group in compiling),
-                *(partial(find.count_cases, group) for group in counting),
+                *(partial(find.count_cases, group) for group in by_shape),
                 *(partial(find.example_variants, dtype, channels_last) for dtype, channels_last in EXAMPLES),
                 *(partial(find.count_requests, case) for case in find.representatives(audited)),
             ],
@@ -103,16 +95,10 @@ def audit(audited: Sequence[Case], processes: int) -> tuple[list[Row], list[Vari
     for target, group in compiling:
         for case, one in zip(group, next(results), strict=True):
             compiled[case][target] = one
-    counts = {case: count for group in counting for case, count in zip(group, next(results), strict=True)}
-    rows = [_row(find, case, counts.get(case), compiled[case]) for case in audited]
+    counts = {case: count for group in by_shape for case, count in zip(group, next(results), strict=True)}
+    rows = [find.row_of(case, counts[case], compiled[case]) for case in audited]
     variants = [next(results) for _ in EXAMPLES]
     return rows, variants, [one for of_case in results for one in of_case]
-
-
-def _row(find: Any, case: Case, count: Count | None, compiled: dict[str, Compiled]) -> Row:
-    plan = find.plan_of(case)
-    in_apply = plan.chunks > 1 and not plan.combines_apart
-    return Row.of(case, plan.branch == "one pass", find.predict(case), count, compiled, plan.branch == "slab", in_apply)
 
 
 def _grouped(audited: Sequence[Case], key: Callable[[Case], Any]) -> list[list[Case]]:
@@ -167,7 +153,7 @@ def as_json(
         "dirty": dirty,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": [dataclasses.asdict(row) | {name: getattr(row, name) for name in DERIVED} for row in rows],
         "variants": [dataclasses.asdict(each) for each in variants],
         "requests": [dataclasses.asdict(each) for each in requests],
         "violations": list(broken),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import cast
 
 import torch
 
 from .. import arguments as options
-from ..baselines.encoder import SUITE, fused_encoder, plain_encoder
+from ..baselines.encoder import SUITE, fused_encoder, without_data
+from ..baselines.third_party_networks import missing
 from ..engine.deadline import Deadline
 from ..engine.machine import settings
 from ..engine.record import Mode, Network, Precision, Workload
@@ -47,45 +47,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def autocast(dtype: str) -> Precision:
+    """The precision of a network for this value of --dtype."""
+    precisions: dict[str, Precision] = {"fp32": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
+    return precisions[dtype]
+
+
 def workloads(arguments: argparse.Namespace) -> list[Workload]:
     """The requested workloads, small batches first."""
     kernel = tuple(arguments.kernel_size * (3 if len(arguments.kernel_size) == 1 else 1))
     network = Network(arguments.channel, tuple(arguments.layers), arguments.in_planes, arguments.out_length, kernel)
     found = []
     for dtype, mode, batch in product(arguments.dtype, arguments.mode, sorted(set(arguments.batch))):
-        name = options.PRECISIONS[dtype]
-        precision = cast(Precision, name if name == "float32" else f"{name} autocast")
         shape = (batch, network.in_planes, *arguments.size)
-        found.append(Workload("network", MODES[mode], precision, shape, network=network))
+        found.append(Workload("network", MODES[mode], autocast(dtype), shape, network=network))
     return found
 
 
-def network_problem(workload: Workload) -> str | None:
-    """The network's own error for this workload, or None if it runs. Nothing is computed or allocated."""
-    assert workload.network is not None
+def problem_of(workload: Workload) -> str | None:
+    """Why the workload cannot run (a missing package, or the network's own error), or None. Nothing is computed."""
+    model = workload.client
+    absent = None if model is None else missing(model)
     try:
         with torch.device("meta"), torch.no_grad():
-            fused_encoder(workload.network)
-            plain_encoder(workload.network)(torch.empty(workload.shape))
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {options.first_line(error)}"
-    return None
+            if workload.network is not None:
+                fused_encoder(workload.network)
+            network = without_data(workload)
+            if network is not None:
+                network(torch.empty(workload.shape))
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        name = "" if model is None else f"{model.name}: "
+        return f"{name}{type(error).__name__}: {options.first_line(error)}"
+    return absent
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    return measure(arguments, workloads(arguments), network_problem)
+    return measure(arguments, workloads(arguments))
 
 
-def measure(
-    arguments: argparse.Namespace,
-    asked: Sequence[Workload],
-    problem_of: Callable[[Workload], str | None] = lambda workload: None,
-) -> int:
-    """Time the requested workloads and return the exit status.
-
-    problem_of: returns why a workload cannot run, or None. If any cannot, one line says why and nothing is timed.
-    """
+def measure(arguments: argparse.Namespace, asked: Sequence[Workload]) -> int:
+    """Time the requested workloads and return the exit status. If any cannot run, one line says why instead."""
     deadline = Deadline(arguments.minutes * 60)
     problem = options.device_problem(arguments.device)
     problem = problem or next(filter(None, map(problem_of, asked)), None) or options.folder_problem(arguments.out)

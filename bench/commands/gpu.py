@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .. import arguments as options
-from ..baselines import third_party_networks
-from ..baselines.encoder import plain_encoder
+from ..baselines import encoder
 from ..baselines.suite import FASTENC, Baseline
 from ..engine.deadline import Deadline
 from ..engine.machine import settings
@@ -31,8 +27,8 @@ TESTS_SHARE = 0.4  # largest share of the minutes
 PROMISED = 11  # the plan's first workloads, whose figures the project promises
 
 # Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3).
-EXAMPLE_1, EXAMPLE_1_SIZE = ops.NETWORKS["example1"]
-LARGE, LARGE_SIZE = ops.NETWORKS["volume128"]
+EXAMPLE_1, EXAMPLE_1_SIZE = encoder.NETWORKS["example1"]
+LARGE, LARGE_SIZE = encoder.NETWORKS["volume128"]
 TRAIN: Mode = "training step"
 BF16: Precision = "bfloat16 autocast"
 
@@ -44,11 +40,10 @@ def network(
     return Workload("network", mode, precision, (batch, net.in_planes, *size), network=net)
 
 
-def stems(precision: Precision, batch: int, in_planes: int, net: Network, size: tuple[int, ...]) -> list[Workload]:
+def stems(precision: Precision, batch: int, net: Network, size: tuple[int, ...]) -> list[Workload]:
     """The workloads of a network's stem: forward, and forward with the gradient of the weight."""
-    stem = Network(net.channel, net.layers, in_planes, net.out_length)
     modes: tuple[Mode, ...] = ("forward", "forward+backward")
-    return [Workload("stem", mode, precision, (batch, in_planes, *size), network=stem) for mode in modes]
+    return [Workload("stem", mode, precision, (batch, net.in_planes, *size), network=net) for mode in modes]
 
 
 def plan(device: torch.device) -> list[Workload]:
@@ -62,7 +57,7 @@ def plan(device: torch.device) -> list[Workload]:
             *(network(mode, "float32", 2, tiny, (8, 7, 6)) for mode in (TRAIN, "forward")),
             *ops.workloads([(2, 4, 8, 7, 6)], "float32"),
             *ops.workloads([(2, 4, 8, 7, 6)], "float32", ["channels_last"], residual=True),
-            *stems("float32", 2, 3, tiny, (8, 7, 6)),
+            *stems("float32", 2, tiny, (8, 7, 6)),
             *(third_party.workload(name, "train", "fp32", (2, 1, 16, 16, 16), (4, 8)) for name in third_party.NAMES),
         ]
     shape = (2, 1, *LARGE_SIZE)
@@ -81,8 +76,8 @@ def plan(device: torch.device) -> list[Workload]:
         *ops.workloads([(1, 64, 16, 16, 15), (1, 64, 31, 32, 30)], "bfloat16"),
         *ops.workloads([large], "bfloat16", residual=True),
         residual,
-        *stems(BF16, 32, 3, EXAMPLE_1, EXAMPLE_1_SIZE),
-        *stems(BF16, 2, 1, LARGE, LARGE_SIZE),
+        *stems(BF16, 32, EXAMPLE_1, EXAMPLE_1_SIZE),
+        *stems(BF16, 2, LARGE, LARGE_SIZE),
         network("forward", BF16, 8),
         network(TRAIN, BF16, 8),
         network("forward", "float32", 8),
@@ -102,40 +97,6 @@ def stage(promised: set[Workload], workload: Workload, name: str, baseline: Base
             return 0
         return 3 if baseline.compiles else 1
     return 4 if baseline.compiles else 2
-
-
-def searches(workloads: Iterable[Workload]) -> int:
-    """How often cuDNN searches for an algorithm: once for each convolution, dtype, layout and direction.
-
-    Convolutions that fastenc makes smaller and those of stems with more channels are not counted.
-    """
-    found: set[tuple[object, ...]] = set()
-
-    def see(workload: Workload, layer: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        x = inputs[0]
-        directions = ["forward"]
-        if workload.mode != "forward":
-            directions += ["weight", "input"] if x.requires_grad else ["weight"]
-        configuration = (type(layer), x.shape, layer.weight.shape, layer.stride, layer.padding, workload.dtype)
-        found.update(
-            (*configuration, layout, each) for layout in ("contiguous", "channels_last") for each in directions
-        )
-
-    for workload in workloads:
-        with torch.device("meta"):
-            if workload.client is not None:
-                if third_party_networks.missing(workload.client) is not None:
-                    continue
-                network = third_party_networks.build(workload.client)
-            elif workload.network is not None:
-                network = plain_encoder(workload.network)
-            else:
-                continue
-            convolutions = [each for each in network.modules() if isinstance(each, (nn.Conv3d, nn.ConvTranspose3d))]
-            for layer in convolutions[: 1 if workload.kind == "stem" else None]:
-                layer.register_forward_hook(partial(see, workload))
-            network(torch.empty(workload.shape))
-    return len(found)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,17 +131,10 @@ def run(arguments: argparse.Namespace) -> int:
         return gpu_tests.run(log, min(TESTS_SHARE * deadline.seconds, deadline.left() - gpu_tests.WRITING))
 
     workloads = plan(device)
-    first = workloads[:PROMISED]
-    if device.type == "cuda":
-        print(
-            f"cuDNN searches for an algorithm about {searches(workloads)} times in {len(workloads)} workloads, "
-            f"{searches(first)} times in the first {len(first)}",
-            file=sys.stderr,
-        )
     with settings(tf32=True, benchmark=True) as shared:
         session = Session(
-            arguments.command, arguments.out, device, shared, workloads, deadline, tests=tests, resume=True,
-            stage=partial(stage, set(first)),
+            arguments.command, arguments.out, device, shared, workloads, deadline, resume=True,
+            tests=tests if lacking is None else None, stage=partial(stage, set(workloads[:PROMISED])),
         )  # fmt: skip
         status = session.run()
     draw(session)

@@ -7,20 +7,12 @@ from collections.abc import Sequence
 from typing import cast, get_args
 
 from .. import arguments as options
+from ..baselines.encoder import NETWORKS, norms
 from ..baselines.op import SUITE
-from ..engine.floor import norms
-from ..engine.record import Layout, Mode, Network, Precision, Workload
+from ..engine.record import Layout, Mode, Precision, Workload
 from .compare import measure
 
 PURPOSE = "time the fused operation and its baselines on the shapes of a network's layers or on given shapes"
-SIZE = (31, 32, 30)
-# Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3).
-DEPTHS = {
-    "example1": (3, 3, 3, 3, 3), "encnet12": (2, 2, 2, 2, 2), "encnet15": (2, 2, 3, 3, 3), "encnet17": (3, 3, 3, 3, 3),
-    "encnet22": (4, 4, 4, 4, 4),
-}  # fmt: skip
-NETWORKS = {name: (Network(64, depths, 3, 32), SIZE) for name, depths in DEPTHS.items()}
-NETWORKS["volume128"] = (Network(32, (2, 2, 2, 2, 2), 1, 2), (128, 128, 128))
 
 
 def shape(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle, groupby
 from math import ceil, prod
@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 from ..baselines.suite import EAGER
 from ..engine.floor import ITEMSIZE
 from ..engine.record import Record, Result, Workload
-from ..engine.session import bare
+from ..engine.session import latest
 
 WIDTH = 8.3  # inches: at a README width of 830 pixels, a 9-point font is about 12 pixels high
 DPI = 200
@@ -26,7 +26,8 @@ THEMES = {
     "light": {"ink": "#1f2328", "paper": "#ffffff", "grid": "#d8dee4"},
     "dark": {"ink": "#e6edf3", "paper": "#0d1117", "grid": "#30363d"},
 }
-# Each baseline has the same colour in all pictures.
+# Each baseline has the same colour in all pictures: fastenc orange or red, torch.compile blue, GroupNorm brown, eager
+# grey.
 COLOURS = {
     "eager": "#8c959f",
     "eager channels_last_3d": "#57606a",
@@ -51,20 +52,6 @@ MARKERS = "osD^vPX<>*"
 DASHES = (0, (4, 2))
 
 
-def colour(baseline: str) -> str:
-    """The baseline's colour: fastenc orange or red, torch.compile blue, GroupNorm brown, eager grey."""
-    return COLOURS.get(baseline, OTHER)
-
-
-def latest(records: Iterable[Record]) -> dict[str, list[Workload]]:
-    """The newest measurement of each workload, by the machine's name. GPUs come first."""
-    found: dict[str, dict[Workload, Workload]] = {}
-    for record in sorted(records, key=lambda record: (record.machine.device == "cpu", record.date)):
-        measured = (each for each in record.workloads if any(result.time is not None for result in each.results))
-        found.setdefault(record.machine.name, {}).update((bare(each), each) for each in measured)
-    return {name: list(workloads.values()) for name, workloads in found.items()}
-
-
 def draw(records: Sequence[Record], folder: Path, stem: str, themes: Sequence[str] = ("light",)) -> list[Path]:
     """Draw every picture for which the records have figures, and return the files.
 
@@ -74,8 +61,7 @@ def draw(records: Sequence[Record], folder: Path, stem: str, themes: Sequence[st
         stem: the beginning of the files' names.
         themes: keys of THEMES.
     """
-    ((_, workloads),) = latest(records).items() or (("", []),)
-    written = []
+    workloads, written = latest(records), []
     for name, picture in PICTURES.items():
         for theme in themes:
             with matplotlib.rc_context(style(THEMES[theme])):
@@ -107,28 +93,9 @@ def style(theme: dict[str, str]) -> Any:
     }
 
 
-def timed(workload: Workload) -> list[Result]:
-    """The results that have a time."""
-    return [result for result in workload.results if result.time is not None]
-
-
-def _networks(workloads: Iterable[Workload], kind: str = "network") -> list[Workload]:
-    return [each for each in workloads if each.kind == kind and timed(each)]
-
-
 def _title(workload: Workload) -> str:
-    network, size = workload.network, "×".join(map(str, workload.shape[2:]))
-    name: str = "" if workload.client is None else workload.client.name
-    if network is not None:
-        name = f"channel {network.channel}, layers {' '.join(map(str, network.layers))}"
-    return f"{workload.mode}, batch {workload.shape[0]}\n{workload.precision}, {size}\n{name}"
-
-
-def _baselines(workloads: Iterable[Workload]) -> list[str]:
-    """The baselines that have a time in any of the workloads, in the order of the records."""
-    chosen = list(workloads)
-    have = {result.peer for each in chosen for result in timed(each)}
-    return [baseline for baseline in dict.fromkeys(r.peer for each in chosen for r in each.results) if baseline in have]
+    size = "×".join(map(str, workload.shape[2:]))
+    return f"{workload.mode}, batch {workload.shape[0]}\n{workload.precision}, {size}\n{workload.model}"
 
 
 def _short(baseline: str) -> str:
@@ -137,91 +104,90 @@ def _short(baseline: str) -> str:
     return re.sub("torch.compile (?=max-|reduce-)", "", name)
 
 
-def _panels(workloads: Sequence[Workload], fill: Callable[[Any, Workload, list[str]], str]) -> Figure | None:
+def _bars(
+    workloads: Sequence[Workload],
+    theme: dict[str, str],
+    spread: Callable[[Result], tuple[float, float, float] | None],
+    form: str,
+    label: str,
+    floor_of: Callable[[Workload], float] = lambda workload: 0.0,
+) -> Figure | None:
     """Panels of horizontal bars, two side by side: one for each workload, with a bar for each timed baseline.
 
-    fill(axes, workload, baselines) draws the bars and returns an addition to the title.
+    Args:
+        spread: a bar's length, and the ends of the line that shows how it varies; None for no bar.
+        form: the format of a length.
+        label: below the panels.
+        floor_of: where to draw the physical floor; nowhere if it is 0 or far beyond the bars.
     """
+    workloads = [each for each in workloads if each.measured][:MOST_PANELS]
     if not workloads:
         return None
-    workloads = workloads[:MOST_PANELS]
     across = min(2, len(workloads))
-    lines = [workloads[i : i + across] for i in range(0, len(workloads), across)]
-    heights = [0.21 * max(len(timed(each)) for each in line) + 0.95 for line in lines]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
-    axes = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
-    for panel in axes.flat[len(workloads) :]:
-        panel.set_axis_off()
-    for i, (panel, workload) in enumerate(zip(axes.flat, workloads, strict=False)):
-        names = _baselines([workload])
-        longest = max(len(timed(each)) for each in lines[i // across])
-        panel.set_title(f"{_title(workload)}{fill(panel, workload, names)}")
-        panel.set_ylim(longest - 0.4, -0.6)  # bars of one height side by side
-        panel.set_yticks(range(len(names)), map(_short, names))
+    longest = [max(len(each.measured) for each in workloads[i : i + across]) for i in range(0, len(workloads), across)]
+    figure, panels = _grid(len(workloads), [0.21 * count + 0.95 for count in longest], 0.5)
+    floors = ""
+    for i, (panel, workload) in enumerate(zip(panels, workloads, strict=True)):
+        most, title = 0.0, _title(workload)
+        for at, result in enumerate(workload.measured):
+            if (lengths := spread(result)) is None:
+                continue
+            value, low, high = lengths
+            panel.barh(at, value, color=COLOURS.get(result.peer, OTHER), height=0.74)
+            if low < high:
+                panel.errorbar(value, at, xerr=[[value - low], [high - value]], fmt="none", ecolor=theme["ink"],
+                               elinewidth=0.8, capsize=1.5)  # fmt: skip
+            text = format(value, form)
+            panel.annotate(text, (high, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            most = max(most, high)
+        right, floor = 1.2 * most, floor_of(workload)
+        if 0 < floor <= FARTHEST_FLOOR * most:
+            right, title = max(right, 1.05 * floor), f"{title}, floor at {floor:#.3g}"
+            floors = "; dashed: physical floor"
+            panel.axvline(floor, color=theme["ink"], linewidth=1, linestyle=DASHES)
+        panel.set_xlim(0, right)
+        panel.set_title(title)
+        panel.set_ylim(longest[i // across] - 0.4, -0.6)  # bars of one height side by side
+        panel.set_yticks(range(len(workload.measured)), [_short(result.peer) for result in workload.measured])
         panel.tick_params(axis="y", length=0)
         panel.grid(axis="x")
+    figure.supxlabel(label + floors, fontsize=9)
     return figure
 
 
 def speedups(workloads: Sequence[Workload], theme: dict[str, str], kind: str = "network") -> Figure | None:
     """The speed-up over eager of every baseline on networks of one kind, with the physical floor."""
-    drawn: list[float] = []  # the floors
 
-    def fill(panel: Any, workload: Workload, names: list[str]) -> str:
-        most = 1.0
-        eager = next((r.time.median for r in timed(workload) if r.peer == EAGER and r.time is not None), None)
-        for result in timed(workload):
-            at, ratio = names.index(result.peer), result.over_eager
-            if ratio is None and result.peer != EAGER:
-                continue
-            value, low, high = (1.0, 1.0, 1.0) if ratio is None else (ratio.median, ratio.p20, ratio.p80)
-            panel.barh(at, value, color=colour(result.peer), height=0.74)
-            if ratio is not None:
-                panel.errorbar(value, at, xerr=[[value - low], [high - value]], fmt="none", ecolor=theme["ink"],
-                               elinewidth=0.8, capsize=1.5)  # fmt: skip
-            panel.annotate(f"{value:.2f}", (high, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
-            most = max(most, high)
-        right, more = 1.2 * most, ""
-        floor = eager / workload.floor if workload.floor is not None and eager is not None else 0.0
-        if 0 < floor <= FARTHEST_FLOOR * most:
-            drawn.append(floor)
-            right, more = max(right, 1.05 * floor), f", floor at {floor:#.3g}"
-            panel.axvline(floor, color=theme["ink"], linewidth=1, linestyle=DASHES)
-        panel.set_xlim(0, right)
-        return more
+    def spread(result: Result) -> tuple[float, float, float] | None:
+        if result.peer == EAGER:
+            return 1.0, 1.0, 1.0
+        ratio = result.over_eager
+        return None if ratio is None else (ratio.median, ratio.p20, ratio.p80)
 
-    figure = _panels(_networks(workloads, kind), fill)
-    if figure is not None:
-        floors = "; dashed: physical floor" if drawn else ""
-        figure.supxlabel(f"speed-up over eager, with p20–p80 of the rounds{floors}", fontsize=9)
-    return figure
+    def floor_of(workload: Workload) -> float:
+        eager = workload.timed(EAGER)
+        return 0.0 if eager is None or workload.floor is None else eager.median / workload.floor
+
+    chosen = [each for each in workloads if each.kind == kind and each.timed(EAGER)]
+    return _bars(chosen, theme, spread, ".2f", "speed-up over eager, with p20–p80 of the rounds", floor_of)
 
 
 def memory(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | None:
     """The peak memory of every baseline on every EncoderNet3d."""
 
-    def fill(panel: Any, workload: Workload, names: list[str]) -> str:
-        most = 0.0
-        for result in timed(workload):
-            at, value = names.index(result.peer), (result.peak_memory or 0) / 1e9
-            panel.barh(at, value, color=colour(result.peer), height=0.74)
-            panel.annotate(f"{value:#.3g}", (value, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
-            most = max(most, value)
-        panel.set_xlim(0, 1.2 * most)
-        return ""
+    def spread(result: Result) -> tuple[float, float, float]:
+        return ((result.peak_memory or 0) / 1e9,) * 3
 
-    chosen = [each for each in _networks(workloads) if any(result.peak_memory for result in each.results)]
-    figure = _panels(chosen, fill)
-    if figure is not None:
-        figure.supxlabel("peak memory in GB: parameters, optimizer, input and the allocations of one call", fontsize=9)
-    return figure
+    chosen = [each for each in workloads if each.kind == "network" and any(r.peak_memory for r in each.results)]
+    label = "peak memory in GB: parameters, optimizer, input and the allocations of one call"
+    return _bars(chosen, theme, spread, "#.3g", label)
 
 
-def _grid(count: int, height: float, **options: Any) -> tuple[Figure, list[Any]]:
-    """A figure with `count` panels, two side by side, each `height` inches high."""
-    rows = ceil(count / 2)
-    figure = Figure(figsize=(WIDTH, height * rows + 0.6), layout="constrained")
-    panels = list(figure.subplots(rows, min(2, count), squeeze=False, **options).flat)
+def _grid(count: int, heights: Sequence[float], margin: float, **options: Any) -> tuple[Figure, list[Any]]:
+    """A figure with `count` panels, two side by side, in lines of these heights in inches."""
+    figure = Figure(figsize=(WIDTH, sum(heights) + margin), layout="constrained")
+    axes = figure.subplots(len(heights), min(2, count), squeeze=False, height_ratios=heights, **options)
+    panels = list(axes.flat)
     for panel in panels[count:]:
         panel.set_axis_off()
     return figure, panels[:count]
@@ -233,10 +199,16 @@ def _curves(
     """Draw a line for each baseline through point(workload, seconds) of the workloads."""
     for baseline, marker in zip(baselines, cycle(MARKERS)):
         results = ((each, each.timed(baseline)) for each in workloads)
-        points = sorted(point(each, found.time.median) for each, found in results if found is not None and found.time)
+        points = sorted(point(each, found.median) for each, found in results if found is not None)
         if points:
-            style = {"color": colour(baseline), "markersize": 4, "label": _short(baseline)}
+            style = {"color": COLOURS.get(baseline, OTHER), "markersize": 4, "label": _short(baseline)}
             panel.plot(*zip(*points, strict=True), marker + "-", **style)
+
+
+def _baselines(workloads: Sequence[Workload]) -> list[str]:
+    """The baselines that have a time in any of the workloads, in the order of the records."""
+    have = {result.peer for each in workloads for result in each.measured}
+    return [name for name in dict.fromkeys(r.peer for each in workloads for r in each.results) if name in have]
 
 
 def _legend(figure: Figure, panels: Sequence[Any]) -> None:
@@ -253,7 +225,7 @@ def roofline(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | N
     sizes = Counter((each.dtype, each.mode != "forward", each.layout) for each in ops)
     most = max(sizes.values())
     chosen = sorted(panel for panel, count in sizes.items() if count > 1 or most == 1)
-    figure, panels = _grid(len(chosen), 2.5, sharex=True, sharey=True)
+    figure, panels = _grid(len(chosen), [2.5] * ceil(len(chosen) / 2), 0.6, sharex=True, sharey=True)
 
     def point(workload: Workload, seconds: float) -> tuple[float, float]:
         return prod(workload.shape) * ITEMSIZE[workload.dtype] / 1e6, (workload.floor or 0.0) / seconds
@@ -278,13 +250,13 @@ def scaling(workloads: Sequence[Workload], theme: dict[str, str]) -> Figure | No
     def series(workload: Workload) -> tuple[Any, ...]:
         return workload.mode, workload.precision, workload.network, workload.shape[2:]
 
-    by_series = sorted(_networks(workloads), key=lambda each: repr(series(each)))
+    by_series = sorted((each for each in workloads if each.kind == "network"), key=lambda each: repr(series(each)))
     found = [list(group) for _, group in groupby(by_series, key=series)]
     found = [group for group in found if len({each.shape[0] for each in group}) > 1]
     if not found:
         return None
-    figure, panels = _grid(len(found), 3.0)
-    baselines = _baselines(each for group in found for each in group)
+    figure, panels = _grid(len(found), [3.0] * ceil(len(found) / 2), 0.6)
+    baselines = _baselines([each for group in found for each in group])
     for panel, group in zip(panels, found, strict=True):
         _curves(panel, group, baselines, lambda workload, seconds: (workload.shape[0], 1e3 * seconds))
         floors = sorted((each.shape[0], 1e3 * each.floor) for each in group if each.floor is not None)

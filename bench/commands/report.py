@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -15,7 +14,8 @@ from .. import arguments as options
 from ..baselines.suite import EAGER, FASTENC
 from ..engine.machine import CHECKOUT
 from ..engine.record import Record, Workload, load
-from ..engine.table import against, milliseconds
+from ..engine.session import latest
+from ..engine.table import against, milliseconds, share
 
 PURPOSE = "write README's tables and pictures from records"
 MOST_ROWS = 8  # networks in a table; a record begins with the most important workloads
@@ -73,9 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     if problem is not None:
         return options.refuse("report", problem)
     drawn: list[Path] = []
-    for name in plots.latest(records):
-        own = [record for record in records if record.machine.name == name]
-        drawn += plots.draw(own, arguments.plots, slug(name), tuple(plots.THEMES))
+    for own in machines(records):
+        drawn += plots.draw(own, arguments.plots, own[0].machine.slug, tuple(plots.THEMES))
     head, rest = before.split(BEGIN)
     text = f"{head}{BEGIN}\n{figures(records, drawn, arguments.readme.parent)}{END}{rest.split(END)[1]}"
     write_whole(arguments.readme, text)
@@ -87,15 +86,18 @@ def read(paths: Sequence[Path]) -> list[Record]:
     """The records at `paths`, which are files or folders. Raises ValueError if none of them has a time."""
     files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     records = [load(file) for file in files]
-    if not any(result.time for record in records for each in record.workloads for result in each.results):
+    if not any(each.measured for record in records for each in record.workloads):
         places = ", ".join(map(str, paths))
         raise ValueError(f"--records: no record with a time in {places}: without a record there is nothing to report")
     return records
 
 
-def slug(name: str) -> str:
-    """A machine's name in the form used in file names."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def machines(records: Iterable[Record]) -> list[list[Record]]:
+    """The records of each machine, by its name. GPUs come first."""
+    found: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: (record.machine.device == "cpu", record.date)):
+        found.setdefault(record.machine.name, []).append(record)
+    return list(found.values())
 
 
 def figures(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
@@ -103,45 +105,37 @@ def figures(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -
 
     Args:
         records: of any machines.
-        pictures: drawn from these records.
+        pictures: drawn from these records, and possibly others.
         readme: README's folder, to which links are relative.
     """
-    from . import plots
-
-    parts = []
-    for name in plots.latest(records):
-        own = [record for record in records if record.machine.name == name]
-        shown = [picture for picture in pictures if re.fullmatch(f"{slug(name)}-[a-z]+-[a-z]+", picture.stem)]
-        parts.append(section(own, shown, readme))
+    parts = [section(own, pictures, readme) for own in machines(records)]
     if not any(record.machine.device == "cuda" for record in records):
         parts.append(NO_GPU)
     return "".join(parts)
 
 
 def section(records: Sequence[Record], pictures: Sequence[Path], readme: Path) -> str:
-    """The section of one machine: its name and software, its pictures and its tables."""
-    from . import plots
-
-    newest = max(records, key=lambda record: record.date)
-    machine = newest.machine
-    ((_, workloads),) = plots.latest(records).items()
-    text = [f"**{machine.label}**{_software(newest)}. {_sources(records, workloads)}\n"]
-    lights = {path.stem.split("-")[-2]: path for path in pictures if path.stem.endswith("-light")}
-    for name, light in ((name, lights[name]) for name in ALT if name in lights):
-        dark, alt = light.with_name(light.name.replace("-light.png", "-dark.png")), f"{ALT[name]}; {machine.label}"
-        here, there = (Path(os.path.relpath(path, readme)).as_posix() for path in (light, dark))
-        text.append(
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{there}">'
-            f'<img src="{here}" alt="{alt}"></picture>'
-        )
-    text += [""] if lights else []
-    networks = [each for each in workloads if each.kind == "network"][:MOST_ROWS]
-    text += [_network_table(networks)] if networks else []
-    clients = [each for each in workloads if each.kind == "client"]
-    text += [_third_party_table(clients)] if clients else []
+    """The section of one machine: its name and software, its pictures and its tables. records: the newest is last."""
+    machine, workloads = records[-1].machine, latest(records)
+    text = [f"**{machine.label}**{_software(records[-1])}. {_sources(records, workloads)}\n"]
+    for name, alt in ALT.items():
+        for light in (path for path in pictures if path.name == f"{machine.slug}-{name}-light.png"):
+            dark = light.with_name(light.name.replace("-light.png", "-dark.png"))
+            here, there = (Path(os.path.relpath(path, readme)).as_posix() for path in (light, dark))
+            text.append(
+                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{there}">'
+                f'<img src="{here}" alt="{alt}; {machine.label}"></picture>'
+            )
+    text += [""] if len(text) > 1 else []
     ops = [each for each in workloads if each.network is None and each.client is None]
-    text += [_op_table(ops)] if ops else []
-    return "\n".join(text) + "\n"
+    largest = {each.kind: prod(each.shape) for each in sorted(ops, key=lambda each: prod(each.shape))}
+    tables = [
+        _table("network", [each for each in workloads if each.kind == "network"][:MOST_ROWS]),
+        _table("accelerated", [each for each in workloads if each.kind == "client"], (EAGER, "eager channels_last_3d")),
+        # Each direction and layout of the largest tensor. The pictures show the others.
+        _table("instance_norm_prelu", [each for each in ops if prod(each.shape) == largest[each.kind]]),
+    ]
+    return "\n".join([*text, *filter(None, tables)]) + "\n"
 
 
 def _software(record: Record) -> str:
@@ -165,51 +159,32 @@ def _sources(records: Sequence[Record], workloads: Sequence[Workload]) -> str:
     return f"From {commands}."
 
 
-def _table(first: str, times: Sequence[str], rest: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table. first: the first heading. times: the headings of the times. rest: the last headings."""
-    headings = [first, *(f"{name} ms" for name in times), *rest]
+def _table(first: str, workloads: Sequence[Workload], unchanged: Sequence[str] = (EAGER,)) -> str:
+    """A Markdown table with a row for each workload, or nothing without workloads.
+
+    first: the first heading. unchanged: the baselines with the faster of which fastenc is compared.
+    """
+    if not workloads:
+        return ""
+    times = [*(name.removeprefix("eager ") for name in unchanged), "best torch.compile", "fastenc"]
+    headings = [first, *(f"{name} ms" for name in times)]
+    headings += ["× eager" if len(unchanged) == 1 else "× best untouched", "× best torch.compile"]
+    if first == "instance_norm_prelu":
+        headings += ["of copy bandwidth"]
+    else:
+        headings += ["of the floor", "peak memory ÷ eager's", FASTEST]
     rule = ["---" if text in (first, FASTEST) else "---:" for text in headings]
+    rows = [[_label(each), *_times(each, unchanged), *_memory_and_fastest(each)][: len(headings)] for each in workloads]
     return "".join(f"| {' | '.join(row)} |\n" for row in (headings, rule, *rows))
 
 
-def _network_table(networks: Sequence[Workload]) -> str:
-    """A table with a row for each EncoderNet3d."""
-    rows = [[_network(each), *_times(each, (EAGER,)), *_memory_and_fastest(each)] for each in networks]
-    rest = ("× eager", "× best torch.compile", "of the floor", "peak memory ÷ eager's", FASTEST)
-    return _table("network", ("eager", "best torch.compile", "fastenc"), rest, rows)
-
-
-def _third_party_table(workloads: Sequence[Workload]) -> str:
-    """A table with a row for each third-party model, compared with the faster of its two unchanged layouts."""
-    unchanged = (EAGER, "eager channels_last_3d")
-    rows = [[_network(each), *_times(each, unchanged), *_memory_and_fastest(each)] for each in workloads]
-    rest = ("× best untouched", "× best torch.compile", "of the floor", "peak memory ÷ eager's", FASTEST)
-    return _table("accelerated", ("eager", "channels_last_3d", "best torch.compile", "fastenc"), rest, rows)
-
-
-def _op_table(ops: Sequence[Workload]) -> str:
-    """A table with a row for each direction and layout of the largest tensor. The pictures show the others."""
-    largest = {each.kind: prod(each.shape) for each in sorted(ops, key=lambda each: prod(each.shape))}
-    rows = [
-        [
-            f"{'×'.join(map(str, each.shape))} {each.layout}, {each.precision}, {each.mode}"
-            + (", with a residual" if each.kind == "instance_norm_add_prelu" else ""),
-            *_times(each, (EAGER,)),
-        ]
-        for each in ops
-        if prod(each.shape) == largest[each.kind]
-    ]
-    rest = ("× eager", "× best torch.compile", "of copy bandwidth")
-    return _table("instance_norm_prelu", ("eager", "best torch.compile", "fastenc"), rest, rows)
-
-
-def _network(workload: Workload) -> str:
-    """A network, the shape of its input, and how it runs, as a cell."""
-    name = "" if workload.client is None else str(workload.client.name)
-    if workload.network is not None:
-        name = f"channel {workload.network.channel}, layers {' '.join(map(str, workload.network.layers))}"
-    size = "×".join(map(str, workload.shape[1:]))
-    return f"{name}, {size}, batch {workload.shape[0]}, {workload.precision}, {workload.mode}"
+def _label(workload: Workload) -> str:
+    """What runs, the shape of its input, and how it runs, as a cell."""
+    how, size = f"{workload.precision}, {workload.mode}", "×".join(map(str, workload.shape[1:]))
+    if workload.model:
+        return f"{workload.model}, {size}, batch {workload.shape[0]}, {how}"
+    residual = ", with a residual" if workload.kind == "instance_norm_add_prelu" else ""
+    return f"{workload.shape[0]}×{size} {workload.layout}, {how}{residual}"
 
 
 def _times(workload: Workload, unchanged: Sequence[str]) -> list[str]:
@@ -217,14 +192,9 @@ def _times(workload: Workload, unchanged: Sequence[str]) -> list[str]:
     plain, fused = [workload.timed(name) for name in unchanged], workload.timed(FASTENC)
     compiled = workload.fastest("torch.compile")
     rivals = [plain[0] if len(plain) == 1 else workload.fastest(EAGER), compiled]
-    cells = [
-        "–" if one is None or one.time is None else milliseconds(one.time.median) for one in (*plain, compiled, fused)
-    ]
-    cells += ["–" if one is None else against(workload, one.over_fastenc) or "–" for one in rivals]
-    share = "–"
-    if workload.floor is not None and fused is not None and fused.time is not None:
-        share = f"{100 * workload.floor / fused.time.median:.0f} %"
-    return [*cells, share]
+    cells = ["" if one is None else milliseconds(one.median) for one in (*plain, compiled, fused)]
+    cells += ["" if one is None else against(workload, one.over_fastenc) for one in rivals]
+    return [cell or "–" for cell in (*cells, "" if fused is None else share(workload, fused))]
 
 
 def _memory_and_fastest(workload: Workload) -> list[str]:
@@ -233,4 +203,4 @@ def _memory_and_fastest(workload: Workload) -> list[str]:
     memory = "" if eager is None or fused is None else "–"
     if eager is not None and fused is not None and eager.peak_memory and fused.peak_memory is not None:
         memory = f"{fused.peak_memory / eager.peak_memory:.2f}"
-    return [memory, "" if best is None or best.time is None else f"{best.peer}, {milliseconds(best.time.median)} ms"]
+    return [memory, "" if best is None else f"{best.peer}, {milliseconds(best.median)} ms"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from itertools import product
-from typing import cast
 
 from .. import arguments as options
 from ..baselines.third_party import SUITE
-from ..baselines.third_party_networks import CHANNELS, missing, run_without_data
-from ..engine.record import Precision, ThirdPartyModel, Workload
-from .compare import MODES, measure
+from ..baselines.third_party_networks import CHANNELS
+from ..engine.record import ThirdPartyModel, Workload
+from .compare import MODES, autocast, measure
 
 PURPOSE = "time nnU-Net's and MONAI's U-Nets unchanged, compiled and accelerated; write a record, a table and pictures"
 NAMES = {name.split()[-1]: name for name in CHANNELS}
@@ -37,27 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def workload(name: str, mode: str, dtype: str, shape: tuple[int, ...], channels: tuple[int, ...] = ()) -> Workload:
     """The workload of a third-party model. name: a key of NAMES. channels: of each stage; empty for the defaults."""
-    precision = options.PRECISIONS[dtype]
     return Workload(
         "client",
         MODES[mode],
-        cast(Precision, precision if precision == "float32" else f"{precision} autocast"),
+        autocast(dtype),
         shape,
         client=ThirdPartyModel(NAMES[name], channels or CHANNELS[NAMES[name]]),  # type: ignore[arg-type]
     )
-
-
-def problem_of(asked: Workload) -> str | None:
-    """Why the workload cannot run (a missing package, or the network's own error), or None. Nothing is computed."""
-    model = asked.client
-    assert model is not None
-    try:
-        absent = missing(model)
-        if absent is None:
-            run_without_data(model, asked.shape, lambda layer, x, y: None)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        return f"{model.name}: {type(error).__name__}: {options.first_line(error)}"
-    return absent
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,4 +53,4 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.networks, arguments.dtype, arguments.mode, sorted(set(arguments.batch))
         )
     ]
-    return measure(arguments, asked, problem_of)
+    return measure(arguments, asked)

@@ -15,8 +15,9 @@ implementation must do (e: the bytes of an element):
 - Fused AdamW reads the parameter, its gradient and both moments and writes all but the gradient: 7 float32 for each
   parameter.
 
-Pooling and the fully connected layer are counted in the same way. A GPU that overlaps arithmetic and traffic perfectly
-can be faster than the sum, but at most by a factor of 2.
+Pooling and the fully connected layer are counted in the same way. Other operations are not counted: additions,
+concatenations, activations without a norm. A GPU that overlaps arithmetic and traffic perfectly can be faster than the
+sum, but at most by a factor of 2.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import cast
 
-from .record import Machine, Network, Workload
+import torch
+from torch import Tensor, nn
+
+from .record import Machine, Workload
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 ADAMW_BYTES = 7 * 4
@@ -61,17 +66,12 @@ class Convolution:
             met = [sum(0 <= o * stride - padding + t < n for o in range(outputs)) for t in range(k)]
             yield outputs, sum(count > 0 for count in met), sum(met)
 
-    @property
-    def output(self) -> tuple[int, ...]:
-        """The spatial shape of the output."""
-        return tuple(outputs for outputs, _, _ in self._axes())
-
     def cost(self, N: int, itemsize: int, training: bool) -> Cost:
         """The cost of the forward and, if `training`, of both gradients."""
+        outputs, live, pairs = map(prod, zip(*self._axes(), strict=True))
         planes = self.wide_in * self.wide_out
-        flops = 2 * N * planes * prod(pairs for _, _, pairs in self._axes())
-        x, y = (N * wide * prod(size) for wide, size in ((self.wide_in, self.size), (self.wide_out, self.output)))
-        w = planes * prod(live for _, live, _ in self._axes())
+        flops, w = 2 * N * planes * pairs, planes * live
+        x, y = N * self.wide_in * prod(self.size), N * self.wide_out * outputs
         total = Cost(flops, (x + y + w) * itemsize)
         if training:
             total += Cost(flops, (x + y) * itemsize + w * 4)
@@ -80,61 +80,49 @@ class Convolution:
         return total
 
 
-def convolutions(network: Network, size: Sequence[int]) -> list[Convolution]:
-    """The convolutions of EncoderNet3d on an input with spatial shape `size`, in order."""
-    kernel = network.kernel_size
-    padding, ones = tuple(k // 2 for k in kernel), (1,) * len(kernel)
-    wider = tuple(k + 2 if k > 1 else 1 for k in kernel)
-    stem = Convolution(
-        network.in_planes, network.channel, tuple(size), wider, ones, tuple(k // 2 for k in wider), first=True
-    )
-    found, wide = [stem], network.channel
-    for i, depth in enumerate(network.layers):
-        for j in range(depth):
-            planes = network.channel << i
-            stride = tuple(2 if k > 1 else 1 for k in kernel) if j == depth - 1 else ones
-            found.append(Convolution(wide, planes, found[-1].output, kernel, stride, padding))
-            wide = planes
-    return [*found, Convolution(wide, wide, found[-1].output, kernel, ones, padding)]
+def layers(network: nn.Module, shape: Sequence[int]) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """The layers of a network on the meta device, each with its input and output, as it runs on x of `shape`."""
+    found: list[tuple[nn.Module, Tensor, Tensor]] = []
+    for layer in network.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda layer, inputs, y: found.append((layer, inputs[0], y)))
+    network(torch.empty(shape, device="meta"))
+    return found
 
 
-def norms(network: Network, size: Sequence[int]) -> list[tuple[int, ...]]:
-    """(channels, *spatial) for every InstanceNorm of the network, in order."""
-    return [(each.wide_in, *each.size) for each in convolutions(network, size)[1:-1]]
+def operation_cost(workload: Workload) -> Cost:
+    """The least bytes that the operation needs; see the module's docstring."""
+    tensors = {"forward": 2, "backward": 3}[workload.mode]
+    if workload.kind == "instance_norm_add_prelu":
+        tensors += {"forward": 1, "backward": 2}[workload.mode]
+    return Cost(0, tensors * prod(workload.shape) * ITEMSIZE[workload.dtype])
 
 
-def cost(workload: Workload) -> Cost:
-    """The least operations and bytes that `workload` needs; see the module's docstring."""
-    N, itemsize = workload.shape[0], ITEMSIZE[workload.dtype]
-    if workload.network is None:
-        tensors = {"forward": 2, "backward": 3}[workload.mode]
-        if workload.kind == "instance_norm_add_prelu":
-            tensors += {"forward": 1, "backward": 2}[workload.mode]
-        return Cost(0, tensors * prod(workload.shape) * itemsize)
-    training = workload.mode != "forward"
-    layers = convolutions(workload.network, workload.shape[2:])
-    if workload.kind == "stem":
-        return layers[0].cost(N, itemsize, training)
-    total = sum((each.cost(N, itemsize, training) for each in layers), Cost())
-    for shape in norms(workload.network, workload.shape[2:]):
-        total += Cost(0, (5 if training else 2) * N * prod(shape) * itemsize)
-    wide, out = layers[-1].wide_out, workload.network.out_length
-    if out > 0:
-        passes = 3 if training else 1
-        last = N * wide * prod(layers[-1].output)
-        total += Cost(passes * 2 * N * wide * out, (last * (2 if training else 1) + passes * wide * out) * itemsize)
+def network_cost(workload: Workload, network: nn.Module) -> Cost:
+    """The least operations and bytes that `workload` needs; see the module's docstring.
+
+    network: what the workload runs, in plain PyTorch and on the meta device.
+    """
+    N, itemsize, training = workload.shape[0], ITEMSIZE[workload.dtype], workload.mode != "forward"
+    total = Cost()
+    for layer, x, y in layers(network, workload.shape):
+        if isinstance(layer, nn.InstanceNorm3d):
+            total += Cost(0, (5 if training else 2) * x.numel() * itemsize)
+        elif isinstance(layer, nn.AdaptiveAvgPool3d):
+            total += Cost(0, (2 if training else 1) * x.numel() * itemsize)
+        elif isinstance(layer, nn.Linear):
+            elements = (3 if training else 1) * layer.weight.numel()
+            total += Cost(2 * N * elements, elements * itemsize)
+        elif isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
+            first, padding = not x.requires_grad, cast(tuple[int, ...], layer.padding)
+            # A transposed convolution costs as much as the convolution from its output to its input.
+            x, y = (y, x) if layer.transposed else (x, y)
+            size, wide_in, wide_out = tuple(x.shape[2:]), x.shape[1], y.shape[1]
+            counted = Convolution(wide_in, wide_out, size, layer.kernel_size, layer.stride, padding, first)
+            total += counted.cost(N, itemsize, training)
     if workload.mode == "training step":
-        total += Cost(0, ADAMW_BYTES * parameters(workload.network))
+        total += Cost(0, ADAMW_BYTES * sum(parameter.numel() for parameter in network.parameters()))
     return total
-
-
-def parameters(network: Network) -> int:
-    """The number of elements of the network's parameters."""
-    layers = convolutions(network, (1 << 12,) * 3)
-    weights = sum(each.wide_in * each.wide_out * prod(each.kernel) for each in layers)
-    wide = layers[-1].wide_out
-    head = (wide + 1) * network.out_length if network.out_length > 0 else 0
-    return weights + wide + sum(3 * each.wide_in for each in layers[1:-1]) + head
 
 
 def seconds(workload: Workload, machine: Machine) -> float | None:

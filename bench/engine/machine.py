@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+
+import fastenc
 
 from .record import Condition, DType, Machine, MatmulRate, Settings
 from .timing import Work, calls_per_sample, sample
@@ -24,8 +26,6 @@ CONDITIONS = "temperature.gpu,clocks.sm,clocks.mem,power.draw"
 
 def _output(*command: str) -> str | None:
     """What `command` prints; None if it is missing, fails or hangs."""
-    if shutil.which(command[0]) is None:
-        return None
     try:
         done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=20, check=True)
     except (subprocess.SubprocessError, OSError):
@@ -44,12 +44,9 @@ def commit() -> tuple[str | None, bool | None]:
 
 def source() -> str:
     """A hash of all Python files of fastenc, its kernels and its benchmarks."""
-    package, digest = CHECKOUT / "fastenc", hashlib.sha256()
-    if not package.is_dir():  # installed: this file is in the package
-        package = CHECKOUT
-    # Folder by folder, because kernels and bench can be links, and rglob does not follow links.
-    files = {path for folder in (package, package / "kernels", package / "bench") for path in folder.rglob("*.py")}
-    for path in sorted(files):
+    package, digest = Path(fastenc.__file__).parent, hashlib.sha256()
+    folders = os.walk(package, followlinks=True)  # in a checkout, kernels and bench are links
+    for path in sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -137,15 +134,10 @@ def settings(tf32: bool, benchmark: bool) -> Iterator[Settings]:
     Matrix products run without TF32. By default PyTorch enables TF32 in convolutions only.
     """
 
-    def apply(cudnn_tf32: bool, matmul_tf32: bool, search: bool) -> None:
-        torch.backends.cudnn.allow_tf32 = cudnn_tf32
-        torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
-        torch.backends.cudnn.benchmark = search
-
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark)
-    apply(tf32, False, benchmark)
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = tf32, False, benchmark
     try:
         yield Settings(tf32, False, benchmark, torch.get_num_threads())
     finally:
-        apply(*before)
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from .summary import Ratio, Summary
 SCHEMA = "fastenc-record-3"
 MOST = 1e18
 AT_LEAST_1 = {"shape", "channel", "channels", "in_planes", "kernel_size", "threads"}
-SIGNED = ".temperature"  # the only number that can be negative
+SIGNED = "temperature"  # the only number that can be negative
 NOT_REACHED = "not reached"  # the note of all baselines of a workload that the run did not reach
 
 Status = Literal["ok", "wrong", "out of memory", "failed", "not here", "left out"]
@@ -54,6 +56,11 @@ class Machine:
     def label(self) -> str:
         """The device and its name, such as "CPU, AMD EPYC"."""
         return f"{'GPU' if self.device == 'cuda' else 'CPU'}, {self.name}"
+
+    @property
+    def slug(self) -> str:
+        """The name in the form used in file names."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
     def matmul_rate(self, dtype: DType) -> float | None:
         """Operations per second in `dtype`, or None if not measured."""
@@ -108,6 +115,11 @@ class Result:
     peak_memory: int | None = None
     note: str = ""
 
+    @property
+    def median(self) -> float:
+        """The median time; NaN if there is none."""
+        return math.nan if self.time is None else self.time.median
+
 
 @dataclass(frozen=True)
 class Network:
@@ -159,31 +171,42 @@ class Workload:
         dtype: DType = self.precision.removesuffix(" autocast")  # type: ignore[assignment]
         return dtype
 
+    @property
+    def model(self) -> str:
+        """The network, such as "channel 64, layers 3 3 3 3 3". Empty for an operation."""
+        if self.network is not None:
+            return f"channel {self.network.channel}, layers {' '.join(map(str, self.network.layers))}"
+        return "" if self.client is None else self.client.name
+
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))
         if self.client is not None:
             channels = " ".join(map(str, self.client.channels))
-            return f"{self.client.name}, channels {channels}, {self.precision}, {shape}, {self.mode}"
+            return f"{self.model}, channels {channels}, {self.precision}, {shape}, {self.mode}"
         if self.network is None:
             return f"{self.kind}, {self.precision}, {shape} {self.layout}, {self.mode}"
         if self.kind == "stem":
             return f"stem of {self.network.channel} channels, {self.precision}, {shape}, {self.mode}"
-        net = f"channel {self.network.channel}, layers {' '.join(map(str, self.network.layers))}"
-        return f"EncoderNet3d {net}, {self.precision}, {shape}, {self.mode}"
+        return f"EncoderNet3d {self.model}, {self.precision}, {shape}, {self.mode}"
 
     def within_noise(self, ratio: Ratio) -> bool:
         """Whether the interval of `ratio` overlaps that of two runs of the same version."""
         noise = 1.0 if self.noise is None else self.noise
         return ratio.low <= noise and ratio.high >= 1 / noise
 
+    @property
+    def measured(self) -> list[Result]:
+        """The results that have a time."""
+        return [each for each in self.results if each.time is not None]
+
     def timed(self, baseline: str) -> Result | None:
         """The result of the baseline with this name, or None if it was not timed."""
-        return next((each for each in self.results if each.peer == baseline and each.time is not None), None)
+        return next((each for each in self.measured if each.peer == baseline), None)
 
     def fastest(self, prefix: str = "") -> Result | None:
         """The fastest of the baselines whose names begin with `prefix`, or None if none was timed."""
-        found = [each for each in self.results if each.time is not None and each.peer.startswith(prefix)]
-        return min(found, key=lambda each: each.time.median if each.time is not None else 0.0, default=None)
+        found = (each for each in self.measured if each.peer.startswith(prefix))
+        return min(found, key=lambda each: each.median, default=None)
 
     def reached(self) -> bool:
         """Whether the run reached this workload. Eager, the first result, runs first."""
@@ -255,17 +278,17 @@ def load(path: Path) -> Record:
             names the file and the field.
     """
     try:
-        raw = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+        raw = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:
-        raise ValueError(f"{path}: a record of schema {_short(schema)}; this version of fastenc reads {SCHEMA!r} only")
+        raise ValueError(f"{path}: a record of schema {schema!r:.200}; this version of fastenc reads {SCHEMA!r} only")
     try:
         record: Record = _decode(Record, raw, "record")
         for i, workload in enumerate(record.workloads):
             _check(workload, f"record.workloads[{i}]")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     return record
 
@@ -277,20 +300,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} occurs twice")
     return found
-
-
-def _no_number(text: str) -> None:
-    """Refuse NaN and infinities, which Python's json reads although JSON does not have them."""
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def _short(value: Any) -> str:
-    """A value as text for a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a huge number, or deeply nested lists
-        text = f"a {type(value).__name__} too large to print"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check(workload: Workload, where: str) -> None:
@@ -310,7 +319,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         if not isinstance(value, dict) or set(value) != set(hints):
             got = sorted(value) if isinstance(value, dict) else value
-            raise ValueError(f"{where}: expected the fields {sorted(hints)}, got {_short(got)}")
+            raise ValueError(f"{where}: expected the fields {sorted(hints)}, got {got!r:.200}")
         return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
     if origin in (Union, types.UnionType):
         return None if value is None else _decode(next(a for a in arguments if a is not type(None)), value, where)
@@ -319,15 +328,13 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal and isinstance(value, str) and value in arguments:
         return value
     if kind in (int, float) and type(value) in (int, kind):
-        least = 1 if where.rsplit(".", 1)[-1].split("[")[0] in AT_LEAST_1 else 0
-        signed = where.endswith(SIGNED)
-        if abs(value) < MOST and (signed or value >= least):
+        field = where.rsplit(".", 1)[-1].split("[")[0]
+        least = 1 if field in AT_LEAST_1 else -MOST if field == SIGNED else 0
+        if least <= value < MOST:
             return kind(value)
-        raise ValueError(
-            f"{where}: expected a number {'' if signed else f'from {least} '}below 1e18, got {_short(value)}"
-        )
+        raise ValueError(f"{where}: expected a number from {least:g} below 1e18, got {value!r:.200}")
     if kind not in (int, float) and origin is None and type(value) is kind:
         return value
     raise ValueError(
-        f"{where}: expected {getattr(kind, '__name__', None) if origin is None else kind}, got {_short(value)}"
+        f"{where}: expected {getattr(kind, '__name__', None) if origin is None else kind}, got {value!r:.200}"
     )

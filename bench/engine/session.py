@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,7 @@ class Session:
             workloads=(),
             complete=False,
         )
-        slug = re.sub(r"[^a-z0-9]+", "-", self.record.machine.name.lower()).strip("-")
-        self.path = out / f"{slug}-{command.split()[4]}-{now:%Y%m%dT%H%M%SZ}.json"
+        self.path = out / f"{self.record.machine.slug}-{command.split()[4]}-{now:%Y%m%dT%H%M%SZ}.json"
         fresh = {each: Measurement(each, suite_of(each), device, only).workload() for each in workloads}
         earlier = unfinished(out, self.record) if resume else None
         if earlier is not None:
@@ -200,19 +198,26 @@ def bare(workload: Workload) -> Workload:
     return dataclasses.replace(workload, flops=None, least_bytes=None, floor=None, noise=None, results=())
 
 
+def latest(records: Iterable[Record]) -> list[Workload]:
+    """The newest measurement of each workload, in records of one machine."""
+    found: dict[Workload, Workload] = {}
+    for record in sorted(records, key=lambda record: record.date):
+        found.update((bare(each), each) for each in record.workloads if each.measured)
+    return list(found.values())
+
+
 def merged(earlier: Workload, later: Workload) -> Workload:
     """The workload with all results of both. A finished result of the earlier is kept."""
     found = {result.peer: result for result in later.results}
     kept = {result.peer: result for result in earlier.results if result.status not in ("left out", "not here")}
-    names = dict.fromkeys(result.peer for result in (*earlier.results, *later.results))
-    results = tuple({**{one.peer: one for one in earlier.results}, **found, **kept}[name] for name in names)
+    results = tuple({**{one.peer: one for one in earlier.results}, **found, **kept}.values())
     return dataclasses.replace(later, noise=later.noise if earlier.noise is None else earlier.noise, results=results)
 
 
 def row(workload: Workload) -> str:
     """A measurement as a line: the time of each baseline, or its status."""
     cells = (
-        f"{each.peer} {each.status if each.time is None else f'{milliseconds(each.time.median)} ms'}"
+        f"{each.peer} {each.status if each.time is None else f'{milliseconds(each.median)} ms'}"
         for each in workload.results
         if each.status != "not here"
     )

@@ -6,14 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 SURE = 0.9  # confidence level of the interval for the median ratio
 
 
-def quantile(ordered: Sequence[float], q: float) -> float:
-    """The q-quantile of sorted numbers, by linear interpolation."""
-    position = q * (len(ordered) - 1)
-    low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
-    return low + (high - low) * (position - math.floor(position))
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The median and the 20th and 80th percentile of `samples`, by linear interpolation."""
+    at = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    median, p20, p80 = torch.tensor(samples, dtype=torch.float64).quantile(at).tolist()
+    return median, p20, p80
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,7 @@ class Summary:
     @classmethod
     def of(cls, samples: Sequence[float]) -> Summary:
         """The median and the 20th and 80th percentile of `samples`, by linear interpolation."""
-        ordered = sorted(samples)
-        return cls(quantile(ordered, 0.5), quantile(ordered, 0.2), quantile(ordered, 0.8), len(ordered))
+        return cls(*quantiles(samples), len(samples))
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ class Ratio:
         outside = 0  # the number of samples on each side of the interval
         while sum(math.comb(n, i) for i in range(outside + 2)) / 2**n <= (1 - SURE) / 2:
             outside += 1
-        middle, p20, p80 = (quantile(ordered, q) for q in (0.5, 0.2, 0.8))
-        return cls(middle, p20, p80, ordered[outside], ordered[n - 1 - outside], n)
+        return cls(*quantiles(ordered), ordered[outside], ordered[n - 1 - outside], n)
 
     @property
     def off_one(self) -> float:

@@ -45,14 +45,18 @@ def against(workload: Workload, ratio: Ratio | None) -> str:
     return f"≈ 1: {text}" if workload.within_noise(ratio) else text
 
 
+def share(workload: Workload, result: Result) -> str:
+    """The floor over the time, in percent; empty if the floor is not known."""
+    return "" if workload.floor is None else f"{100 * workload.floor / result.median:.0f} %"
+
+
 def cells(workload: Workload, result: Result) -> tuple[str, ...]:
     """The cells of one baseline, as in HEADINGS."""
     median = spread = floor = rate = ""
     if result.time is not None:
         median = milliseconds(result.time.median)
         spread = f"{milliseconds(result.time.p20)}–{milliseconds(result.time.p80)}"
-        if workload.floor is not None:
-            floor = f"{100 * workload.floor / result.time.median:.0f} %"
+        floor = share(workload, result)
         if not workload.flops and workload.least_bytes is not None:
             rate = f"{workload.least_bytes / result.time.median / 1e9:.3g}"
     return (
@@ -91,18 +95,18 @@ def brief(record: Record) -> str:
     lines = []
     for workload in record.workloads:
         best, fused = workload.fastest(), workload.timed(FASTENC)
-        if best is None or best.time is None:
+        if best is None:
             continue
-        words = [f"fastest {best.peer} {milliseconds(best.time.median)} ms"]
-        if fused is not None and fused.time is not None:
+        words = [f"fastest {best.peer} {milliseconds(best.median)} ms"]
+        if fused is not None:
             rivals = [workload.fastest(EAGER), workload.fastest("torch.compile")]
             words = [
-                f"fastenc {milliseconds(fused.time.median)} ms",
+                f"fastenc {milliseconds(fused.median)} ms",
                 *(f"{against(workload, one.over_fastenc)} × {one.peer}" for one in rivals if one is not None),
                 *words,
             ]
             if workload.floor is not None:
-                words.append(f"{100 * workload.floor / fused.time.median:.0f} % of the floor")
+                words.append(f"{share(workload, fused)} of the floor")
         lines.append(f"{workload}: {', '.join(words)}")
     return "\n".join(lines)
 

@@ -70,18 +70,3 @@ def one_pass_required(S: int, channels_last: bool, backward: bool, residual: boo
     """Whether rows of S positions must be read only once."""
     most = ONE_PASS_POSITIONS[channels_last, backward]
     return (min(most, ONE_PASS_POSITIONS_RESIDUAL) if residual else most) >= S
-
-
-def breaks_sectors(C: int, itemsize: int, channels_last: bool) -> bool:
-    """Whether slices of the channels would move partial sectors. Rows with such C may be split."""
-    return channels_last and C * itemsize % 32 != 0
-
-
-def vectors_required(C: int, S: int, itemsize: int, channels_last: bool) -> bool:
-    """Whether the length of x's contiguous axis allows 16-byte accesses everywhere."""
-    return (C if channels_last else S) * itemsize % 16 == 0
-
-
-def loops_held(dtype: str, channels_last: bool, C: int, residual: bool) -> bool:
-    """Whether the loops that stream x are held to LOOP_INSTRUCTIONS and LOOP_BARRIERS."""
-    return dtype == "bfloat16" and channels_last and LOOP_CHANNELS <= C and not residual

@@ -2,7 +2,7 @@
 
 recorded(90)          inside the block, launchers run on CPU tensors; launches are recorded instead of executed
 resources(cubin)      registers, stack and shared memory, as the driver would report them
-instructions(cubin)   counts of the instructions that matter for speed
+machine_code(cubin)   disassembled
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from triton import knobs
 from triton.runtime.driver import driver
@@ -23,15 +23,6 @@ from triton.runtime.jit import JITFunction
 
 from .driver import StandInDriver
 from .interpret import kernel_modules
-
-PATTERNS = {
-    "load": re.compile(r"\bLDG\."),
-    "load128": re.compile(r"\bLDG\.E\S*\.128"),
-    "store": re.compile(r"\bSTG\."),
-    "store128": re.compile(r"\bSTG\.E\S*\.128"),
-    "spill": re.compile(r"\b(?:STL|LDL)\b"),
-    "atomic": re.compile(r"\bATOMG?\b|\bRED\b"),
-}
 
 
 @dataclass(frozen=True)
@@ -41,9 +32,6 @@ class Launch:
     name: str
     grid: tuple[int, int, int]
     compiled: Any
-
-    def __hash__(self) -> int:
-        return hash(self.key)
 
     @property
     def key(self) -> str:
@@ -74,15 +62,12 @@ class _RecordingDriver(StandInDriver):
 def recorded(architecture: int | str, *modules: ModuleType) -> Iterator[list[Launch]]:
     """Inside the block, launchers run on CPU tensors and compile for `architecture`. Yields the launches, in order."""
     launches: list[Launch] = []
-    before = driver._active
-    driver.set_active(_RecordingDriver(architecture))
     kernels = {
         id(kernel): kernel
         for module in (modules or kernel_modules())
         for kernel in vars(module).values()
         if isinstance(kernel, JITFunction)
     }.values()
-    caches = [(kernel, dict(kernel.device_caches)) for kernel in kernels]
     run = JITFunction.run
 
     def run_and_record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
@@ -90,17 +75,12 @@ def recorded(architecture: int | str, *modules: ModuleType) -> Iterator[list[Lau
         launches.append(Launch(self.__name__, (*grid, 1, 1)[:3], compiled))
         return compiled
 
-    for kernel in kernels:
-        kernel.device_caches.clear()
-    JITFunction.run = run_and_record
-    try:
+    with ExitStack() as stack:
+        for kernel in kernels:
+            stack.enter_context(mock.patch.dict(kernel.device_caches, clear=True))
+        stack.enter_context(mock.patch.object(driver, "_active", _RecordingDriver(architecture)))
+        stack.enter_context(mock.patch.object(JITFunction, "run", run_and_record))
         yield launches
-    finally:
-        JITFunction.run = run
-        driver._active = before
-        for kernel, saved in caches:
-            kernel.device_caches.clear()
-            kernel.device_caches.update(saved)
 
 
 def _cuobjdump(option: str, cubin: bytes) -> str:
@@ -120,9 +100,3 @@ def resources(cubin: bytes) -> dict[str, int]:
 def machine_code(cubin: bytes) -> str:
     """The machine code, disassembled."""
     return _cuobjdump("-sass", cubin)
-
-
-def instructions(cubin: bytes) -> Counter[str]:
-    """How often each of PATTERNS occurs in the machine code."""
-    code = machine_code(cubin)
-    return Counter({name: len(pattern.findall(code)) for name, pattern in PATTERNS.items()})

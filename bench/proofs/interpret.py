@@ -14,12 +14,12 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
-import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton import knobs
@@ -28,22 +28,27 @@ from triton.runtime.jit import JITFunction
 
 import fastenc.kernels
 
+from .ptx.operations import to_bfloat16, widened
+
 # By id, because the hash of a kernel is its costly cache key. Kernels live as long as their module.
 _interpreted: dict[int, InterpretedFunction] = {}
-
-
-def fault() -> str | None:
-    """Why kernels cannot be interpreted in this environment, or None if they can."""
-    versions = [tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, np)]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):
-        return f"the interpreter of triton {triton.__version__} needs numpy < 2.4, here is {np.__version__}"
-    return None
 
 
 def kernel_modules() -> list[ModuleType]:
     """All modules of fastenc.kernels."""
     names = [name for _, name, _ in pkgutil.iter_modules(fastenc.kernels.__path__)]
     return [importlib.import_module(f"fastenc.kernels.{name}") for name in names]
+
+
+@contextmanager
+def replaced_kernels(modules: Iterable[ModuleType], replacement: Callable[[JITFunction], Any]) -> Iterator[None]:
+    """Inside the block, each kernel of `modules` is its replacement."""
+    with ExitStack() as stack:
+        for module in modules:
+            for name, kernel in list(vars(module).items()):
+                if isinstance(kernel, JITFunction):
+                    stack.enter_context(mock.patch.object(module, name, replacement(kernel)))
+        yield
 
 
 @contextmanager
@@ -55,20 +60,15 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
     """
     language = [tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base, tl.core.tensor_descriptor]
     attributes = [(owner, dict(vars(owner))) for owner in language]
-    replaced = []
-    for module in (tl, tl.core, tl.standard, tl.random, *(modules or kernel_modules())):
-        for name, kernel in list(vars(module).items()):
-            if isinstance(kernel, JITFunction):
-                replaced.append((module, name, kernel))
-                setattr(module, name, _interpreted.setdefault(id(kernel), InterpretedFunction(kernel.fn)))
-    before, knobs.runtime.interpret = knobs.runtime.interpret, True
+    kernels = replaced_kernels(
+        [tl, tl.core, tl.standard, tl.random, *(modules or kernel_modules())],
+        lambda kernel: _interpreted.setdefault(id(kernel), InterpretedFunction(kernel.fn)),
+    )
     try:
-        with faithful():
+        with kernels, knobs.runtime.scope(), faithful():
+            knobs.runtime.interpret = True
             yield
     finally:
-        knobs.runtime.interpret = before
-        for module, name, kernel in replaced:
-            setattr(module, name, kernel)
         for owner, saved in attributes:
             for name in set(vars(owner)) - set(saved):
                 delattr(owner, name)
@@ -78,44 +78,22 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
-def _patched(owner: Any, **replacements: Callable[..., Any]) -> Iterator[None]:
-    saved = {name: getattr(owner, name) for name in replacements}
-    for name, replacement in replacements.items():
-        setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        for name, original in saved.items():
-            setattr(owner, name, original)
-
-
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The bits of the nearest bfloat16 to each float32, ties to even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), nearest.astype(np.uint16))
-
-
-@contextmanager
 def faithful() -> Iterator[None]:
     """Correct the interpreter where it is wrong or more lenient than a GPU.
 
     bfloat16 is rounded to nearest, and arithmetic in it is refused. Masked lanes of a load without `other` are poisoned
-    instead of 0. int32 overflow and device_assert raise. A sum is a tree instead of a chain.
+    instead of 0. int32 overflow and device_assert raise. A sum is a tree instead of a chain. A loop's bound may be
+    an array of one element, which triton 3.6 does not convert with numpy 2.4.
     """
-    cast, binary, load = (
-        InterpreterBuilder.cast_impl,
-        InterpreterBuilder.binary_op,
-        InterpreterBuilder.create_masked_load,
-    )
+    cast, binary = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op
+    load, patch_tensor = InterpreterBuilder.create_masked_load, interpreter._patch_lang_tensor
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
         if source == tl.float32 and target == tl.bfloat16:
-            return TensorHandle(_to_bfloat16(src.data), target)
+            return TensorHandle(to_bfloat16(src.data), target)
         if source == tl.bfloat16 and target == tl.float32:
-            widened = np.ascontiguousarray(src.data).astype(np.uint32) << np.uint32(16)
-            return TensorHandle(widened.view(np.float32), target)
+            return TensorHandle(widened(src.data), target)
         return cast(self, src, dst_type)
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
@@ -131,45 +109,36 @@ def faithful() -> Iterator[None]:
             other = TensorHandle(np.full(ptrs.data.shape, poison, dtype=dtype), element)
         return load(self, ptrs, mask, other, *rest)
 
-    def tree_sum(self: Any, input: Any) -> Any:
-        data = input.handle.data if self.axis is not None else input.handle.data.ravel()
-        parts = np.moveaxis(data, self.axis or 0, 0)
-        while len(parts) > 1:
-            half = len(parts) // 2
-            parts = parts[:half] + parts[half:]
-        total = parts[0]
-        if self.keep_dims:
-            total = (
-                total.reshape([1] * input.handle.data.ndim) if self.axis is None else np.expand_dims(total, self.axis)
-            )
-        return self.to_tensor(total, input.dtype)
-
     def tree_reduce(self: Any, input: Any) -> Any:
-        """Of tuples, down one axis, by any function; whole columns at a time."""
+        """Down one axis, by any function of tuples; whole columns at a time."""
         dtypes = [one.dtype for one in input]
         parts = [np.moveaxis(one.handle.data, self.axis, 0) for one in input]
         while (half := len(parts[0]) // 2) > 0:
             halves = [*(part[:half] for part in parts), *(part[half:] for part in parts)]
             joined = self.combine_fn.fn(*map(self.to_tensor, halves, 2 * dtypes))
-            parts = [one.handle.data for one in joined]
+            parts = [one.handle.data for one in (joined if isinstance(joined, tuple) else [joined])]
         return tuple(self.to_tensor(part[0], dtype) for part, dtype in zip(parts, dtypes, strict=True))
 
+    def tree_sum(self: Any, input: Any) -> Any:
+        return tree_reduce(self, (input,))[0]
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
     builder = interpreter.interpreter_builder
-    options = builder.options
-    builder.options = dataclasses.replace(options, debug=True)
-    try:
-        with (
-            _patched(
-                InterpreterBuilder, cast_impl=cast_impl, binary_op=binary_op, create_masked_load=create_masked_load
-            ),
-            _patched(interpreter.ReduceOps, sum=tree_sum, generic_reduce=tree_reduce),
-        ):
-            yield
-    finally:
-        builder.options = options
+    with (
+        mock.patch.object(builder, "options", dataclasses.replace(builder.options, debug=True)),
+        mock.patch.multiple(
+            InterpreterBuilder, cast_impl=cast_impl, binary_op=binary_op, create_masked_load=create_masked_load
+        ),
+        mock.patch.multiple(interpreter.ReduceOps, sum=tree_sum, generic_reduce=tree_reduce),
+        mock.patch.object(interpreter, "_patch_lang_tensor", patch_lang_tensor),
+    ):
+        yield
 
 
-class Traffic:
+class Traffic(ExitStack):
     """Bytes that launches interpreted inside the block move, without masked lanes.
 
     loaded, stored: bytes of the accesses.
@@ -183,53 +152,31 @@ class Traffic:
     def __enter__(self) -> Traffic:
         self.alike = 1
         self.loaded = self.stored = self.loaded_sectors = self.stored_sectors = self.launches = self.atomics = 0
-        plain_load, plain_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-        rmw, cas = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
-        launch = interpreter.GridExecutor.__call__
 
-        def moved(ptrs: Any, mask: Any) -> tuple[int, int]:
-            size = ptrs.get_element_ty().primitive_bitwidth // 8
-            address = ptrs.data if mask is None else ptrs.data[np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)]
-            return self.alike * address.size * size, self.alike * np.unique(address // 32).size * 32
+        def counted(owner: Any, method: str, count: Callable[..., None]) -> None:
+            original = getattr(owner, method)
 
-        def load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-            asked, sectors = moved(ptrs, mask)
-            self.loaded, self.loaded_sectors = self.loaded + asked, self.loaded_sectors + sectors
-            return plain_load(builder, ptrs, mask, *rest)
+            def call(this: Any, *arguments: Any, **keywords: Any) -> Any:
+                count(*arguments)
+                return original(this, *arguments, **keywords)
 
-        def store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            asked, sectors = moved(ptrs, mask)
-            self.stored, self.stored_sectors = self.stored + asked, self.stored_sectors + sectors
-            return plain_store(builder, ptrs, value, mask, *rest)
+            self.enter_context(mock.patch.object(owner, method, call))
 
-        def atomic(original: Callable[..., Any]) -> Callable[..., Any]:
-            def counted(builder: Any, *rest: Any) -> Any:
-                self.atomics += 1
-                return original(builder, *rest)
-
-            return counted
-
-        def counted_launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
-            self.launches += 1
-            return launch(executor, *args, **kwargs)
-
-        self._patches = [
-            _patched(
-                InterpreterBuilder,
-                create_masked_load=load,
-                create_masked_store=store,
-                create_atomic_rmw=atomic(rmw),
-                create_atomic_cas=atomic(cas),
-            ),
-            _patched(interpreter.GridExecutor, __call__=counted_launch),
-        ]
-        for patch in self._patches:
-            patch.__enter__()
+        counted(InterpreterBuilder, "create_masked_load", lambda ptrs, mask, *_: self._moved("loaded", ptrs, mask))
+        counted(InterpreterBuilder, "create_masked_store", lambda ptrs, _, mask, *__: self._moved("stored", ptrs, mask))
+        for method in ("create_atomic_rmw", "create_atomic_cas"):
+            counted(InterpreterBuilder, method, lambda *_: self._add("atomics", 1))
+        counted(interpreter.GridExecutor, "__call__", lambda *_: self._add("launches", 1))
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        for patch in reversed(self._patches):
-            patch.__exit__(None, None, None)
+    def _add(self, what: str, amount: int) -> None:
+        setattr(self, what, getattr(self, what) + amount)
+
+    def _moved(self, way: str, ptrs: Any, mask: Any) -> None:
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        address = ptrs.data if mask is None else ptrs.data[np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)]
+        self._add(way, self.alike * address.size * size)
+        self._add(f"{way}_sectors", self.alike * np.unique(address // 32).size * 32)
 
     @property
     def sectors(self) -> int:
@@ -259,5 +206,5 @@ def sampled_programs(choose: Callable[[str, tuple[int, int, int]], Iterable[tupl
         finally:
             scope.restore()
 
-    with _patched(interpreter.GridExecutor, __call__=launch):
+    with mock.patch.object(interpreter.GridExecutor, "__call__", launch):
         yield

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -20,11 +20,10 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
-from triton.runtime.jit import JITFunction
 
 import fastenc
 import fastenc.route
-from fastenc.bench.proofs.interpret import kernel_modules
+from fastenc.bench.proofs.interpret import kernel_modules, replaced_kernels
 
 CALLS, ROUNDS = 200, 100
 LIMITS = {"forward": 1.6, "forward and backward": 2.0}
@@ -96,13 +95,11 @@ class _Kernel:
 @contextmanager
 def stubbed() -> Iterator[None]:
     """Inside the block, CPU tensors take the Triton route and launches do nothing."""
-    with ExitStack() as stack:
-        for module in kernel_modules():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, JITFunction):
-                    stack.enter_context(mock.patch.object(module, name, _Kernel()))
-        stack.enter_context(mock.patch.object(fastenc.route, "_interpreter_reason", _no_reason))
-        stack.enter_context(fastenc.backend("triton"))
+    with (
+        replaced_kernels(kernel_modules(), lambda kernel: _Kernel()),
+        mock.patch.object(fastenc.route, "_interpreter_reason", _no_reason),
+        fastenc.backend("triton"),
+    ):
         yield
 
 

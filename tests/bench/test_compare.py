@@ -83,7 +83,7 @@ def test_ops_times_both_directions_and_layouts(residual: bool, tmp_path: Path) -
 
 
 def test_ops_takes_the_layers_of_a_network() -> None:
-    shapes = floor.norms(*ops.NETWORKS["example1"])
+    shapes = encoder.norms(*ops.NETWORKS["example1"])
     assert shapes[0] == (64, 31, 32, 30)
     assert shapes[-1] == (1024, 2, 2, 2)
     assert len(shapes) == 15
@@ -198,7 +198,7 @@ def test_the_floor_counts_what_a_plain_network_does(network: Network, size: tupl
     workload = Workload("network", mode, "float32", (N, network.in_planes, *size), network=network)  # type: ignore[arg-type]
     if training:
         moved += 28 * sum(p.numel() for p in plain.parameters())
-    assert floor.cost(workload) == floor.Cost(flops, moved)
+    assert encoder.cost(workload) == floor.Cost(flops, moved)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast"])

@@ -1,8 +1,9 @@
-"""The audit: counted and predicted bytes, findings from compiled code, ceilings, and the command."""
+"""The audit: counted bytes, findings from compiled code, ceilings, and the command."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ from triton import knobs
 from fastenc import EncoderNet3d
 from fastenc.bench.__main__ import main
 from fastenc.bench.commands import audit
+from fastenc.bench.engine.record import Network
 from fastenc.bench.proofs import access_width, ceilings, interpret
 from fastenc.bench.proofs.audit import cases, findings, rows, table
 from fastenc.bench.proofs.audit.cases import Case
 from fastenc.bench.proofs.audit.findings import Compiled, Count, Variants
 from fastenc.bench.proofs.audit.rows import Row
-from fastenc.bench.proofs.compile import instructions, recorded
+from fastenc.bench.proofs.compile import machine_code, recorded
 from fastenc.bench.proofs.hot_loops import HotLoop, loops, programs_per_sm
 
 THIS = sys.modules[__name__]
@@ -41,7 +43,7 @@ def test_norm_inputs_are_what_the_network_normalises(layers: tuple[int, ...], si
             module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     net(torch.randn(1, 1, *size))
     expected = [(shape[1], shape[2:].numel()) for shape in seen]
-    assert cases.norm_inputs(2, layers, size) == list(dict.fromkeys(expected))
+    assert cases.norm_inputs(Network(2, layers, 1, 0), size) == list(dict.fromkeys(expected))
 
 
 def test_example_1_of_the_seed() -> None:
@@ -71,19 +73,6 @@ def test_one_program_of_each_kind_counts_them_all(
         with interpret.interpreted(), interpret.Traffic() as traffic, np.errstate(all="ignore"):
             findings.launch(case)
         assert count.bytes == traffic.sectors, case
-
-
-@pytest.mark.parametrize(
-    ("N", "C", "S", "residual"),
-    [
-        (8, 64, 3840, False), (1, 1024, 8, False), (2, 24, 1000, False), (2, 3, 4097, False), (1, 4, 40_000, False),
-        (2, 48, 100, False), (2, 24, 1000, True), (1, 4, 40_000, True),
-    ],
-)  # fmt: skip
-def test_prediction_is_within_a_percent_of_the_count(N: int, C: int, S: int, residual: bool) -> None:
-    every = cases.cases([("", N, C, S)], residual)
-    for case, count in zip(every, findings.count_cases(every), strict=True):
-        assert findings.predict(case) == pytest.approx(count.bytes, rel=0.01), case
 
 
 def test_counting_says_how_many_programs_were_interpreted() -> None:
@@ -173,7 +162,7 @@ def test_spills_are_seen() -> None:
         hungry[(1,)](x, x, BLOCK=4096, num_warps=8)
     starved, fed = launches
     assert findings.read(starved).spills > 0
-    assert instructions(starved.compiled.asm["cubin"])["spill"] > 0
+    assert re.search(r"\b(?:STL|LDL)\b", machine_code(starved.compiled.asm["cubin"]))
     assert findings.read(fed).spills == 0
     assert findings.read(fed).registers < findings.read(starved).registers == 64
 
@@ -253,7 +242,7 @@ def a_row(
 ) -> Row:
     case = Case("", 2, C, S, "bfloat16", channels_last, backward, residual)
     moved = round(bytes_over_x * case.x_bytes)
-    return Row.of(case, one_pass, moved, Count(moved, 1, 1), {"sm_80": GOOD, "sm_90": compiled, "gfx942": Compiled()})
+    return Row(case, one_pass, Count(moved, 1, 1), {"sm_80": GOOD, "sm_90": compiled, "gfx942": Compiled()})
 
 
 @pytest.mark.parametrize(
@@ -374,10 +363,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         case, compiled = row["case"], row["compiled"]["sm_90"]
         origin = "with r" if case["residual"] else "small"
         assert (case["origin"], case["N"], case["C"], case["S"], row["one_pass"]) == (origin, 2, 24, 104, True)
-        assert row["moved"] == pytest.approx(row["predicted"], rel=0.01)
         least = (5 if case["backward"] else 3) if case["residual"] else (3 if case["backward"] else 2)
         assert least < row["moved"] < row["ceiling"] < least + 1
-        assert 0 < row["interpreted"] <= row["programs"]
+        assert 0 < row["count"]["interpreted"] <= row["count"]["programs"]
         assert len(compiled["launches"]) == (2 if case["backward"] else 1)
         assert 0 < compiled["registers"] <= 255
         assert (compiled["spills"], compiled["vector_share"], compiled["atomics"]) == (0, 1.0, 0)
@@ -422,21 +410,6 @@ def test_two_processes_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(audit, "EXAMPLES", [])
     audited = [Case("", 2, 24, 104, "bfloat16", True, backward) for backward in (False, True)]
     assert audit.audit(audited, 2) == audit.audit(audited, 1)
-
-
-def test_bytes_are_predicted_where_kernels_cannot_be_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "TARGETS", {})
-    monkeypatch.setattr(audit, "EXAMPLES", [])
-    case = Case("", 2, 24, 104, "float32", True, False)
-    ((counted,), *_) = audit.audit([case], 1)
-    monkeypatch.setattr(triton, "__version__", "3.6.0")
-    monkeypatch.setattr(interpret.np, "__version__", "2.4.0")
-    assert interpret.fault() == "the interpreter of triton 3.6.0 needs numpy < 2.4, here is 2.4.0"
-    monkeypatch.setattr(findings, "count_cases", None)
-    ((predicted,), *_) = audit.audit([case], 1)
-    assert predicted == replace(counted, moved=counted.predicted, interpreted=0, programs=0)
-    monkeypatch.setattr(interpret.np, "__version__", "2.3.5")
-    assert interpret.fault() is None
 
 
 @pytest.fixture

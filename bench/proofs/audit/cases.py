@@ -1,7 +1,4 @@
-"""The audit's cases: layers of two networks, and awkward shapes. Nothing here needs triton.
-
-Example 1 is EncoderNet3d(64, [3, 3, 3, 3, 3], in_planes=3) on inputs of 31×32×30.
-"""
+"""The audit's cases: layers of two networks, and awkward shapes. Nothing here needs triton."""
 
 from __future__ import annotations
 
@@ -11,11 +8,13 @@ from itertools import product
 from math import prod
 from typing import Literal
 
+from ...baselines.encoder import NETWORKS, norms
+from ...engine.record import Network
+
 Precision = Literal["float32", "bfloat16"]
 ITEMSIZE: dict[Precision, int] = {"float32": 4, "bfloat16": 2}
 
-EXAMPLE_1 = (64, (3, 3, 3, 3, 3), (31, 32, 30))
-BIGGER = (32, (2, 2, 2, 2, 2), (128, 128, 128))
+EXAMPLE_1, BIGGER = NETWORKS["example1"], NETWORKS["volume128"]
 # (N, C, S) with a residual: some shapes of every kind. 16384 is the longest contiguous row that is read once.
 RESIDUAL = (
     (8, 64, 29760), (8, 128, 512), (8, 1024, 8), (2, 20, 1000), (2, 48, 33**3), (2, 32, 4097), (2, 32, 16384),
@@ -60,24 +59,9 @@ def direction(backward: bool) -> str:
     return "backward" if backward else "forward"
 
 
-def norm_inputs(channel: int, layers: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:
-    """(C, S) of the input of each InstanceNorm of EncoderNet3d(channel, layers), without duplicates.
-
-    The first layer of a block doubles the channels. The last one halves the map and rounds up.
-
-    Args:
-        channel, layers: the network's arguments.
-        size: the spatial shape of the network's input.
-    """
-    inputs = []
-    C = channel
-    for block, count in enumerate(layers):
-        for layer in range(count):
-            inputs.append((C, prod(size)))
-            if layer == 0 and block > 0:
-                C *= 2
-        size = [(length + 1) // 2 for length in size]
-    return list(dict.fromkeys(inputs))
+def norm_inputs(network: Network, size: Sequence[int]) -> list[tuple[int, int]]:
+    """(C, S) of the input of each InstanceNorm of EncoderNet3d, without duplicates. size: of the network's input."""
+    return list(dict.fromkeys((C, prod(spatial)) for C, *spatial in norms(network, size)))
 
 
 def shapes() -> list[tuple[str, int, int, int]]:

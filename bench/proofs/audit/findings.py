@@ -6,7 +6,7 @@ Needs triton but no GPU. Every finding is of the launchers that users call, run 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -15,77 +15,22 @@ import torch
 from fastenc.kernels.instance_norm_prelu_backward import instance_norm_prelu_backward
 from fastenc.kernels.instance_norm_prelu_forward import instance_norm_prelu_forward
 from fastenc.kernels.launch import CPU_MULTIPROCESSORS
-from fastenc.kernels.plan import VECTOR_BYTES, Plan, make_plan
+from fastenc.kernels.plan import SUM_N_C, VECTOR_BYTES, Plan, make_plan
 
+from ...engine.record import Network
 from ..access_width import share
 from ..compile import Launch, recorded, resources
-from ..hot_loops import HotLoop, hot_loops, programs_per_sm
+from ..hot_loops import hot_loops, programs_per_sm
 from ..interpret import Traffic, interpreted, sampled_programs
+from ..programs import FLOAT_BYTES, kinds
 from ..ptx import executing
-from ..traffic import FLOAT_BYTES, Programs, predicted_bytes
 from .cases import EXAMPLE_1, Case, Precision, norm_inputs
+from .rows import Compiled, Count, Requests, Row, Variants
 
 EPS = 1e-5
 OTHER_BATCHES = (3, 8, 32)
 # Ordinary sizes, and those with most variants of all volumes with sides from 8, 16 and 24 to 128.
 OTHER_VOLUMES = ((32, 32, 32), (40, 48, 36), (64, 64, 64), (24, 24, 24), (16, 16, 19), (8, 8, 17))
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A case compiled for one target: the worst of its launches in each respect.
-
-    launches: the kernels' names, in order. registers: of a thread. spills: bytes of stack of a thread. shared: bytes of
-    a block. vector_share: of the bytes that accesses to x, y, r and their gradients move, the share that moves 16 bytes
-    at a time. These four are None for ROCm. atomics: in triton's intermediate code. failure: why it does not compile.
-    programs: that an SM holds at a time; loops: those that stream x, in order; both for sm_90 only.
-    """
-
-    launches: tuple[str, ...] = ()
-    registers: int | None = None
-    spills: int | None = None
-    shared: int | None = None
-    vector_share: float | None = None
-    atomics: int = 0
-    failure: str | None = None
-    programs: int | None = None
-    loops: tuple[HotLoop, ...] = ()
-
-
-@dataclass(frozen=True)
-class Count:
-    """Bytes loaded and stored in whole sectors, counted on `interpreted` programs that stand for all `programs`."""
-
-    bytes: int
-    interpreted: int
-    programs: int
-
-
-@dataclass(frozen=True)
-class Variants:
-    """Compiled variants of Example 1, forward and backward; the most that another batch or another volume adds."""
-
-    dtype: Precision
-    channels_last: bool
-    example: int
-    other_batch: int
-    other_volume: int
-
-
-@dataclass(frozen=True)
-class Requests:
-    """How well the warps of one program of a launch coalesce: 32-byte sectors per request, None without requests.
-
-    A request is one instruction of one warp. The fewest sectors are 16 where each lane moves 16 bytes, and 4 where it
-    moves 4. launch: the launch's number and the kernel. copy: asynchronous copies to shared memory, which load x in
-    pipelined loops.
-    """
-
-    case: Case
-    launch: str
-    load: float | None
-    copy: float | None
-    store: float | None
 
 
 def plan_of(case: Case) -> Plan:
@@ -193,20 +138,22 @@ def _count(case: Case) -> Count:
 
 def _kinds(case: Case, plan: Plan, kernel: str, launched: int) -> tuple[np.ndarray, np.ndarray]:
     """One program number of each kind, and how many there are of it."""
-    if kernel.endswith("_sum_n"):
-        numbers, counts = Programs.summing_n(case.N, case.C).kinds(FLOAT_BYTES)
-        sums = launched // int(counts.sum())  # one after the other on the grid's second axis
+    if kernel.endswith(
+        "_sum_n"
+    ):  # the N·C sums are one channels-last sample (C, N); three of them make the second axis
+        numbers, counts = kinds(1, case.C, case.N, FLOAT_BYTES, True, SUM_N_C)
+        sums = launched // int(counts.sum())
         return np.concatenate([numbers + i * counts.sum() for i in range(sums)]), np.tile(counts, sums)
-    programs = Programs.streaming(plan, case.N, case.C, case.S, case.channels_last)
-    if plan.combines_apart and launched == plan.grid[0]:
-        programs = programs.combining()  # the launch without tiles
-    return programs.kinds(case.itemsize)
+    combining = plan.combines_apart and launched == plan.grid[0]  # the launch without tiles
+    shape, chunk_size = (case.N, case.C, case.S), plan.tiles * plan.BLOCK_S
+    return kinds(*shape, case.itemsize, case.channels_last, plan.BLOCK_C, plan.chunks, chunk_size, combining)
 
 
-def predict(case: Case) -> int:
-    """Bytes that the launches of a case move, by arithmetic on its plan."""
-    shape = case.N, case.C, case.S
-    return predicted_bytes(plan_of(case), *shape, case.itemsize, case.channels_last, case.backward, case.residual)
+def row_of(case: Case, count: Count, compiled: dict[str, Compiled]) -> Row:
+    """The audit's row of a case."""
+    plan = plan_of(case)
+    in_apply = plan.chunks > 1 and not plan.combines_apart
+    return Row(case, plan.branch == "one pass", count, compiled, plan.branch == "slab", in_apply)
 
 
 def representatives(cases: Iterable[Case]) -> list[Case]:
@@ -224,19 +171,19 @@ def count_requests(case: Case) -> list[Requests]:
     with executing(90) as machine:
         machine.choose = lambda kernel, grid: [prod(grid) // 2]
         launch(case)
-    kinds = "load", "copy", "store"
+    ways = "load", "copy", "store"
     return [
-        Requests(case, f"{number} {made.name}", *(made.counts.sectors_per_request(kind) or None for kind in kinds))
+        Requests(case, f"{number} {made.name}", *(made.counts.sectors_per_request(way) or None for way in ways))
         for number, made in enumerate(machine.launches, 1)
     ]
 
 
 def example_variants(dtype: Precision, channels_last: bool) -> Variants:
     """Count the compiled variants of Example 1's layers, for sm_90."""
-    channel, layers, size = EXAMPLE_1
-    example = _variants(2, channel, layers, size, dtype, channels_last)
-    batches = [_variants(N, channel, layers, size, dtype, channels_last) for N in OTHER_BATCHES]
-    volumes = [_variants(2, channel, layers, other, dtype, channels_last) for other in OTHER_VOLUMES]
+    network, size = EXAMPLE_1
+    example = _variants(2, network, size, dtype, channels_last)
+    batches = [_variants(N, network, size, dtype, channels_last) for N in OTHER_BATCHES]
+    volumes = [_variants(2, network, other, dtype, channels_last) for other in OTHER_VOLUMES]
     return Variants(
         dtype=dtype,
         channels_last=channels_last,
@@ -246,11 +193,9 @@ def example_variants(dtype: Precision, channels_last: bool) -> Variants:
     )
 
 
-def _variants(
-    N: int, channel: int, layers: Sequence[int], size: Sequence[int], dtype: Precision, channels_last: bool
-) -> frozenset[str]:
+def _variants(N: int, network: Network, size: Sequence[int], dtype: Precision, channels_last: bool) -> frozenset[str]:
     with recorded(90) as launches:
-        for C, S in norm_inputs(channel, layers, size):
+        for C, S in norm_inputs(network, size):
             for backward in (False, True):
                 launch(Case("variants", N, C, S, dtype, channels_last, backward))
     return frozenset(made.key for made in launches)

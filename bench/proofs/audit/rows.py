@@ -1,4 +1,4 @@
-"""The audit's rows, and which ceilings they break. Nothing here needs triton."""
+"""What the audit finds, its rows, and which ceilings they break. Nothing here needs triton."""
 
 from __future__ import annotations
 
@@ -6,11 +6,70 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fastenc.kernels.plan import SECTOR_BYTES, VECTOR_BYTES
+
 from .. import ceilings
-from .cases import Case, layout
+from .cases import Case, Precision, layout
 
 if TYPE_CHECKING:
-    from .findings import Compiled, Count, Variants
+    from ..hot_loops import HotLoop
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A case compiled for one target: the worst of its launches in each respect.
+
+    launches: the kernels' names, in order. registers: of a thread. spills: bytes of stack of a thread. shared: bytes of
+    a block. vector_share: of the bytes that accesses to x, y, r and their gradients move, the share that moves 16 bytes
+    at a time. These four are None for ROCm. atomics: in triton's intermediate code. failure: why it does not compile.
+    programs: that an SM holds at a time; loops: those that stream x, in order; both for sm_90 only.
+    """
+
+    launches: tuple[str, ...] = ()
+    registers: int | None = None
+    spills: int | None = None
+    shared: int | None = None
+    vector_share: float | None = None
+    atomics: int = 0
+    failure: str | None = None
+    programs: int | None = None
+    loops: tuple[HotLoop, ...] = ()
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bytes loaded and stored in whole sectors, counted on `interpreted` programs that stand for all `programs`."""
+
+    bytes: int
+    interpreted: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Compiled variants of Example 1, forward and backward; the most that another batch or another volume adds."""
+
+    dtype: Precision
+    channels_last: bool
+    example: int
+    other_batch: int
+    other_volume: int
+
+
+@dataclass(frozen=True)
+class Requests:
+    """How well the warps of one program of a launch coalesce: 32-byte sectors per request, None without requests.
+
+    A request is one instruction of one warp. The fewest sectors are 16 where each lane moves 16 bytes, and 4 where it
+    moves 4. launch: the launch's number and the kernel. copy: asynchronous copies to shared memory, which load x in
+    pipelined loops.
+    """
+
+    case: Case
+    launch: str
+    load: float | None
+    copy: float | None
+    store: float | None
 
 
 @dataclass(frozen=True)
@@ -18,60 +77,41 @@ class Row:
     """The findings about one case.
 
     one_pass: rows are held on chip, so x is read once.
-    moved: bytes loaded and stored over the bytes of x. Counted, or predicted if kernels cannot be interpreted.
-    predicted: the same, predicted by arithmetic on the plan.
-    ceiling: the largest allowed value of `moved`.
-    interpreted, programs: the number of interpreted programs and of all programs; both are 0 if predicted.
-    split_excused: the row is short enough for one pass, but slices of its channels would move partial sectors.
     compiled: by target.
     slab: the second read of x comes from L1 or L2.
+    in_apply: the programs of apply combine the partial results of their rows.
     """
 
     case: Case
     one_pass: bool
-    moved: float
-    predicted: float
-    ceiling: float
-    interpreted: int
-    programs: int
-    split_excused: bool
+    count: Count
     compiled: dict[str, Compiled]
     slab: bool = False
+    in_apply: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        case: Case,
-        one_pass: bool,
-        predicted: int,
-        count: Count | None,
-        compiled: dict[str, Compiled],
-        slab: bool = False,
-        in_apply: bool = False,
-    ) -> Row:
-        """The row of `case`.
+    @property
+    def moved(self) -> float:
+        """Bytes loaded and stored over the bytes of x."""
+        return self.count.bytes / self.case.x_bytes
 
-        Args:
-            predicted, count: bytes moved.
-            compiled: the compiled launches, by target.
-            in_apply: the programs of apply combine the partial results of their rows.
-        """
-        short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
-        shape = case.N, case.C, case.S
-        return cls(
-            case=case,
-            one_pass=one_pass,
-            moved=(predicted if count is None else count.bytes) / case.x_bytes,
-            predicted=predicted / case.x_bytes,
-            ceiling=ceilings.traffic_ceiling(
-                *shape, case.itemsize, case.backward, not one_pass, case.residual, in_apply
-            ),
-            interpreted=0 if count is None else count.interpreted,
-            programs=0 if count is None else count.programs,
-            split_excused=short and not one_pass and ceilings.breaks_sectors(case.C, case.itemsize, case.channels_last),
-            compiled=compiled,
-            slab=slab,
-        )
+    @property
+    def ceiling(self) -> float:
+        """The largest allowed value of `moved`."""
+        case, shape = self.case, (self.case.N, self.case.C, self.case.S)
+        split = not self.one_pass
+        return ceilings.traffic_ceiling(*shape, case.itemsize, case.backward, split, case.residual, self.in_apply)
+
+    @property
+    def short(self) -> bool:
+        """Whether the row is short enough for one pass, but read twice."""
+        case = self.case
+        required = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
+        return required and not self.one_pass
+
+    @property
+    def split_excused(self) -> bool:
+        """Whether the row is short, but slices of its channels would move partial sectors."""
+        return self.short and self.case.channels_last and self.case.C * self.case.itemsize % SECTOR_BYTES != 0
 
 
 def violations(row: Row) -> list[str]:
@@ -83,11 +123,10 @@ def _broken(row: Row) -> Iterator[str]:
     case = row.case
     if row.moved > row.ceiling:
         yield f"moves {row.moved:.4f} times the bytes of x, ceiling {row.ceiling:.4f}"
-    short = ceilings.one_pass_required(case.S, case.channels_last, case.backward, case.residual)
-    if not row.one_pass and short and not row.split_excused:
+    if row.short and not row.split_excused:
         yield f"reads x twice, where rows of {case.S} positions must be read once"
-    held = ceilings.loops_held(case.dtype, case.channels_last, case.C, case.residual)
-    vectors = ceilings.vectors_required(case.C, case.S, case.itemsize, case.channels_last)
+    held = case.dtype == "bfloat16" and case.channels_last and case.C >= ceilings.LOOP_CHANNELS and not case.residual
+    vectors = (case.C if case.channels_last else case.S) * case.itemsize % VECTOR_BYTES == 0
     for target, compiled in row.compiled.items():
         if target not in ceilings.SHARED_BYTES:
             continue

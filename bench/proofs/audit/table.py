@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from ... import console
 from ..ceilings import SHARED_BYTES
 from .cases import direction, layout
-from .rows import Row, violations
-
-if TYPE_CHECKING:
-    from .findings import Requests, Variants
+from .rows import Requests, Row, Variants, violations
 
 HEADINGS = (
     "N×C×S", "layout", "dtype", "direction", "x read", "launches", "bytes/x", "ceiling", "counted on",
@@ -37,7 +33,7 @@ def cells(row: Row) -> tuple[str, ...]:
         str(max(len(each.launches) for each in compiled)),
         f"{row.moved:.4f}",
         f"{row.ceiling:.4f}",
-        f"{row.interpreted} of {row.programs}" if row.programs else "predicted",
+        f"{row.count.interpreted} of {row.count.programs}",
         registers,
         str(max(each.spills or 0 for each in compiled)),
         f"{100 * min(shares):.0f} %" if shares else "–",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -150,16 +151,12 @@ def _without_assembler(*arguments: Any) -> tuple[str, str] | None:
 @contextmanager
 def _driver(architecture: int, machine: Machine) -> Iterator[None]:
     """Inside the block, Triton compiles for the machine and launches on it."""
-    before = driver._active
-    with knobs.runtime.scope(), knobs.cache.scope():
+    active = mock.patch.object(driver, "_active", _Driver(architecture, machine))
+    with knobs.runtime.scope(), knobs.cache.scope(), active:
         knobs.runtime.add_stages_inspection_hook = _without_assembler
         # A separate cache: the keys of Triton 3.6 ignore the hook, so it would later use the PTX as machine code.
         knobs.cache.dir = os.path.join(knobs.cache.dir, "executed")
-        driver.set_active(_Driver(architecture, machine))
-        try:
-            yield
-        finally:
-            driver._active = before
+        yield
 
 
 def unwritten(tensor: Tensor) -> int:
@@ -171,7 +168,6 @@ def unwritten(tensor: Tensor) -> int:
 @contextmanager
 def _poisoned() -> Iterator[None]:
     """Inside the block, torch.empty and torch.empty_like return poison."""
-    originals = {name: getattr(torch, name) for name in ("empty", "empty_like")}
 
     def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def filled(*arguments: Any, **keywords: Any) -> Tensor:
@@ -182,13 +178,8 @@ def _poisoned() -> Iterator[None]:
 
         return filled
 
-    for name, original in originals.items():
-        setattr(torch, name, poisoned(original))
-    try:
+    with mock.patch.multiple(torch, empty=poisoned(torch.empty), empty_like=poisoned(torch.empty_like)):
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
 
 
 @contextmanager
