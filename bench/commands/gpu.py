@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .. import arguments as options
 from ..baselines import encoder
 from ..baselines.suite import FASTENC, Baseline
 from ..engine.deadline import Deadline
+from ..engine.floor import layers
 from ..engine.machine import settings
 from ..engine.record import GpuTests, Mode, Network, Precision, Workload
 from ..engine.session import LAST, Session
@@ -99,6 +102,25 @@ def stage(promised: set[Workload], workload: Workload, name: str, baseline: Base
     return 4 if baseline.compiles else 2
 
 
+def searches(workloads: Iterable[Workload]) -> int:
+    """How often cuDNN searches for an algorithm: once for each convolution, dtype, layout and direction.
+
+    Convolutions that fastenc makes smaller and those of stems with more channels are not counted.
+    """
+    found: set[tuple[object, ...]] = set()
+    for workload in workloads:
+        network = encoder.without_data(workload)
+        for layer, x, _ in [] if network is None else layers(network, workload.shape):
+            if not isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
+                continue
+            configuration = (type(layer), x.shape, layer.weight.shape, layer.stride, layer.padding, workload.dtype)
+            directions = ["forward"]
+            if workload.mode != "forward":
+                directions += ["weight", "input"] if x.requires_grad else ["weight"]
+            found.update((*configuration, *way) for way in product(("contiguous", "channels_last"), directions))
+    return len(found)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gpu`."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the record and tests.log")
@@ -131,10 +153,17 @@ def run(arguments: argparse.Namespace) -> int:
         return gpu_tests.run(log, min(TESTS_SHARE * deadline.seconds, deadline.left() - gpu_tests.WRITING))
 
     workloads = plan(device)
+    first = workloads[:PROMISED]
+    if device.type == "cuda":
+        print(
+            f"cuDNN searches for an algorithm about {searches(workloads)} times in {len(workloads)} workloads, "
+            f"{searches(first)} times in the first {len(first)}",
+            file=sys.stderr,
+        )
     with settings(tf32=True, benchmark=True) as shared:
         session = Session(
             arguments.command, arguments.out, device, shared, workloads, deadline, resume=True,
-            tests=tests if lacking is None else None, stage=partial(stage, set(workloads[:PROMISED])),
+            tests=tests if lacking is None else None, stage=partial(stage, set(first)),
         )  # fmt: skip
         status = session.run()
     draw(session)

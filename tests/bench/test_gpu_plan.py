@@ -17,7 +17,7 @@ from fastenc.bench.baselines.registry import suite_of
 from fastenc.bench.baselines.suite import Baseline, Runner, Suite
 from fastenc.bench.commands import gpu, gpu_tests
 from fastenc.bench.engine import deadline, machine, measure, record, session
-from fastenc.bench.engine.record import GpuTests, Record, Workload
+from fastenc.bench.engine.record import GpuTests, Network, Record, Workload
 from fastenc.bench.engine.timing import Work
 
 CUDA = torch.device("cuda")
@@ -103,6 +103,7 @@ class Replay:
         set_(options, "chosen_device", lambda device: CUDA)
         set_(gpu, "Deadline", partial(deadline.Deadline, clock=clock.monotonic))
         set_(gpu, "draw", lambda session: None)
+        set_(gpu, "searches", lambda workloads: 0)
         set_(gpu_tests, "run", tests)
         set_(session, "suite_of", lambda workload: assumed(workload, clock, self.operation_compilation))
         set_(session, "describe", lambda device: described)
@@ -233,3 +234,15 @@ def test_rows_are_printed_as_they_are_measured(replay: Replay, capsys: pytest.Ca
     first = str(replay.run().workloads[0])
     (row,) = [line for line in capsys.readouterr().err.splitlines() if first in line and " ms" in line]
     assert row.endswith("eager 10.00 ms, eager channels_last_3d 10.00 ms, fastenc 10.00 ms, torch.compile 10.00 ms")
+
+
+def test_searches_of_cudnn() -> None:
+    """Two layouts: the forward, and in training the weight's gradient and, but for the stem, the input's."""
+    tiny = Network(4, (1,), 3, 5)  # the stem, one convolution, and the last
+    forward = Workload("network", "forward", "float32", (2, 3, 8, 7, 6), network=tiny)
+    training = dataclasses.replace(forward, mode="training step")
+    assert gpu.searches([forward]) == 2 * 3
+    assert gpu.searches([forward, training, training]) == 2 * (3 + 3 + 2)
+    assert gpu.searches([dataclasses.replace(forward, kind="stem")]) == 2
+    assert gpu.searches([training, dataclasses.replace(training, precision="bfloat16")]) == 2 * 2 * (3 + 3 + 2)
+    assert gpu.searches([Workload("instance_norm_prelu", "forward", "float32", (2, 4, 8, 7, 6))]) == 0
