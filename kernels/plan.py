@@ -36,7 +36,7 @@ SHORTEST_ROW = 8  # rows up to here share one tile height: the deep ends of all 
 # empty sectors. Channels-last tiles are one 16-byte access for each lane of a warp, if no sector breaks.
 SHORT_ROWS_TILE = 2048
 
-# Channels side by side of a thread, forward, in one pass and slabs: with 8 it reduces twice as often (simulated).
+# Channels side by side of a thread, forward in one pass: with 8 it reduces twice as often (simulated).
 REDUCED_VECTOR = 4
 
 # (elements of a tile, warps) of the kernels that stream x, by backward: four programs of 4 warps fit on an SM
@@ -121,7 +121,6 @@ def make_plan(
     if min(N, C, S, itemsize, sms) < 1:
         raise ValueError(f"a plan needs positive sizes, got {N=}, {C=}, {S=}, {itemsize=}, {sms=}")
     VEC = gcd(C if channels_last else S, VECTOR_BYTES // itemsize)
-    reduced = min(VEC, REDUCED_VECTOR) if channels_last and not backward else VEC
     least = least_width(C, itemsize, channels_last)
     rows = max(SHORTEST_ROW, power_of_2(S))
     most, most_warps = (ONE_PASS_RESIDUAL if residual else ONE_PASS)[channels_last, backward]
@@ -130,7 +129,8 @@ def make_plan(
         BLOCK_C = max(least, min(power_of_2(C) if channels_last else widest, widest // rows))
         warps = rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD[channels_last, backward])
         grid = blocks(N, C, BLOCK_C, channels_last)
-        return Plan("one pass", rows, BLOCK_C, reduced, min(most_warps, max(1, warps)), 1, 1, (grid, 1), 1)
+        VEC = min(VEC, REDUCED_VECTOR) if channels_last and not backward else VEC
+        return Plan("one pass", rows, BLOCK_C, VEC, min(most_warps, max(1, warps)), 1, 1, (grid, 1), 1)
     slab = SLAB_POSITIONS[channels_last] >= S and least * itemsize <= SECTOR_BYTES and not (backward and residual)
     tile, num_warps = STREAM[backward]
     if VEC * itemsize < VECTOR_BYTES or (slab and itemsize > 2):
@@ -152,5 +152,5 @@ def make_plan(
             chunks = min(chunks, own)
     tiles = ceil_div(ceil_div(S, max(1, chunks)), BLOCK_S)
     chunks = ceil_div(S, tiles * BLOCK_S)
-    shape = BLOCK_S, BLOCK_C, reduced if slab else VEC, num_warps, chunks, tiles, (across, chunks)
+    shape = BLOCK_S, BLOCK_C, VEC, num_warps, chunks, tiles, (across, chunks)
     return Plan("slab" if slab else "split", *shape, max(1, COMBINE_TILE // BLOCK_C), chunks > own)

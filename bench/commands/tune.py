@@ -72,7 +72,6 @@ CONSTANTS = tuple(
         ("SLAB_POSITIONS", True, (0, plan.SLAB_POSITIONS[True]), "slab"),
         ("SLAB_CHUNKS", None, (1, 2, 3, 5, 1000), "slab"),
         ("SLAB_PROGRAMS_PER_SM", None, (1, 2, 4), "slab"),
-        ("REDUCED_VECTOR", None, (2, 4, 8), "slab"),
         ("REDUCED_VECTOR", None, (2, 4, 8), "one pass"),
         ("PARTIALS", None, (plan.PARTIALS, COMBINED_APART, COMBINED_IN_APPLY), "split"),
         ("SLICE_BYTES", None, (32, 64, 128), "split"),

@@ -286,7 +286,11 @@ def test_ceilings_are_the_designs(S: int, backward: bool, split: bool, ceiling: 
         (a_row(S=4097, channels_last=False, backward=True, one_pass=False), []),
         (a_row(compiled=replace(GOOD, spills=8)), ["spills 8 bytes a thread on sm_90"]),
         (a_row(compiled=replace(GOOD, shared=232_449)), ["takes 232449 bytes of shared memory on sm_90"]),
-        (a_row(compiled=replace(GOOD, vector_share=0.94)), ["moves only 94 % of x in 16-byte accesses on sm_90"]),
+        (a_row(compiled=replace(GOOD, vector_share=0.94)), ["moves only 94 % of x in 8-byte accesses on sm_90"]),
+        (
+            a_row(channels_last=False, compiled=replace(GOOD, vector_share=0.94)),
+            ["moves only 94 % of x in 16-byte accesses on sm_90"],
+        ),
         (a_row(compiled=replace(GOOD, vector_share=None)), ["moves only 0 %"]),
         (a_row(C=20, compiled=replace(GOOD, vector_share=0.0)), []),
         (a_row(C=20, channels_last=False, compiled=replace(GOOD, vector_share=0.0)), ["moves only 0 %"]),

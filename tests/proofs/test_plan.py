@@ -50,7 +50,7 @@ def test_covers_everything_once(shape: Shape, backward: bool, residual: bool) ->
         assert max(tile, 2 * plan.BLOCK_C) == plan.BLOCK_S * plan.BLOCK_C
         assert plan.num_warps == num_warps * (2 if scattered else 1)
     assert all(size & (size - 1) == 0 for size in (plan.BLOCK_S, plan.BLOCK_C, plan.VEC, plan.num_warps))
-    reduces = channels_last and not backward and plan.branch != "split"
+    reduces = channels_last and not backward and plan.branch == "one pass"
     assert (min(vector, REDUCED_VECTOR) if reduces else vector) == plan.VEC
 
 

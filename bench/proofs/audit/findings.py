@@ -25,7 +25,7 @@ from ..interpret import Traffic, interpreted, sampled_programs
 from ..programs import FLOAT_BYTES, kinds
 from ..ptx import executing
 from .cases import EXAMPLE_1, Case, Precision, norm_inputs
-from .rows import Compiled, Count, Requests, Row, Variants
+from .rows import Compiled, Count, Requests, Row, Variants, vector_bytes
 
 EPS = 1e-5
 OTHER_BATCHES = (3, 8, 32)
@@ -69,20 +69,20 @@ def compile_cases(architecture: int | str, cases: Iterable[Case]) -> list[Compil
                 continue
             for made in launches:
                 if made.key not in known:
-                    known[made.key] = read(made)
+                    known[made.key] = read(made, vector_bytes(case, plan_of(case).branch == "one pass"))
             compiled.append(_worst([known[made.key] for made in launches]))
     return compiled
 
 
-def read(made: Launch) -> Compiled:
-    """What one launch compiled to."""
+def read(made: Launch, width: int = VECTOR_BYTES) -> Compiled:
+    """What one launch compiled to. width: bytes that its threads should move at a time."""
     atomics = made.ttir.count("tt.atomic_")
     cubin = made.compiled.asm.get("cubin")
     if cubin is None:
         return Compiled((made.name,), atomics=atomics)
     used, shared = resources(cubin), made.compiled.metadata.shared
     spills = used["STACK"] + used["LOCAL"]
-    compiled = Compiled((made.name,), used["REG"], spills, shared, share(made, VECTOR_BYTES), atomics)
+    compiled = Compiled((made.name,), used["REG"], spills, shared, share(made, width), atomics)
     if made.compiled.metadata.target.arch != 90 or made.name.endswith("_sum_n"):
         return compiled
     programs = programs_per_sm(used["REG"], made.num_warps, shared)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastenc.kernels.plan import SECTOR_BYTES, VECTOR_BYTES
+from fastenc.kernels.plan import REDUCED_VECTOR, SECTOR_BYTES, VECTOR_BYTES
 
 from .. import ceilings
 from .cases import Case, Precision, layout
@@ -20,9 +20,9 @@ class Compiled:
     """A case compiled for one target: the worst of its launches in each respect.
 
     launches: the kernels' names, in order. registers: of a thread. spills: bytes of stack of a thread. shared: bytes of
-    a block. vector_share: of the bytes that accesses to x, y, r and their gradients move, the share that moves 16 bytes
-    at a time. These four are None for ROCm. atomics: in triton's intermediate code. failure: why it does not compile.
-    programs: that an SM holds at a time; loops: those that stream x, in order; both for sm_90 only.
+    a block. vector_share: of the bytes that accesses to x, y, r and their gradients move, the share that moves
+    `vector_bytes` at a time. These four are None for ROCm. atomics: in triton's intermediate code. failure: why it does
+    not compile. programs: that an SM holds at a time; loops: those that stream x, in order; both for sm_90 only.
     """
 
     launches: tuple[str, ...] = ()
@@ -114,6 +114,12 @@ class Row:
         return self.short and self.case.channels_last and self.case.C * self.case.itemsize % SECTOR_BYTES != 0
 
 
+def vector_bytes(case: Case, one_pass: bool) -> int:
+    """The bytes that a thread moves at a time where the contiguous axis allows it: fewer where it reduces channels."""
+    reduces = one_pass and case.channels_last and not case.backward
+    return min(VECTOR_BYTES, REDUCED_VECTOR * case.itemsize) if reduces else VECTOR_BYTES
+
+
 def violations(row: Row) -> list[str]:
     """A sentence for each ceiling that a row breaks."""
     return [f"{row.case}: {what}" for what in _broken(row)]
@@ -139,7 +145,8 @@ def _broken(row: Row) -> Iterator[str]:
         if (compiled.shared or 0) > most:
             yield f"takes {compiled.shared} bytes of shared memory on {target}, where a block has {most}"
         if vectors and (compiled.vector_share or 0.0) < ceilings.VECTOR_SHARE:
-            yield f"moves only {100 * (compiled.vector_share or 0.0):.0f} % of x in 16-byte accesses on {target}"
+            moved, width = 100 * (compiled.vector_share or 0.0), vector_bytes(case, row.one_pass)
+            yield f"moves only {moved:.0f} % of x in {width}-byte accesses on {target}"
         for loop in compiled.loops if held else ():
             if loop.instructions > ceilings.LOOP_INSTRUCTIONS[loop.work]:
                 yield f"takes {loop.instructions:.1f} instructions an element in the loop of {loop.work} on {target}"
