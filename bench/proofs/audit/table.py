@@ -73,8 +73,8 @@ def summary(rows: Sequence[Row], variants: Sequence[Variants], broken: Sequence[
     """A legend, the results that are not in the table, and a sentence for each broken ceiling."""
     lines = [
         f"registers: per thread, on {', '.join(SHARED_BYTES)}. spills: bytes per thread; shared: bytes per block; the "
-        "largest of these targets. wide: share of the bytes of x, y, r and their gradients that moves in accesses of 16 "
-        "bytes (8 where one pass reduces bfloat16 channels); the smallest of these targets",
+        "largest of these targets. wide: share of the bytes of x, y, r and their gradients that moves in accesses of "
+        "16 bytes (8 where one pass reduces bfloat16 channels); the smallest of these targets",
         "counted on: programs that were interpreted, one of each kind that moves the same, of all programs launched",
     ]
     lines.append(
