@@ -23,14 +23,14 @@ from typing import Literal
 VECTOR_BYTES = 16  # the widest load or store of a thread
 SECTOR_BYTES = 32  # the unit in which memory moves
 
-# (elements of a tile, most warps) of the one-pass kernels by (channels_last, backward): the largest that compile for
-# sm_80, sm_90 and sm_100 without spilling. With a residual there is one tensor more on chip.
+# (elements of a tile, most warps, elements of a thread) of the one-pass kernels by (channels_last, backward): the
+# largest that compile for sm_80, sm_90 and sm_100 without spilling. With a residual one tensor more is on chip.
+# Threads with half the elements reduce twice as often (simulated), but some with 32 spill.
 ONE_PASS = {
-    (False, False): (32768, 32), (False, True): (8192, 16), (True, False): (16384, 16), (True, True): (8192, 16),
+    (False, False): (32768, 32, 32), (False, True): (8192, 16, 16),
+    (True, False): (16384, 16, 32), (True, True): (8192, 16, 32),
 }  # fmt: skip
-ONE_PASS_RESIDUAL = {**ONE_PASS, (False, False): (16384, 16)}
-# Elements of a one-pass tile for each thread: half as many reduce twice as often (simulated), but where 32 spill.
-ELEMENTS_PER_THREAD = {(False, False): 32, (False, True): 16, (True, False): 32, (True, True): 32}
+ONE_PASS_RESIDUAL = {**ONE_PASS, (False, False): (16384, 16, 16)}
 SHORTEST_ROW = 8  # rows up to here share one tile height: the deep ends of all volumes compile the same variants
 # Contiguous one-pass tiles are widened to this many elements, or the statistics of a few short rows would move mostly
 # empty sectors. Channels-last tiles are one 16-byte access for each lane of a warp, if no sector breaks.
@@ -123,14 +123,14 @@ def make_plan(
     VEC = gcd(C if channels_last else S, VECTOR_BYTES // itemsize)
     least = least_width(C, itemsize, channels_last)
     rows = max(SHORTEST_ROW, power_of_2(S))
-    most, most_warps = (ONE_PASS_RESIDUAL if residual else ONE_PASS)[channels_last, backward]
+    most, most_warps, per_thread = (ONE_PASS_RESIDUAL if residual else ONE_PASS)[channels_last, backward]
     if rows * least <= most:
         widest = 32 * VECTOR_BYTES // itemsize if channels_last else SHORT_ROWS_TILE
         BLOCK_C = max(least, min(power_of_2(C) if channels_last else widest, widest // rows))
-        warps = rows * BLOCK_C // (32 * ELEMENTS_PER_THREAD[channels_last, backward])
-        grid = blocks(N, C, BLOCK_C, channels_last)
+        warps = min(most_warps, max(1, rows * BLOCK_C // (32 * per_thread)))
         VEC = min(VEC, REDUCED_VECTOR) if channels_last and not backward else VEC
-        return Plan("one pass", rows, BLOCK_C, VEC, min(most_warps, max(1, warps)), 1, 1, (grid, 1), 1)
+        grid = blocks(N, C, BLOCK_C, channels_last), 1
+        return Plan("one pass", rows, BLOCK_C, VEC, warps, 1, 1, grid, 1)
     slab = SLAB_POSITIONS[channels_last] >= S and least * itemsize <= SECTOR_BYTES and not (backward and residual)
     tile, num_warps = STREAM[backward]
     if VEC * itemsize < VECTOR_BYTES or (slab and itemsize > 2):

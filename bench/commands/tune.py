@@ -77,7 +77,7 @@ CONSTANTS = tuple(
         ("SLICE_BYTES", None, (32, 64, 128), "split"),
         ("PROGRAMS_PER_SM", None, (2, 4, 8, 16), "split"),
         ("COMBINE_TILE", None, (512, 1024, 2048), "split"),
-        ("ELEMENTS_PER_THREAD", (True, backward), (8, 16, 32), "one pass"),
+        ("ONE_PASS", (True, backward), tuple((*plan.ONE_PASS[True, backward][:2], n) for n in (8, 16, 32)), "one pass"),
     )
 )
 

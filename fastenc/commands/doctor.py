@@ -38,7 +38,7 @@ SLOW_CUDNN = range(90800, 91500)  # as torch.backends.cudnn.version() counts: 9.
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, and why the kernels cannot run on it; None where they can."""
+    """A GPU, and the reason why the kernels cannot run on it, or None."""
 
     name: str
     compute_capability: str
@@ -155,7 +155,7 @@ def choices(device: torch.device) -> tuple[Choice, ...]:
 
 
 def c_compiler() -> str | None:
-    """The compiler that triton would build its launcher with: CC, else gcc, else clang."""
+    """The compiler with which triton would build its launcher: CC, otherwise gcc, otherwise clang."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     return next((os.path.basename(name) for name in names if shutil.which(name)), None)
 
@@ -171,7 +171,7 @@ def advice(
         yield Advice(
             f"cuDNN {number}: torch keeps contiguous half-precision Conv3d from cuDNN 9.8 to 9.14, which get it wrong "
             "(issue 163539); what runs instead is slow (166122) and takes several times the memory (166643)",
-            f"pip install '{package}>=9.15', or volumes in torch.channels_last_3d, as the Triton route keeps them",
+            f"pip install '{package}>=9.15', or tensors in torch.channels_last_3d, as the Triton route keeps them",
         )
     if (versions["torch"] or "").startswith("2.9."):
         yield Advice(
@@ -204,7 +204,7 @@ def advice(
 
 
 def text(report: Report) -> str:
-    """The report in words: the verdict, the warnings, and a block to paste into a bug report."""
+    """The report as text: the verdict, the warnings, and a block to paste into a bug report."""
     verdict = "passed" if report.self_test.passed else "FAILED"
     lines = [f"fastenc doctor: the self-test {verdict}; warnings: {len(report.warnings)}"]
     lines += ["", _verifiable(report)]

@@ -1,4 +1,4 @@
-"""Third-party networks, narrow, and `python -m fastenc accelerate`: what becomes of the norms of each."""
+"""Narrow third-party networks, and `python -m fastenc accelerate`, which prints the outcome for the norms of each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RESENC: dict[str, Any] = {
 }  # fmt: skip
 SWIN: dict[str, Any] = {"feature_size": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2}
 VISTA3D: dict[str, Any] = {"init_filters": 8, "blocks_down": (1, 2, 2, 4, 4), "norm": "instance", "dsdepth": 1}
-# The edge of the input of each, where it is not 8.
+# The edge of the input of each network for which it is not 8.
 SIZES: Mapping[str, int] = {
     "BasicUNet": 32, "SegResNet, INSTANCE": 16, "UNETR": 16, "SwinUNETR": 64, "VNet, instance norm": 32,
     "SegResNetDS2, VISTA3D": 32, "DiNTS": 16, "ResEnc M, L, XL": 64,
@@ -52,14 +52,14 @@ Networks = Mapping[str, Callable[..., nn.Module]]
 
 
 class Row(NamedTuple):
-    """What became of a network: of its norms, and how many operators torch.compile found."""
+    """The outcome for a network: for its norms, and how many operators torch.compile found."""
 
     summary: Summary
     compiled: int
 
 
 def instance_normalized(make: Callable[..., nn.Module]) -> nn.Module:
-    """A new network, with instance norms in place of its batch norms."""
+    """A new network with instance norms instead of its batch norms."""
     net = make()
     for parent in list(net.modules()):
         for name, norm in list(parent.named_children()):
@@ -69,7 +69,7 @@ def instance_normalized(make: Callable[..., nn.Module]) -> nn.Module:
 
 
 def monai() -> Networks:
-    """MONAI's; every entry makes a new network."""
+    """MONAI's networks. Every entry makes a new one."""
     import numpy
     from monai.networks.nets.attentionunet import AttentionUnet
     from monai.networks.nets.basic_unet import BasicUNet
@@ -109,7 +109,7 @@ def monai() -> Networks:
 
 
 def nnunet() -> Networks:
-    """nnU-Net's; every entry makes a new network."""
+    """nnU-Net's networks. Every entry makes a new one."""
     from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
     return {
@@ -121,7 +121,7 @@ def nnunet() -> Networks:
     }
 
 
-# By the package that they come from. nnU-Net's asks for timm, and so for torchvision, which no network here imports.
+# By package. nnU-Net's package depends on timm, and so on torchvision, which no network here imports.
 SOURCES: Mapping[str, Callable[[], Networks]] = {"monai": monai, "dynamic-network-architectures": nnunet}
 INSTALL = {"monai": "pip install monai", "dynamic-network-architectures": "pip install dynamic-network-architectures"}
 
@@ -155,7 +155,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def table(found: Mapping[str, Mapping[str, Row]]) -> str:
-    """In Markdown: a row for each network of each package, then every norm of each."""
+    """Markdown with a row for each network of each package, and then every norm of each network."""
     packages = " and ".join(f"{package} {version(package)}" for package in found)
     return "\n".join(
         [

@@ -34,7 +34,8 @@ def test_every_value_reaches_the_plans_and_none_stays(constant: tune.Constant) -
 
 def test_the_fastest_wins_and_a_failure_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     constant = tune.CONSTANTS[-1]
-    cost = {8: 3.0, 16: 2.0}
+    slow, fast, failing = constant.values
+    cost = {slow: 3.0, fast: 2.0}
 
     def measure(shape: tune.Shape, dtype: torch.dtype, backward: bool) -> float:
         if constant.now not in cost:
@@ -42,9 +43,9 @@ def test_the_fastest_wins_and_a_failure_is_reported(capsys: pytest.CaptureFixtur
         return cost[constant.now]
 
     found = tune.sweep(constant, tune.SHAPES[constant.branch], measure)
-    assert found[8] == pytest.approx(3.0)
-    assert found[16] == pytest.approx(2.0)
-    assert math.isinf(found[32])
+    assert found[slow] == pytest.approx(3.0)
+    assert found[fast] == pytest.approx(2.0)
+    assert math.isinf(found[failing])
     assert "out of resource" in capsys.readouterr().err
 
 

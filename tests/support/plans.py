@@ -31,7 +31,7 @@ PLANS = {
     "slab in two launches": Other({}, 132, (SLAB, "channels_last"), lambda p: p.branch == "slab" and p.chunks > 1),
     "combined apart, channels-last": Other(APART, 132, (LONG, "channels_last"), lambda p: p.combines_apart),
     "combined apart, contiguous": Other(
-        APART | {"ONE_PASS": plan.ONE_PASS | {(False, False): (8192, 8)}, "SLAB_POSITIONS": {False: 0, True: 0}},
+        APART | {"ONE_PASS": plan.ONE_PASS | {(False, False): (8192, 8, 32)}, "SLAB_POSITIONS": {False: 0, True: 0}},
         132, (LONG, "contiguous"), lambda p: p.combines_apart,
     ),
     "more chunks than are combined at a time": Other(
