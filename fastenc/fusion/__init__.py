@@ -121,6 +121,7 @@ def accelerate(model: nn.Module, *, undo: bool = False) -> Any:  # the model its
       forward so that it changes a norm's input there, accelerate again before compiling.
     - A custom autograd.Function and torch.func.vmap read a convolution's output without the bias that is left out. The
       search keeps the bias where it sees one. If you add one to a forward later, accelerate again.
+    - A ReLU after the addition of a residual of −inf is NaN (0 · ∞), where torch.relu is 0.
     - A hook on a module that a norm's output leaves before its activation keeps the two from being fused.
     - Each of these modules is part of a reference cycle, so a deleted model is freed by Python's garbage collector.
     - A module whose class defines `__reduce_ex__` itself is pickled by that; copy.copy of it shares the forward.
