@@ -14,6 +14,8 @@ import torch
 from fastenc import convolution, live_taps, route
 
 torch.set_num_threads(1)
+# The import of torch.testing._internal.common_utils would forbid to set flags of torch.backends for the rest of a run.
+torch.backends.disable_global_flags = lambda: None
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +25,9 @@ LAYERS = {3: fastenc.ConvModern1d, 4: fastenc.ConvModern2d, 5: fastenc.ConvModer
 @cache
 def information() -> dict[str, Any]:
     """The entries of module_db and of op_db by their names."""
-    with mock.patch(
-        "torch.backends.disable_global_flags"
-    ):  # otherwise no flag of torch.backends could be set afterwards
-        from torch.testing._internal.common_methods_invocations import op_db
-        from torch.testing._internal.common_modules import module_db
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
+
     modules = {entry.module_cls.__name__: entry for entry in module_db}
     return {**modules, **{entry.name: entry for entry in op_db if entry.name in NORMS + ACTIVATIONS}}
 
