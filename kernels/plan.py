@@ -4,7 +4,7 @@ The rule, for x of N·C rows of S elements:
 1. *one pass*, where the narrowest slice of channels that moves whole sectors (or one contiguous row) is at most a tile
    of ONE_PASS: one launch holds it on chip and reads x once.
 2. *slab*, where such a slice is a sector wide and has at most SLAB_POSITIONS positions: a program streams it twice, the
-   second time from L1 or L2. Fewer slices than that keeps a GPU busy are cut into chunks, in two launches. Not backward
+   second time from L1 or L2. Too few slices to keep a GPU busy are cut into chunks, in two launches. Not backward
    with a residual: dz has to wait in memory.
 3. *split*: slices of SLICE_BYTES in chunks. One launch streams x for partial results, another streams it again, which
    combines the partial results of its rows where PARTIALS allows; else a launch between the two does.
