@@ -287,7 +287,7 @@ def instance_norm_prelu_backward(
     wanted = (bias if needs[2] else None, weight if needs[1] else None, pointer if needs[3] else None)
     need_dslope = wanted[2] is not None
     need_sums = need_dslope or wanted[0] is not None or wanted[1] is not None
-    # Written over dy, if at all: every program loads all it needs of it ahead of its first store, and no other's part.
+    # Written over dy, if at all: every program loads all it needs of it before its first store, and no other's part.
     dx = None if not needs[0] else dy if in_place and dy.dtype == x.dtype else torch.empty_like(x)
     dr = None
     if residual is not None:

@@ -144,7 +144,7 @@ def instance_norm_prelu_forward(
         return instance_norm_prelu_forward(readable(x), weight, bias, slope, eps, dtype, in_place, statistics, residual)
     N, C, S, plan, options, combine_options = launch
     if in_place and (dtype is None or dtype == x.dtype):
-        y = x  # every program loads all it needs of it ahead of its first store, and no other's part
+        y = x  # every program loads all it needs of it before its first store, and no other's part
     else:
         y = torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
     if residual is not None:

@@ -41,7 +41,7 @@ def folder(capsys: pytest.CaptureFixture[str]) -> Path:
 
 
 def test_the_folder_holds_the_trainer_alone(folder: Path) -> None:
-    """nnU-Net puts it ahead of every other folder that Python imports from."""
+    """nnU-Net puts it before every other folder that Python imports from."""
     assert folder.is_absolute()
     assert [path.name for path in folder.glob("*.py")] == [f"{NAME}.py"]
 

@@ -151,7 +151,7 @@ def test_training_to_the_bit(home: Path, plans: str) -> None:
 
 
 def started(name: str, plans: str = "nnUNetPlans") -> Any:
-    """A trainer ahead of its first iteration."""
+    """A trainer before its first iteration."""
     trainer = trainer_of(name, plans)
     trainer.on_train_start()
     return trainer
