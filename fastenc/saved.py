@@ -6,6 +6,7 @@ save_for_backward accepts None, but tools that read saved tensors, for example t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -13,9 +14,12 @@ from torch import Tensor
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """Save the tensors that are not None, and record the positions of the others."""
-    absent = [i for i, tensor in enumerate(tensors) if tensor is None]
-    ctx.absent = absent
-    ctx.save_for_backward(*([tensor for tensor in tensors if tensor is not None] if absent else tensors))
+    if NoneType in map(type, tensors):
+        ctx.absent = [i for i, tensor in enumerate(tensors) if tensor is None]
+        ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None))
+    else:
+        ctx.absent = ()
+        ctx.save_for_backward(*tensors)
 
 
 def saved(ctx: Any) -> Sequence[Any]:

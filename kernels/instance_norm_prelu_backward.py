@@ -339,10 +339,9 @@ def instance_norm_prelu_backward(
 def _parameter_gradients(sums: Tensor, N: int, C: int, wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The sums (kinds, N·C) over n, and over c for a slope that the channels share, as gradients of `wanted`."""
     dtypes = {parameter.dtype for parameter in wanted if parameter is not None and parameter.numel() == C}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
     kinds, total = sums.shape[0], sums
-    shared_alone = all(parameter is None or parameter.numel() != C for parameter in wanted)  # summed over n and c below
-    if not shared_alone and (N > 1 or dtype != torch.float32):
+    if dtypes and (N > 1 or dtype != torch.float32):  # a shared slope alone is summed over n and c below
         total = torch.empty(kinds, C, dtype=dtype, device=sums.device)
         backward_sum_n[(ceil_div(C, SUM_N_C), kinds)](sums, total, N, C, BLOCK_N=SUM_N_N, BLOCK_C=SUM_N_C, num_warps=4)
     found: list[Tensor | None] = []

@@ -31,7 +31,7 @@ def test_launches_where_the_tensors_are(plan: str) -> None:
     """The forward runs here, the backward in its own thread, which starts on GPU 0 as every thread does."""
     forward, backward = LAUNCHES[plan]
     with two_gpus() as devices:
-        y = InstanceNormPReLU.apply(*leaves(SPATIAL[plan]), None, 0.1, None, 1e-5, None)
+        y = InstanceNormPReLU.apply(*leaves(SPATIAL[plan]), None, 0.1, (1e-5, None))
         assert elsewhere(devices, forward)
         seen = []
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
-from fastenc import explain
+from fastenc import explain, instance_norm_prelu
 from fastenc import route as routes
 
 pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
@@ -67,6 +67,21 @@ def test_grad_of_each_sample(route: str) -> None:
         found = vmap(grad(loss), in_dims=(None, 0))(state, x)
         for i, sample in enumerate(x):
             assert_all_near([g[i] for g in found.values()], gradients(plain, sample[None])[2:])
+
+
+@either_route
+def test_a_tensor_that_a_transform_left(route: str) -> None:
+    """Once torch.func.grad is over, its tensors are no longer transformed. autograd.Function.apply unwraps them."""
+    with taken(route) as dtype:
+        x, weight = torch.randn(2, 3, 4, 4, 4, dtype=dtype), torch.rand(3, dtype=dtype, requires_grad=True)
+        left = []
+
+        def loss(x: Tensor) -> Tensor:
+            left.append(2.0 * x)
+            return x.sum()
+
+        grad(loss)(x)
+        assert_near(instance_norm_prelu(left[0], weight), instance_norm_prelu(2.0 * x, weight))
 
 
 @either_route
