@@ -274,14 +274,12 @@ def instance_norm_prelu_backward(
     if elsewhere(device):
         with torch.cuda.device(device):
             return instance_norm_prelu_backward(dy, x, weight, bias, slope, statistics, needs, in_place, residual)
-    stride = x.stride()
-    launch = prepared(x.shape, stride, x.itemsize, device, True, residual is not None)
+    launch = prepared(x.shape, x.stride(), x.itemsize, device, True, residual is not None)
     if launch is None:
         return instance_norm_prelu_backward(dy, readable(x), weight, bias, slope, statistics, needs, in_place, residual)
     N, C, S, plan, options, combine_options = launch
     one_pass = plan.branch == "one pass"
-    if dy.stride() != stride:
-        dy = like(dy, x)
+    dy = like(dy, x)
     weight, bias, pointer, number, slope_step = parameters_side_by_side(weight, bias, slope)
     statistics = side_by_side(statistics)
     wanted = (bias if needs[2] else None, weight if needs[1] else None, pointer if needs[3] else None)

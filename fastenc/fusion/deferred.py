@@ -172,7 +172,7 @@ class Deferred(Tensor):
         if self.grad_mode and (self.requires_grad or r.requires_grad):
             self.replaced = self._plus(r)
             return self.replaced
-        self.residual, self.versions = r, _versions(self.x, self.weight, self.bias, r)
+        self.residual, self.versions = r, [*self.versions, r._version]
         return self
 
     def _residual(self, other: Any) -> Tensor | None:
@@ -184,9 +184,7 @@ class Deferred(Tensor):
             or other.dtype != x.dtype or other.device != x.device or other.is_inference()
         ):  # fmt: skip
             return None
-        r = other.plain() if type(other) is Deferred else other
-        self._check_unchanged()
-        return r
+        return other.plain() if type(other) is Deferred else other
 
     def _plus(self, r: Tensor) -> Deferred:
         """z + r, to be computed."""
@@ -196,7 +194,7 @@ class Deferred(Tensor):
         return self._added(r)
 
     def _added(self, r: Tensor, **own: Any) -> Deferred:
-        return self._again(residual=r, versions=_versions(self.x, self.weight, self.bias, r), **own)
+        return self._again(residual=r, versions=[*self.versions, r._version], **own)
 
     def _again(self, **own: Any) -> Deferred:
         """Another Deferred of the same norm."""
