@@ -69,8 +69,9 @@ class Frozen(ForInference):
 
         Returns:
             True if that was enough. False if the model was copied again because more than its numbers changed: a
-            device, dtype, shape or module, or an option of a module, for example a stride, an eps, a slope or a
-            function. New numbers in a tensor that is neither a parameter nor a buffer are not noticed.
+            device, dtype, shape or module, which modules share a parameter, or an option of a module, for example a
+            stride, an eps, a slope or a function. New numbers in a tensor that is neither a parameter nor a buffer are
+            not noticed.
         """
         structure = _structure(self._model)
         if structure != self._structure:
@@ -124,10 +125,18 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen:
 
 
 def _structure(model: nn.Module) -> list[Any]:
-    """The modules of a model with their options. The attribute `training` is left out: the copy is for inference."""
+    """The modules of a model with their options, and for each parameter and buffer the first name of the same tensor.
+
+    The attribute `training` is left out: the copy is for inference.
+    """
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}
     return [
-        (name, type(module), {key: _option(value) for key, value in vars(module).items() if key != "training"})
-        for name, module in model.named_modules()
+        *(first.setdefault(id(tensor), name) for name, tensor in named),
+        *(
+            (name, type(module), {key: _option(value) for key, value in vars(module).items() if key != "training"})
+            for name, module in model.named_modules()
+        ),
     ]
 
 

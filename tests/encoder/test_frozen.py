@@ -142,6 +142,23 @@ def test_any_module_and_tied_weights() -> None:
     assert repr(frozen) == "Frozen(Sequential, dtype=None)"
 
 
+@pytest.mark.parametrize(("before", "after"), [((), ("01",)), (("01",), ()), (("02",), ("12",))])
+def test_refresh_where_other_modules_share_a_weight(before: tuple[str, ...], after: tuple[str, ...]) -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))).eval()
+
+    def share(pairs: tuple[str, ...]) -> None:
+        for layer in model:
+            layer.weight = nn.Parameter(torch.randn(3, 3))
+        for first, second in pairs:
+            model[int(second)].weight = model[int(first)].weight
+
+    share(before)
+    frozen, x = freeze(model), torch.randn(2, 3)
+    share(after)
+    assert not frozen.refresh()
+    assert torch.equal(frozen(x), model(x))
+
+
 @pytest.mark.parametrize("model", [None, lambda x: x, torch.nn.Conv3d])
 def test_what_is_no_module_is_refused(model: Any) -> None:
     with pytest.raises(TypeError, match="model"):
