@@ -158,8 +158,8 @@ class _ConvModernNd(nn.Module):
         if changed or not is_supported(norm, weight, bias, slope, x):
             x = activation(norm(x))  # if it is not supported, torch's own error
         elif (
-            self.recompute and len(layers) == 3 and at == 0 and torch.is_grad_enabled() and not is_compiling()
-            and (prepared := plan_for(layers[2], x, True)) is not None
+            self.recompute and len(layers) == 3 and torch.is_grad_enabled() and not is_compiling()
+            and (prepared := plan_for(layers[2], x, True)) is not None  # None for an activation
         ):  # fmt: skip
             dtypes = output_dtype(x, slope), compute_dtype(x)
             return RecomputedUnit.apply(x, weight, bias, slope, norm.eps, *prepared, dtypes), True
