@@ -32,6 +32,9 @@ disabled_torch_function = torch._C.DisableTorchFunctionSubclass
 # Reading the address of memory that a Deferred does not have must raise.
 forbid_data_ptr = torch._C._set_throw_on_mutable_data_ptr
 
+# The method of a convolution that code replaces to pad in another way. Its forward alone is public.
+CONV_FORWARD = "_conv_forward"
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -45,7 +48,7 @@ def constant_in_graphs(function: Function) -> Function:
 
 
 __all__ = [
-    "TracingContext", "constant_in_graphs", "context_decorator", "disabled_torch_function", "dispatch_modes",
-    "forbid_data_ptr", "forward_ad", "has_global_hook", "is_legacy_batchedtensor", "saved_tensors_hooks",
-    "transforms_active", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only",
+    "CONV_FORWARD", "TracingContext", "constant_in_graphs", "context_decorator", "disabled_torch_function",
+    "dispatch_modes", "forbid_data_ptr", "forward_ad", "has_global_hook", "is_legacy_batchedtensor",
+    "saved_tensors_hooks", "transforms_active", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only",
 ]  # fmt: skip

@@ -21,11 +21,13 @@ from torch.compiler import is_compiling
 from fastenc.kernels.layout import MEMORY_FORMAT
 
 from . import route
+from ._torch import CONV_FORWARD
 from .live_taps import ConvPlan, Window, plan_convolution
-from .saved import save, saved
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 PLAIN = frozenset(CONVOLUTIONS.values())  # and no subclass, which may do more
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_METHODS = {kind: (kind.forward, getattr(kind, CONV_FORWARD, None)) for kind in (*PLAIN, *_TRANSPOSED)}
 _TENSORS = frozenset((nn.Parameter, Tensor))
 
 
@@ -65,11 +67,22 @@ def is_channels_last(x: Tensor) -> bool:
     return stride[0] > 0 and all(a <= b for a, b in pairwise(stride))
 
 
+def is_untouched(layer: Any) -> bool:
+    """Whether layer computes what torch's convolution of exactly its class does: none of its methods was replaced."""
+    kind = type(layer)
+    if kind not in _METHODS or CONV_FORWARD in layer.__dict__:
+        return False
+    forward, inner = _METHODS[kind]
+    return kind.forward is forward and getattr(kind, CONV_FORWARD, None) is inner
+
+
 def plan_for(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None, ConvPlan] | None:
     """The weight, bias and plan of layer for x. None if layer(x) is to be called, which may raise torch's own error."""
     if is_compiling():  # the choice depends on the size, and a graph must hold for every size
         return None
-    if type(layer) not in PLAIN or layer.padding_mode != "zeros" or type(layer.padding) is str:
+    if type(layer) not in PLAIN or not is_untouched(layer):
+        return None
+    if layer.padding_mode != "zeros" or type(layer.padding) is str:
         return None
     weight, bias = layer.weight, layer.bias  # a replica of nn.DataParallel has them as attributes, not as parameters
     if type(weight) not in _TENSORS or x.device != weight.device:
@@ -77,7 +90,9 @@ def plan_for(layer: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor | None,
     if (x.dtype != weight.dtype and compute_dtype(x) is None) or (not fused and x.is_complex()):
         return None
     device = _device(x) if torch.are_deterministic_algorithms_enabled() else x.device.type
-    rest = layer.groups, weight.is_contiguous(), device, fused, "cuts" in layer.__dict__
+    # torch 2.13 leaves parts of a bfloat16 Conv3d's weight gradient unwritten on a CPU that multiplies bfloat16.
+    mended = x.is_cpu and x.dim() == 5 and (compute_dtype(x) or x.dtype) is torch.bfloat16
+    rest = layer.groups, weight.is_contiguous(), device, fused, "cuts" in layer.__dict__, mended
     try:
         plan = plan_convolution(x.shape, weight.shape, layer.stride, layer.padding, layer.dilation, *rest)
     except TypeError:  # an option was set to a list, which torch takes too, and which cannot be hashed
@@ -154,15 +169,15 @@ class Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: ConvPlan, dtype: torch.dtype | None
     ) -> Tensor:
-        save(ctx, x, weight, bias)
-        ctx.plan, ctx.dtype = plan, dtype
+        ctx.save_for_backward(x, weight)
+        ctx.plan, ctx.dtype, ctx.bias_dtype = plan, dtype, None if bias is None else bias.dtype
         return forward(x, weight, bias, plan, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        x, weight, bias = saved(ctx)
-        gradients = backward(dy, x, weight, bias, ctx.plan, ctx.dtype, ctx.needs_input_grad[:3])
+        x, weight = ctx.saved_tensors
+        gradients = backward(dy, x, weight, ctx.bias_dtype, ctx.plan, ctx.dtype, ctx.needs_input_grad[:3])
         return (*gradients, None, None)
 
 
@@ -206,45 +221,44 @@ def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias_dtype: torch.dtype | None,
     plan: ConvPlan,
     dtype: torch.dtype | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight and dbias, each if `needs` asks for it, in the dtype and layout of x, weight and bias.
 
-    dx depends on the shape, dtype and layout of x, but not on its numbers.
+    bias_dtype: None without a bias. dx depends on the shape, dtype and layout of x, but not on its numbers.
     """
     # A transformed dy, for example many gradients at once, needs torch's own backward, on all taps.
     transformed = route.transformed(dy)
     if plan.product_backward and not transformed:
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return _product_backward(dy, x, weight, bias, plan, dtype or x.dtype, needs)
-        return _product_backward(dy, x, weight, bias, plan, dtype or x.dtype, needs)
+                return _product_backward(dy, x, weight, bias_dtype, plan, dtype or x.dtype, needs)
+        return _product_backward(dy, x, weight, bias_dtype, plan, dtype or x.dtype, needs)
     compute = dtype or x.dtype
     cut = plan.cuts and not transformed
     laid_out = weight.to(compute) if transformed else _laid_out(weight, _layout(x, plan), plan, compute)
     operands = dy, x.to(compute), laid_out
-    if compute is torch.bfloat16 and x.is_cpu and x.dim() == 5:
-        # torch 2.13 leaves parts of a bfloat16 Conv3d's weight gradient unwritten on a CPU that multiplies bfloat16.
+    if compute is torch.bfloat16 and x.is_cpu and x.dim() == 5:  # see `plan_for`
         operands = dy.float(), operands[1].float(), operands[2].float()
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        *operands, None if bias is None else list(bias.shape), plan.stride,
+        *operands, None if bias_dtype is None else [weight.shape[0]], plan.stride,
         plan.cut_padding if cut else plan.padding, plan.dilation, False, (0,) * len(plan.stride), plan.groups, needs,
     )  # fmt: skip
     if needs[0]:
         dx = dx.to(x.dtype)
     if needs[1]:
         dweight = dweight.to(weight.dtype) if transformed else _gradient(dweight, weight, plan.window if cut else None)
-    return dx, dweight, dbias.to(bias.dtype) if needs[2] and bias is not None else None
+    return dx, dweight, dbias.to(bias_dtype) if needs[2] and bias_dtype is not None else None
 
 
 def _product_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias_dtype: torch.dtype | None,
     plan: ConvPlan,
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
@@ -263,8 +277,8 @@ def _product_backward(
         shape = [weight.shape[0], *taps, weight.shape[1]] if last else [*weight.shape[:2], *taps]
         dmatrix = dmatrix.view(shape)
         dweight = _gradient(dmatrix.movedim(-1, 1) if last else dmatrix, weight, window)
-    if needs[2] and bias is not None:
-        dbias = rows.sum(0).to(bias.dtype)
+    if needs[2] and bias_dtype is not None:
+        dbias = rows.sum(0).to(bias_dtype)
     return dx, dweight, dbias
 
 
@@ -328,12 +342,14 @@ def _scattered(dcolumns: Tensor, x: Tensor, window: Window, stride: tuple[int, .
 
 
 def _as_output(rows: Tensor, x: Tensor, plan: ConvPlan) -> Tensor:
-    """Rows [N·positions, out] as (N, out, *output)."""
+    """Rows [N·positions, out] as (N, out, *output): a tensor of the same memory, because views forbid some changes."""
     assert plan.window is not None
     output = plan.window.output
     if prod(output) == 1:
-        return rows.contiguous().view(*rows.shape, *output)
-    return rows.unflatten(0, (x.shape[0], *output)).movedim(-1, 1).contiguous(memory_format=_layout(x, plan))
+        y = rows.contiguous().view(*rows.shape, *output)
+    else:
+        y = rows.unflatten(0, (x.shape[0], *output)).movedim(-1, 1).contiguous(memory_format=_layout(x, plan))
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.size(), y.stride())
 
 
 def _layout(x: Tensor, plan: ConvPlan) -> torch.memory_format:

@@ -70,8 +70,8 @@ class Frozen(ForInference):
         Returns:
             True if that was enough. False if the model was copied again because more than its numbers changed: a
             device, dtype, shape or module, which modules share a parameter, or an option of a module, for example a
-            stride, an eps, a slope or a function. New numbers in a tensor that is neither a parameter nor a buffer are
-            not noticed.
+            stride, an eps, a slope or a function. New numbers in a tensor that is neither a parameter nor a buffer, or
+            in an object that a module holds, are not noticed.
         """
         structure = _structure(self._model)
         if structure != self._structure:
@@ -108,7 +108,8 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen:
     Args:
         model: any nn.Module; the copy is in eval mode.
         dtype: torch.bfloat16 or torch.float16 casts the weights of convolutions and linear layers, and runs the copy
-            under autocast to it. None casts nothing. Normalisations and slopes stay in their own dtype.
+            under autocast to it. None casts nothing. Normalisations and slopes stay in their own dtype. A layer
+            that the model runs with autocast off gets a cast weight too; such a model needs None.
 
     Returns:
         A `Frozen`, which is called like the model.
@@ -160,21 +161,23 @@ def _option(value: Any) -> Any:
 @torch.no_grad()
 def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy of model in eval mode. Each parameter is copied once, directly to its final dtype and layout."""
-    owners: dict[Tensor, list[nn.Module]] = {}
+    owners: dict[Tensor, set[type]] = {}
     for module in model.modules():
+        # A hook may compute the weight from other parameters, as torch.nn.utils.spectral_norm does.
+        kind = nn.Module if module._forward_pre_hooks else type(module)
         for own in module._parameters.values():
             if own is not None:
-                owners.setdefault(own, []).append(module)
+                owners.setdefault(own, set()).add(kind)
     made: dict[int, Any] = {}
-    for parameter, modules in owners.items():
-        kinds = {type(module) for module in modules}
+    for parameter, kinds in owners.items():
         cast = kinds <= {nn.Linear, *PLAIN}
         value = parameter.detach()
         target = dtype if cast and dtype is not None and value.dtype == torch.float32 else value.dtype
         layout = MEMORY_FORMAT.get(value.dim()) if value.is_cuda and kinds <= PLAIN else None
         value = value.to(target, memory_format=layout or torch.preserve_format, copy=True)
         made[id(parameter)] = nn.Parameter(value, requires_grad=False)
-    frozen = copy.deepcopy(model, made).eval()
+    frozen = copy.deepcopy(model, made)
+    frozen.eval()  # a model may override train and return nothing
     for module in frozen.modules():
         if type(module) in PLAIN:
             module.__dict__["cuts"] = Cuts()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import route
-from .convolution import CONVOLUTIONS, PLAIN, compute_dtype, convolve, is_channels_last, plan_for
+from .convolution import CONVOLUTIONS, compute_dtype, convolve, is_channels_last, is_untouched, plan_for
 from .functional import fused, is_supported, output_dtype
-from .pair import INSTANCE_NORMS
+from .pair import INSTANCE_NORMS, TORCH_FORWARDS
 from .recompute import RecomputedUnit
 
 BATCH_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -119,6 +119,8 @@ class _ConvModernNd(nn.Module):
             return f"its normalisation is {norm}, not a plain {self._norm_type.__name__}"
         if type(activation) is not nn.PReLU and type(activation) is not nn.ReLU:
             return f"its activation is {activation}, not a plain PReLU or ReLU"
+        if type(norm).forward not in TORCH_FORWARDS or type(activation).forward not in TORCH_FORWARDS:
+            return "the forward of its normalisation's or activation's class was replaced"
         return route.hook_reason(self.mconv, *layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ class _ConvModernNd(nn.Module):
         slope = activation.weight if type(activation) is nn.PReLU else 0.0
         weight, bias = norm.weight, norm.bias
         # Code other than a plain convolution may have returned another dtype, device or class.
-        changed = at > 0 and type(layers[at - 1]) not in PLAIN and route.use_eager(route.reason(x))
+        changed = at > 0 and not is_untouched(layers[at - 1]) and route.use_eager(route.reason(x))
         if changed or not is_supported(norm, weight, bias, slope, x):
             x = activation(norm(x))  # if it is not supported, torch's own error
         elif (
@@ -164,11 +166,11 @@ class _ConvModernNd(nn.Module):
             dtypes = output_dtype(x, slope), compute_dtype(x)
             return RecomputedUnit.apply(x, weight, bias, slope, norm.eps, *prepared, dtypes), True
         else:
-            in_place = fresh if at == 0 else type(layers[at - 1]) in PLAIN
+            in_place = fresh if at == 0 else is_untouched(layers[at - 1])
             x = fused(x, weight, bias, slope, norm.eps, in_place)
         for layer in layers[at + 2 :]:
             x = convolve(layer, x, True)
-        return x, type(layers[-1]) in PLAIN
+        return x, is_untouched(layers[-1])
 
     def _run_eager(self, x: Tensor) -> Tensor:
         """Run the submodules in order. The convolution skips padding-only taps if nothing can observe it."""

@@ -97,11 +97,13 @@ def plan_convolution(
     device: str,
     fused: bool,
     frozen: bool = False,
+    mended: bool = False,
 ) -> ConvPlan | None:
     """The plan of a convolution. None if torch's own call is to be made.
 
     Args:
         frozen: the cut weight is kept, so that cutting it costs nothing.
+        mended: torch's own backward would be wrong.
     """
     size, kernel = x_shape[2:], weight_shape[2:]
     if len(x_shape) != len(weight_shape) or x_shape[0] < 1 or x_shape[1] != groups * weight_shape[1]:
@@ -111,7 +113,7 @@ def plan_convolution(
             return None  # torch takes an int, or one entry for all axes, too
     if min(*stride, *dilation) < 1 or min(padding) < 0:
         return None  # torch's own error
-    ordinary = ConvPlan(stride, padding, dilation, groups, fused) if fused else None
+    ordinary = ConvPlan(stride, padding, dilation, groups, fused) if fused or mended else None
     live = None
     if groups == 1 and all(d == 1 for d in dilation) and device in MEASURED:
         live = window_of(size, kernel, stride, padding)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import route
 from .functional import fused, is_supported
-from .pair import ACTIVATIONS, INSTANCE_NORMS, slope_of, why_not_plain
+from .pair import ACTIVATIONS, INSTANCE_NORMS, TORCH_FORWARDS, slope_of, why_not_plain
 
 
 class _InstanceNormActNd(nn.Module):
@@ -60,6 +60,8 @@ def _why_eager(x: object, norm: nn.Module, activation: nn.Module) -> str | None:
         return f"its norm is {norm}, not one of torch's own"
     if type(activation) not in ACTIVATIONS:
         return f"its activation is {activation}, not a plain PReLU, LeakyReLU or ReLU"
+    if type(activation).forward not in TORCH_FORWARDS:
+        return "the forward of its activation's class was replaced"
     return why_not_plain(norm)
 
 

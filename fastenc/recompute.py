@@ -40,7 +40,8 @@ class RecomputedUnit(torch.autograd.Function):
     ) -> Tensor:
         y, statistics = launched_forward(x, weight, bias, slope, None, eps, dtypes[0])
         shared = slope if isinstance(slope, Tensor) else None
-        save(ctx, x, weight, bias, shared, convolution_weight, convolution_bias, statistics)
+        save(ctx, x, weight, bias, shared, convolution_weight, statistics)
+        ctx.bias_dtype = None if convolution_bias is None else convolution_bias.dtype
         ctx.slope, ctx.eps, ctx.plan, ctx.dtypes = None if shared is not None else slope, eps, plan, dtypes
         return convolution.forward(y, convolution_weight, convolution_bias, plan, dtypes[1])
 
@@ -54,7 +55,7 @@ class RecomputedUnit(torch.autograd.Function):
 
 
 def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, slope, convolution_weight, convolution_bias = tensors
+    x, weight, bias, slope, convolution_weight = tensors
     slope = ctx.slope if slope is None else slope
     plan, (dtype, compute_dtype) = ctx.plan, ctx.dtypes
     needs = ctx.needs_input_grad
@@ -67,7 +68,7 @@ def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tens
             route.fall_back(error, x.device)
             return _by_the_formula(ctx, dout, tensors)
         _, dweight, dbias = convolution.backward(
-            dout, y, convolution_weight, convolution_bias, plan, compute_dtype, (False, needs[5], needs[6])
+            dout, y, convolution_weight, ctx.bias_dtype, plan, compute_dtype, (False, needs[5], needs[6])
         )
         del y
     if not any(needs[:4]):
@@ -76,7 +77,7 @@ def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tens
     # under autocast.
     like = x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
     dy = convolution.backward(
-        dout, like, convolution_weight, convolution_bias, plan, compute_dtype, (True, False, False)
+        dout, like, convolution_weight, ctx.bias_dtype, plan, compute_dtype, (True, False, False)
     )[0]
     try:
         gradients = launchers()[1](dy, x, weight, bias, slope, statistics, needs[:4], in_place=True)
@@ -88,14 +89,14 @@ def _by_the_kernels(ctx: Any, dout: Tensor, tensors: list[Any], statistics: Tens
 
 def _by_the_formula(ctx: Any, dout: Tensor, tensors: list[Any]) -> tuple[Tensor | None, ...]:
     """The gradients by plain operations, which support double backward and batched gradients."""
-    x, weight, bias, slope, convolution_weight, convolution_bias = tensors
+    x, weight, bias, slope, convolution_weight = tensors
     slope = ctx.slope if slope is None else slope
     plan, (dtype, compute_dtype) = ctx.plan, ctx.dtypes
     needs = ctx.needs_input_grad
     with torch.autocast(x.device.type, enabled=False):
         y = reference.forward(x, weight, bias, slope, ctx.eps)
         dy, dweight, dbias = convolution.backward(
-            dout, y if dtype is None else y.to(dtype), convolution_weight, convolution_bias, plan, compute_dtype,
+            dout, y if dtype is None else y.to(dtype), convolution_weight, ctx.bias_dtype, plan, compute_dtype,
             (any(needs[:4]), needs[5], needs[6]),
         )  # fmt: skip
         gradients = (None,) * 4 if dy is None else reference.backward(dy, x, weight, bias, slope, ctx.eps)

@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 
 from .. import route
 from .._torch import saved_tensors_hooks
-from ..convolution import WeightAlone
+from ..convolution import WeightAlone, is_untouched
 from .modules import Forward
 from .pending import may_wait
 from .unbiased import PendingBias, biased, running, unbiased
@@ -51,7 +51,7 @@ class Convolution(Forward):
         module = self.module
         if (
             args or kwargs or not (self.cancelled or self.mends)
-            or type(module) not in _FUNCTIONS or module.padding_mode != "zeros" or route.reason(input)
+            or not is_untouched(module) or module.padding_mode != "zeros" or route.reason(input)
         ):  # fmt: skip
             return self.plainly(input, *args, **kwargs)
         weight, bias = module.weight, module.bias

@@ -311,3 +311,26 @@ def test_what_a_module_has_and_a_frozen_model_lacks(name: str, remedy: str) -> N
     with pytest.raises(AttributeError, match=f"a Frozen is no nn.Module and has no '{name}'.*{re.escape(remedy)}"):
         getattr(frozen, name)
     assert not hasattr(frozen, "nothing_of_this_name")
+
+
+def test_a_weight_that_a_hook_computes_keeps_its_dtype() -> None:
+    layer = nn.utils.spectral_norm(nn.Conv3d(1, 2, 3)).eval()
+    x = torch.randn(1, 1, 4, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+    assert torch.equal(freeze(layer, torch.bfloat16)(x), expected)
+
+
+def test_a_train_that_returns_nothing() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dropout(x)
+
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+
+    assert torch.equal(freeze(Model())(torch.ones(9)), torch.ones(9))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from fastenc import explain
+from fastenc import InstanceNormAct3d, explain
 
 pytestmark = pytest.mark.usefixtures("every_weight_is_big_enough")
 LAYERS = ["netbody.1.conv_list.0", "netbody.1.conv_scale", "netbody.2.conv_scale"]
@@ -390,3 +390,32 @@ def test_one_layer_used_alone() -> None:
         y = net.get_submodule(MIDDLE)(x)
         assert calls.call_count == 0
     torch.testing.assert_close(y, plain.get_submodule(MIDDLE)(x), rtol=1e-4, atol=1e-5)
+
+
+def doubled(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda self, *arguments: 2.0 * own(self, *arguments)
+
+
+@pytest.mark.parametrize("at", ["0", "1.conv_scale.mconv.2", "3"])
+def test_a_convolution_whose_method_was_replaced(at: str) -> None:
+    """_conv_forward, by which code pads in another way."""
+    net, plain = network_twins()
+    for body in (net.netbody, plain.netbody):
+        layer = body.get_submodule(at)
+        layer._conv_forward = types.MethodType(doubled(type(layer)._conv_forward), layer)
+    with taken("fused"):
+        assert_all_near(results(net), results(plain))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(nn.Conv3d, "forward"), (nn.Conv3d, "_conv_forward"), (nn.InstanceNorm3d, "forward"), (nn.PReLU, "forward")],
+)
+def test_a_class_whose_method_was_replaced(kind: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, plain = network_twins()
+    pair = InstanceNormAct3d(1, nn.PReLU(1), affine=True)
+    monkeypatch.setattr(kind, name, doubled(getattr(kind, name)))
+    with taken("fused"):
+        assert_all_near(results(net), results(plain))
+        x = small_input()
+        assert_all_near([pair(x)], [pair.activation(pair.norm(x))])

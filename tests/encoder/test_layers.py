@@ -151,6 +151,23 @@ def test_recompute(layer_order: str, activator: str) -> None:
         assert_all_near(gradients(layer, x), gradients(nn.Sequential(*layer.mconv), x))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_convolutions_bias_may_change_before_the_backward(recompute: bool) -> None:
+    """torch's convolution does not save it."""
+    with taken("fused"):
+        layer = ConvModern3d(2, 3)
+        layer.mconv[2] = nn.Conv3d(2, 3, 3, padding=1)
+        layer.recompute = recompute
+        twin = copy.deepcopy(layer.mconv)
+        found = []
+        for net, bias in ((layer, layer.mconv[2].bias), (twin, twin[2].bias)):
+            y = net(torch.ones(2, 2, *SIZES[3]).cumsum(-1).cumsum(-2))
+            with torch.no_grad():
+                bias.add_(1.0)
+            found.append(torch.autograd.grad(y.square().sum(), [*net.parameters()]))
+        assert_all_near(*found)
+
+
 @pytest.mark.parametrize("replacement", [nn.Identity, nn.Dropout, lambda: nn.Flatten(0, 0), nn.AvgPool3d])
 @pytest.mark.parametrize("last", [False, True])
 def test_the_input_stays_where_the_convolution_was_replaced(replacement: Any, last: bool) -> None:

@@ -29,6 +29,7 @@ def test_attributes_exist() -> None:
     assert hooks <= set(module)
     assert hasattr(nn.Module, "_compiled_call_impl")
     assert callable(nn.Module._replicate_for_data_parallel)
+    assert callable(getattr(nn.Conv3d, _torch.CONV_FORWARD))
 
 
 def test_only_one_file_imports_them() -> None:

@@ -78,3 +78,13 @@ def test_double_backward() -> None:
             (dweight,) = torch.autograd.grad(model(x).square().sum(), model[0].weight, create_graph=True)
             results.append(torch.autograd.grad(dweight.square().sum(), model[0].weight)[0])
     assert_all_near(results[:1], results[1:])
+
+
+def test_a_convolution_whose_method_was_replaced() -> None:
+    net = nn.Sequential(nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4), nn.ReLU())
+    fast, untouched = twins(net)
+    for layer in (fast[0], untouched[0]):
+        own = layer._conv_forward
+        layer._conv_forward = lambda x, weight, bias, own=own: own(x, weight, bias).square()
+    with taken("fused"):
+        assert_like_untouched(fast, untouched, torch.randn(2, 1, 5, 6, 7))
