@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, float32, is_grad_enabled
 from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from . import library, reference, route
 from .pair import INSTANCE_NORMS
 from .saved import save, saved
 
+_PLAIN = frozenset((Tensor, Parameter))
 AXES = {kind: order + 3 for order, kind in enumerate(INSTANCE_NORMS)}  # of the x of each norm, with its batch
 
 
@@ -86,6 +88,7 @@ def fits(parameter: Tensor, x: Tensor, length: int) -> bool:
             parameter.shape == (length,)
             and ((dtype := parameter.dtype) is float32 or dtype is x.dtype)
             and parameter.device == x.device
+            and (type(parameter) in _PLAIN or is_compiling())  # a subclass may compute in its own way
         )
     except AttributeError:  # not a tensor
         return False
@@ -201,7 +204,10 @@ def launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _positions(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | float) -> int:
-    """The number S of spatial positions of x. Raises if x or a parameter has a wrong type, shape, dtype or device."""
+    """The number S of spatial positions of x, or 0 if a parameter of another class needs the eager route.
+
+    Raises if x or a parameter has a wrong type, shape, dtype or device.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     shape = x.shape
@@ -212,12 +218,12 @@ def _positions(x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Ten
     if rows == 0:
         raise ValueError(f"x must have at least one sample and one channel, got shape {tuple(shape)}")
     if weight is not None and not fits(weight, x, C):
-        _refuse("weight", weight, x, (C,))
+        return _unfit("weight", weight, x, (C,))
     if bias is not None and not fits(bias, x, C):
-        _refuse("bias", bias, x, (C,))
+        return _unfit("bias", bias, x, (C,))
     if isinstance(slope, Tensor):
         if not (fits(slope, x, C) or fits(slope, x, 1)):
-            _refuse("slope", slope, x, (C, 1))
+            return _unfit("slope", slope, x, (C, 1))
     elif not isinstance(slope, (int, float)):
         raise TypeError(f"slope must be a torch.Tensor or a number, got {type(slope).__name__}")
     return x.numel() // rows
@@ -236,8 +242,8 @@ def _check_residual(residual: Any, x: Tensor) -> None:
             raise ValueError(f"residual must have x's {what} {needed}, got {came}")
 
 
-def _refuse(name: str, parameter: Tensor, x: Tensor, lengths: tuple[int, ...]) -> NoReturn:
-    """Raise the error for a parameter that does not fit x."""
+def _unfit(name: str, parameter: Tensor, x: Tensor, lengths: tuple[int, ...]) -> int:
+    """Raise the error for a parameter that does not fit x. 0 if its class alone speaks against the kernels."""
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(parameter).__name__}")
     if parameter.dim() != 1 or parameter.shape[0] not in lengths:
@@ -246,4 +252,7 @@ def _refuse(name: str, parameter: Tensor, x: Tensor, lengths: tuple[int, ...]) -
         raise ValueError(f"{name} must have shape {needed} for x of shape {shape}, got {came}")
     if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
         raise ValueError(f"{name} must be {x.dtype} (x's dtype) or torch.float32, got {parameter.dtype}")
-    raise ValueError(f"{name} must be on x's device {x.device}, got {parameter.device}")
+    if parameter.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {parameter.device}")
+    route.use_eager(f"{name} is a {type(parameter).__name__}, not a plain torch.Tensor")
+    return 0

@@ -4,9 +4,12 @@ import itertools
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fastenc
 from fastenc import functional, reference, route
@@ -44,6 +47,31 @@ def test_bad_arguments(change: dict[str, object], error: type[Exception], messag
     arguments = {"x": torch.randn(2, 3, 4, 4), "weight": torch.ones(3), "bias": torch.ones(3), "slope": 0.1} | change
     with interpreted(), fastenc.backend(backend), pytest.raises(error, match=re.escape(message)):
         fastenc.instance_norm_prelu(**arguments)
+
+
+class Negating(nn.Parameter):
+    """A slope whose PReLU has the other sign."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = super().__torch_function__(func, types, args, kwargs or {})
+        return -y if func is torch.prelu else y
+
+
+def test_a_parameter_of_another_class_computes_in_its_own_way() -> None:
+    x, slope = torch.randn(2, 3, 4, 5), Negating(torch.rand(3))
+    expected = -nn.functional.prelu(nn.functional.instance_norm(x), slope.data)
+    pair = fastenc.InstanceNormAct2d(3, nn.PReLU(3))
+    pair.activation.weight = slope
+    with interpreted(), fastenc.backend("auto"), mock.patch("fastenc.route.device_reason", return_value=None):
+        for y in (fastenc.instance_norm_prelu(x, slope=slope), pair(x)):
+            assert torch.equal(y.as_subclass(Tensor), expected)
+    with (
+        interpreted(),
+        fastenc.backend("triton"),
+        pytest.raises(RuntimeError, match="slope is a Negating, not a plain"),
+    ):
+        fastenc.instance_norm_prelu(x, slope=slope)
 
 
 def test_no_spatial_position_is_what_torch_does() -> None:
