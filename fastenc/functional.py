@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from . import library, reference, route
+from .convolution import autocast_dtype
 from .pair import INSTANCE_NORMS
 from .saved import save, saved
 
@@ -94,15 +95,6 @@ def fits(parameter: Tensor, x: Tensor, length: int) -> bool:
         return False
 
 
-def output_dtype(x: Tensor, slope: Tensor | float) -> torch.dtype | None:
-    """The dtype of y under autocast, which casts prelu but not leaky_relu. None for x's own."""
-    if isinstance(slope, Tensor):
-        kind = "cuda" if x.is_cuda else "cpu"  # the only ones on this route; x.device.type takes five times as long
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-    return None
-
-
 def fused(
     x: Tensor,
     weight: Tensor | None,
@@ -116,7 +108,7 @@ def fused(
 
     in_place: y may overwrite x if no gradient is needed.
     """
-    dtype = output_dtype(x, slope)
+    dtype = autocast_dtype(x) if isinstance(slope, Tensor) else None  # it casts prelu, but not leaky_relu
     if is_compiling():
         return library.forward(x, weight, bias, slope, eps, dtype, residual)
     if is_grad_enabled() and (
@@ -152,7 +144,8 @@ def launched_forward(
 class InstanceNormPReLU(torch.autograd.Function):
     """The Triton route under autograd. The only tensors of x's size that it saves are x and the residual.
 
-    numbers: eps and the `output_dtype`. residuals: the residual, if there is one. Each argument of `apply` takes time.
+    numbers: eps and the dtype of y, or None for x's. residuals: the residual, if there is one. They are packed because
+    each argument of `apply` takes time.
     """
 
     @staticmethod

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import route
-from .convolution import CONVOLUTIONS, compute_dtype, convolve, is_channels_last, is_untouched, plan_for
-from .functional import fused, is_supported, output_dtype
+from .convolution import CONVOLUTIONS, autocast_dtype, convolve, is_channels_last, is_untouched, plan_for
+from .functional import fused, is_supported
 from .pair import INSTANCE_NORMS, TORCH_FORWARDS
 from .recompute import RecomputedUnit
 
@@ -163,7 +163,8 @@ class _ConvModernNd(nn.Module):
             self.recompute and len(layers) == 3 and torch.is_grad_enabled() and not is_compiling()
             and (prepared := plan_for(layers[2], x, True)) is not None  # None for an activation
         ):  # fmt: skip
-            dtypes = output_dtype(x, slope), compute_dtype(x)
+            dtype = autocast_dtype(x)
+            dtypes = dtype if isinstance(slope, Tensor) else None, dtype
             return RecomputedUnit.apply(x, weight, bias, slope, norm.eps, *prepared, dtypes), True
         else:
             in_place = fresh if at == 0 else is_untouched(layers[at - 1])

@@ -22,7 +22,7 @@ from .saved import save, saved
 class RecomputedUnit(torch.autograd.Function):
     """norm → activation → convolution by `plan`, on the Triton route. Saves x, the statistics and the Parameters.
 
-    dtypes: the `output_dtype` of the activation and the `compute_dtype` of the convolution.
+    dtypes: those to which autocast casts the activated tensor and the convolution, or None.
     """
 
     @staticmethod
