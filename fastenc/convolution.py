@@ -156,8 +156,8 @@ class WeightAlone(torch.autograd.Function):
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast runs a convolution or PReLU of x. None if autocast does not change it."""
-    kind = "cuda" if x.is_cuda else x.device.type  # which takes five times as long to ask
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # the last takes five times as long to ask
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
 

@@ -16,7 +16,6 @@ from .convolution import autocast_dtype
 from .pair import INSTANCE_NORMS
 from .saved import save, saved
 
-_PLAIN = frozenset((Tensor, Parameter))
 AXES = {kind: order + 3 for order, kind in enumerate(INSTANCE_NORMS)}  # of the x of each norm, with its batch
 
 
@@ -89,7 +88,7 @@ def fits(parameter: Tensor, x: Tensor, length: int) -> bool:
             parameter.shape == (length,)
             and ((dtype := parameter.dtype) is float32 or dtype is x.dtype)
             and parameter.device == x.device
-            and (type(parameter) in _PLAIN or is_compiling())  # a subclass may compute in its own way
+            and ((kind := type(parameter)) is Parameter or kind is Tensor or is_compiling())  # others compute their way
         )
     except AttributeError:  # not a tensor
         return False
