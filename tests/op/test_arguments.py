@@ -114,8 +114,8 @@ def test_every_mixture_of_dtypes(dtype: torch.dtype, backend: str) -> None:
                     given[x], given.get(weight), given.get(bias), 0.1 if slope is None else given[slope],
                     residual=given.get(residual),
                 )  # fmt: skip
-            dy = torch.linspace(0.5, 1.5, y.numel()).view_as(y).to(dtype).to(y.dtype)
-            results.append([y, *torch.autograd.grad(y, [*given.values()], dy)])
+                dy = torch.linspace(0.5, 1.5, y.numel()).view_as(y).to(dtype).to(y.dtype)
+                results.append([y, *torch.autograd.grad(y, [*given.values()], dy)])
         assert [found.dtype for found in results[0]] == [dtype, *(leaf.dtype for leaf in leaves)]
         # A few roundings of x's dtype in y, dy and dz, and in sums of them.
         for found, truth in zip(*results, strict=True):
