@@ -27,6 +27,7 @@ from .live_taps import ConvPlan, Window, plan_convolution
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 PLAIN = frozenset(CONVOLUTIONS.values())  # and no subclass, which may do more
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# As torch defines them: other code may have replaced them since fastenc was imported.
 _METHODS = {kind: (kind.forward, getattr(kind, CONV_FORWARD, None)) for kind in (*PLAIN, *_TRANSPOSED)}
 _TENSORS = frozenset((nn.Parameter, Tensor))
 
@@ -110,15 +111,20 @@ def _device(x: Tensor) -> str:
     return x.device.type
 
 
-def convolve(layer: Any, x: Tensor, fused: bool, cancelled: bool = False) -> Tensor:
-    """layer(x), for a caller that has checked for hooks.
+def convolve(layer: Any, x: Tensor, fused: bool) -> Tensor:
+    """The first result of `convolved`."""
+    return convolved(layer, x, fused)[0]
+
+
+def convolved(layer: Any, x: Tensor, fused: bool, cancelled: bool = False) -> tuple[Tensor, bool]:
+    """layer(x), for a caller that has checked for hooks, and whether it is fresh: made here, and seen by no other code.
 
     A layer that is not exactly an nn.Conv1d, 2d or 3d is called. On the fused route x and the result are channels-last
     in 2-D and 3-D. cancelled: an InstanceNorm is next, which subtracts any bias, so the layer may run without its own.
     """
     prepared = plan_for(layer, x, fused)
     if prepared is None:
-        return layer(x)
+        return layer(x), False
     weight, bias, plan = prepared
     if cancelled and bias is not None:
         if torch.is_grad_enabled():
@@ -128,8 +134,8 @@ def convolve(layer: Any, x: Tensor, fused: bool, cancelled: bool = False) -> Ten
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return Convolution.apply(x, weight, bias, plan, dtype)
-    return forward(x, weight, bias, plan, dtype, layer.__dict__.get("cuts"))
+        return Convolution.apply(x, weight, bias, plan, dtype), True
+    return forward(x, weight, bias, plan, dtype, layer.__dict__.get("cuts")), True
 
 
 class WeightAlone(torch.autograd.Function):

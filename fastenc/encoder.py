@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import route
-from .convolution import CONVOLUTIONS, channels_last, convolve, is_channels_last, is_untouched
+from .convolution import CONVOLUTIONS, channels_last, convolved, is_channels_last
 from .layers import _BlockConvStkNd, _ConvModernNd, integer, per_axis
 
 POOLS: dict[int, Any] = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
@@ -103,7 +103,7 @@ class _EncoderNetNd(nn.Module):
                 elif unit:
                     x, fresh = step.run_fused(x, fresh)
                 else:
-                    x, fresh = convolve(step, x, fused), is_untouched(step)
+                    x, fresh = convolved(step, x, fused)
                 if fused and not (fresh or called):  # other code ran: x may have another dtype, device or class
                     fused = route.reason(x) is None and x.dim() == self._order + 2
         if pool is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import route
-from .convolution import CONVOLUTIONS, autocast_dtype, convolve, is_channels_last, is_untouched, plan_for
+from .convolution import CONVOLUTIONS, autocast_dtype, convolve, convolved, is_channels_last, plan_for
 from .functional import fused, is_supported
 from .pair import INSTANCE_NORMS, TORCH_FORWARDS
 from .recompute import RecomputedUnit
@@ -151,12 +151,12 @@ class _ConvModernNd(nn.Module):
         at: int = self._norm_at  # type: ignore[assignment]
         layers: tuple[Any, ...] = tuple(self.mconv._modules.values())
         for layer in layers[:at]:
-            x = convolve(layer, x, True, layer is layers[at - 1])
+            x, fresh = convolved(layer, x, True, layer is layers[at - 1])
         norm, activation = layers[at : at + 2]
         slope = activation.weight if type(activation) is nn.PReLU else 0.0
         weight, bias = norm.weight, norm.bias
-        # Code other than a plain convolution may have returned another dtype, device or class.
-        changed = at > 0 and not is_untouched(layers[at - 1]) and route.use_eager(route.reason(x))
+        # Other code may have returned another dtype, device or class.
+        changed = at > 0 and not fresh and route.use_eager(route.reason(x))
         if changed or not is_supported(norm, weight, bias, slope, x):
             x = activation(norm(x))  # if it is not supported, torch's own error
         elif (
@@ -167,11 +167,11 @@ class _ConvModernNd(nn.Module):
             dtypes = dtype if isinstance(slope, Tensor) else None, dtype
             return RecomputedUnit.apply(x, weight, bias, slope, norm.eps, *prepared, dtypes), True
         else:
-            in_place = fresh if at == 0 else is_untouched(layers[at - 1])
-            x = fused(x, weight, bias, slope, norm.eps, in_place)
+            x = fused(x, weight, bias, slope, norm.eps, fresh)
+        fresh = False
         for layer in layers[at + 2 :]:
-            x = convolve(layer, x, True)
-        return x, is_untouched(layers[-1])
+            x, fresh = convolved(layer, x, True)
+        return x, fresh
 
     def _run_eager(self, x: Tensor) -> Tensor:
         """Run the submodules in order. The convolution skips padding-only taps if nothing can observe it."""

@@ -419,3 +419,24 @@ def test_a_class_whose_method_was_replaced(kind: Any, name: str, monkeypatch: py
         assert_all_near(results(net), results(plain))
         x = small_input()
         assert_all_near([pair(x)], [pair.activation(pair.norm(x))])
+
+
+class Shifting(Tensor):
+    """A tensor whose normalisations are larger by 1."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = super().__torch_function__(func, types, args, kwargs or {})
+        return y + 1.0 if func is nn.functional.instance_norm else y
+
+
+@pytest.mark.parametrize("at", ["0", "1.conv_scale.mconv.2"])
+def test_the_output_of_a_convolution_whose_weight_has_another_class(at: str) -> None:
+    """Its output has that class too, whose functions run."""
+    net, plain = network_twins()
+    for body in (net.netbody, plain.netbody):
+        layer = body.get_submodule(at)
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Shifting))
+    with taken("fused"), torch.no_grad():
+        y, expected = net(small_input()), plain(small_input())
+    assert_all_near([y.as_subclass(Tensor)], [expected.as_subclass(Tensor)])
